@@ -1,0 +1,176 @@
+"""How long a batch takes, and how many tokens fit in a given time.
+
+A step computes n new tokens (prefill chunks, one per decode, drafts to verify) for q requests, reads C
+context tokens for decodes, spends A chunk-times-context products on prefill attention and s drafter
+steps. Its time is the higher of a few lines, the roofline of compute and memory:
+
+    T = max over lines of (k1*n + k2*q + k3*C + k4*s + k5*A + b)
+
+Every line is non-decreasing in every term, so the inverse (most tokens that end by t) is exact: linear,
+or quadratic where A counts, because a chunk of x tokens at context c adds x*(c + x/2) to A.
+
+`margin_prefill` and `margin_decode` multiply T for batches with and without prefill tokens: a high
+quantile of measured / predicted, so that a plan made with them holds nearly always. Seconds throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slos_serve.core.jit import jit
+
+if TYPE_CHECKING:
+    from typing import Self
+
+FloatArray = npt.NDArray[np.float64]
+
+TERMS = ("per_token_s", "per_request_s", "per_context_token_s", "per_draft_step_s", "per_pair_s", "fixed_s")
+
+
+@jit
+def batch_seconds(
+    lines: FloatArray, num_tokens: float, num_requests: float, context: float, draft_steps: float, pairs: float
+) -> float:
+    """Return the time of a batch without margin, in seconds. `lines` has shape (L, 6), columns `TERMS`."""
+    longest = 0.0
+    for i in range(lines.shape[0]):
+        seconds = (
+            lines[i, 0] * num_tokens
+            + lines[i, 1] * num_requests
+            + lines[i, 2] * context
+            + lines[i, 3] * draft_steps
+            + lines[i, 4] * pairs
+            + lines[i, 5]
+        )
+        longest = max(longest, seconds)
+    return longest
+
+
+@jit
+def max_chunk_tokens(
+    lines: FloatArray,
+    seconds: float,
+    num_tokens: float,
+    num_requests: float,
+    context: float,
+    draft_steps: float,
+    pairs: float,
+    chunk_context: float,
+) -> float:
+    """Return how many tokens x of one chunk may join a batch that must end within `seconds`.
+
+    The batch already holds the given totals (`num_requests` counts the chunk's request too); the chunk
+    starts at `chunk_context` tokens. Continuous; not positive where not even the batch alone fits.
+    """
+    most = 1e18
+    for i in range(lines.shape[0]):
+        base = (
+            lines[i, 0] * num_tokens
+            + lines[i, 1] * num_requests
+            + lines[i, 2] * context
+            + lines[i, 3] * draft_steps
+            + lines[i, 4] * pairs
+            + lines[i, 5]
+        )
+        room = seconds - base
+        if room <= 0.0:
+            return 0.0 if room == 0.0 else -1.0
+        slope = lines[i, 0] + lines[i, 4] * chunk_context
+        half = 0.5 * lines[i, 4]
+        if half > 0.0:
+            # half*x^2 + slope*x = room, in the form that does not cancel
+            x = 2.0 * room / (slope + math.sqrt(slope * slope + 4.0 * half * room))
+        elif slope > 0.0:
+            x = room / slope
+        else:
+            x = 1e18
+        most = min(most, x)
+    return most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerfModel:
+    """A roofline of batch time; see the module's text for the terms.
+
+    `lines`: one row of six coefficients (`TERMS`) each, all finite and >= 0.
+    Raises `ValueError` for anything else: a cost that falls with size has no inverse.
+    """
+
+    lines: tuple[tuple[float, ...], ...]
+    margin_prefill: float = 1.0
+    margin_decode: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lines:
+            raise ValueError("PerfModel.lines: expected at least one line")
+        for line in self.lines:
+            if len(line) != len(TERMS):
+                raise ValueError(f"PerfModel line {line!r}: expected {len(TERMS)} coefficients {TERMS}")
+            if not all(math.isfinite(value) and value >= 0 for value in line):
+                raise ValueError(f"PerfModel line {line!r}: expected finite coefficients >= 0")
+        if not any(sum(line) > 0 for line in self.lines):
+            raise ValueError("PerfModel.lines: expected a batch to take time")
+        for name in ("margin_prefill", "margin_decode"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"PerfModel.{name} = {value!r}: expected a positive finite factor")
+
+    @classmethod
+    def from_terms(cls, lines: Sequence[Mapping[str, float]]) -> Self:
+        """Build from named coefficients, absent ones 0; `ValueError` for an unknown name."""
+        for line in lines:
+            unknown = sorted(set(line) - set(TERMS))
+            if unknown:
+                raise ValueError(f"perf model terms {unknown}: expected names among {TERMS}")
+        return cls(lines=tuple(tuple(float(line.get(term, 0.0)) for term in TERMS) for line in lines))
+
+    def as_array(self) -> FloatArray:
+        """Return the lines as an array of shape (L, 6), columns `TERMS`."""
+        return np.array(self.lines, dtype=np.float64)
+
+    def seconds(
+        self,
+        num_tokens: float,
+        num_requests: float = 1,
+        *,
+        context_tokens: float = 0,
+        draft_steps: float = 0,
+        attention_pairs: float = 0,
+    ) -> float:
+        """Return the expected time of a batch, margin left out, in seconds."""
+        return float(
+            batch_seconds(self.as_array(), num_tokens, num_requests, context_tokens, draft_steps, attention_pairs)
+        )
+
+    def prefill_seconds(self, prompt_tokens: int, max_num_batched_tokens: int) -> float:
+        """Return the unloaded, uncached prefill time of a prompt, cut at the engine's token budget."""
+        total, done = 0.0, 0
+        while done < prompt_tokens:
+            chunk = min(max_num_batched_tokens, prompt_tokens - done)
+            total += self.seconds(chunk, attention_pairs=chunk * (done + chunk / 2))
+            done += chunk
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model as named terms."""
+        return {
+            "lines": [dict(zip(TERMS, line, strict=True)) for line in self.lines],
+            "margin_prefill": self.margin_prefill,
+            "margin_decode": self.margin_decode,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json`; `ValueError` where values are not usable."""
+        bare = cls.from_terms(data["lines"])
+        return cls(
+            lines=bare.lines,
+            margin_prefill=float(data.get("margin_prefill", 1.0)),
+            margin_decode=float(data.get("margin_decode", 1.0)),
+        )
