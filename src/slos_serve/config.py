@@ -1,0 +1,363 @@
+"""What the operator writes: latency classes, who gets which, and the limits of the queue.
+
+One YAML file (`--slo-config`) is read once, checked whole, and travels as JSON to every process that
+needs it, so that the HTTP edge, the engine and the benchmark resolve a request to the same promise.
+A class in the file replaces the shipped class of that name entirely (`name: null` removes it); the other
+shipped classes stay. Milliseconds here and in HTTP, seconds in `core.types.Slo`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slos_serve.core.types import Slo
+from slos_serve.errors import ConfigError
+
+BEST_EFFORT = "best-effort"
+CUSTOM = "custom"  # label of a request that brings numbers of its own and names no class
+STAGES = ("loop", "final")
+ON_UNATTAINABLE = (BEST_EFFORT, "reject")
+OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_MS = 1e12  # three decades; keeps every later sum finite
+
+
+def check_number(where: str, key: str, value: object, *, unit: str, zero: bool = False) -> None:
+    """Raise `ConfigError` unless `value` is a positive (or zero) finite number; `unit` is for the reader."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if good and (0 < value <= _MAX_MS or (zero and value == 0)):  # type: ignore[operator]
+        return
+    kind = "non-negative" if zero else "positive"
+    raise ConfigError(where=where, key=key, value=value, expected=f"a {kind} finite number{unit}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloClass:
+    """One latency class. `None` means not promised; times in milliseconds.
+
+    TTFT is absolute (`ttft_ms`) or `max(floor, ttft_slowdown * reference(prompt) + allowance)`, never
+    both. `final_tpot_ms` replaces `tpot_ms` in the last round of a tool conversation. `ttl_ms` is the
+    longest wait in the queue. Raises `ConfigError` for a bad value.
+    """
+
+    name: str
+    ttft_ms: float | None = None
+    ttft_slowdown: float | None = None
+    floor_ms: float | None = None
+    allowance_ms: float | None = None
+    tpot_ms: float | None = None
+    final_tpot_ms: float | None = None
+    thinking_tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    max_gap_ms: float | None = None
+    weight: float = 1.0
+    output_tokens_hint: int | None = None
+    on_unattainable: str = BEST_EFFORT
+    ttl_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"class {self.name!r}"
+        if not (isinstance(self.name, str) and _NAME.fullmatch(self.name)) or self.name == CUSTOM:
+            expected = f"1 to 64 letters, digits, '.', '_' or '-', and not {CUSTOM!r}"
+            raise ConfigError(where="classes", key="name", value=self.name, expected=expected)
+        for key in (*OVERRIDES, "final_tpot_ms", "ttl_ms", "floor_ms", "allowance_ms", "weight"):
+            value = getattr(self, key)
+            if value is not None or key == "weight":
+                unit = " of milliseconds" if key.endswith("_ms") else ""
+                check_number(where, key, value, unit=unit, zero=key in {"floor_ms", "allowance_ms"})
+        hint = self.output_tokens_hint
+        if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int) or hint < 1):
+            raise ConfigError(where=where, key="output_tokens_hint", value=hint, expected="a whole number of at least 1")
+        if self.on_unattainable not in ON_UNATTAINABLE:
+            expected = f"one of {', '.join(ON_UNATTAINABLE)}"
+            raise ConfigError(where=where, key="on_unattainable", value=self.on_unattainable, expected=expected)
+        if self.ttft_ms is not None and self.ttft_slowdown is not None:
+            expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
+            raise ConfigError(where=where, key="ttft_slowdown", value=self.ttft_slowdown, expected=expected)
+        if self.name == BEST_EFFORT and self.promises:
+            key = next(key for key in _PROMISES if getattr(self, key) is not None)
+            raise ConfigError(where=where, key=key, value=getattr(self, key), expected="no promise in this class")
+        if self.name != BEST_EFFORT and not self.promises:
+            expected = f"at least one of {', '.join(_PROMISES)} (a class in the file replaces the shipped one entirely)"
+            raise ConfigError(where=where, key="promises", value=None, expected=expected)
+
+    @property
+    def promises(self) -> bool:
+        """Tell whether the class promises anything."""
+        return any(getattr(self, key) is not None for key in _PROMISES)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys that are set, without the name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+_PROMISES = (*OVERRIDES, "final_tpot_ms")
+
+
+def default_classes() -> dict[str, SloClass]:
+    """Return the shipped classes by name."""
+    shipped = (
+        SloClass(name="chat", ttft_slowdown=5, tpot_ms=100),
+        SloClass(name="coding", ttft_slowdown=5, tpot_ms=50),
+        SloClass(name="summarization", ttft_slowdown=3, tpot_ms=100),
+        SloClass(name="tool", ttft_slowdown=3, tpot_ms=50, final_tpot_ms=100),
+        SloClass(name="reasoning", ttft_slowdown=3, thinking_tpot_ms=50, tpot_ms=100),
+        SloClass(name=BEST_EFFORT),
+    )
+    return {slo_class.name: slo_class for slo_class in shipped}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """One API key, by the SHA-256 of its text (the key itself is never kept), and the class it is tied to."""
+
+    key_sha256: str
+    slo_class: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.key_sha256, str) and _SHA256.fullmatch(self.key_sha256)):
+            expected = "the SHA-256 of the key as 64 hexadecimal digits"
+            raise ConfigError(where="api_keys", key="key_sha256", value="(hidden)", expected=expected)
+
+    @staticmethod
+    def digest(key: str) -> str:
+        """Return what stands for `key` in a configuration."""
+        return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloConfig:
+    """The whole configuration. `ConfigError` names the key of anything that does not fit.
+
+    `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
+    override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
+    before new ones get a 429 (`None`: no limit).
+    """
+
+    classes: Mapping[str, SloClass] = field(default_factory=default_classes)
+    default_class: str = BEST_EFFORT
+    priority_class: str | None = None
+    tenants: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    api_keys: Mapping[str, ApiKey] = field(default_factory=dict)
+    max_best_effort_queue: int | None = None
+    ttft_floor_ms: float = 200.0
+    ttft_allowance_ms: float = 30.0
+
+    def __post_init__(self) -> None:
+        if BEST_EFFORT not in self.classes:
+            raise ConfigError(where="slo", key="classes", value=sorted(self.classes), expected=f"{BEST_EFFORT!r} present")
+        for key in ("ttft_floor_ms", "ttft_allowance_ms"):
+            check_number("slo", key, getattr(self, key), unit=" of milliseconds", zero=True)
+        limit = self.max_best_effort_queue
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ConfigError(where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more")
+        self._check_class("default_class", self.default_class)
+        for key, name in self._named_classes():
+            if name is not None:
+                self._check_class(key, name)
+
+    def _named_classes(self) -> list[tuple[str, str | None]]:
+        named: list[tuple[str, str | None]] = [("priority_class", self.priority_class)]
+        named += [(f"tenants.{tenant}", name) for tenant, name in self.tenants.items()]
+        named += [(f"models.{model}", name) for model, name in self.models.items()]
+        named += [(f"api_keys.{tenant}.class", key.slo_class) for tenant, key in self.api_keys.items()]
+        return named
+
+    def _check_class(self, key: str, name: object, where: str = "slo") -> None:
+        if not (isinstance(name, str) and name in self.classes):
+            raise ConfigError(where=where, key=key, value=name, expected=f"one of {', '.join(self.classes)}")
+
+    def label(self, class_name: str | None, overrides: Mapping[str, object]) -> str:
+        """Name the class a request is counted under; numbers without a class are `custom`."""
+        if class_name is not None:
+            return class_name
+        return CUSTOM if any(overrides.get(key) is not None for key in OVERRIDES) else self.default_class
+
+    def check_overrides(self, class_name: str | None, overrides: Mapping[str, object], where: str = "slo") -> None:
+        """Raise `ConfigError` (a `ValueError`) that names the first field a request got wrong."""
+        if class_name is not None:
+            self._check_class("class", class_name, where)
+        unknown = [key for key in overrides if key not in OVERRIDES and key != "stage"]
+        if unknown:
+            expected = f"one of {', '.join(('class', *OVERRIDES, 'stage'))}"
+            raise ConfigError(where=where, key=str(unknown[0]), value=overrides[unknown[0]], expected=expected)
+        for key in OVERRIDES:
+            value = overrides.get(key)
+            if value is not None:
+                check_number(where, key, value, unit=" of milliseconds" if key.endswith("_ms") else "")
+        if overrides.get("ttft_ms") is not None and overrides.get("ttft_slowdown") is not None:
+            expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
+            raise ConfigError(where=where, key="ttft_slowdown", value=overrides["ttft_slowdown"], expected=expected)
+        stage = overrides.get("stage")
+        if stage is not None and stage not in STAGES:
+            raise ConfigError(where=where, key="stage", value=stage, expected=f"one of {', '.join(STAGES)}")
+
+    def resolve(
+        self,
+        class_name: str | None,
+        overrides: Mapping[str, Any],
+        prompt_tokens: int,
+        reference: Callable[[int], float],
+    ) -> tuple[Slo, float, bool]:
+        """Return (promises, weight, whether it starts with a thinking span) of one request.
+
+        Without a class the default class is the base. `overrides` are the client's numbers (`OVERRIDES`,
+        milliseconds) and `stage` ("loop" unless said). `reference(prompt_tokens)` is the unloaded prefill
+        time in seconds, asked only where TTFT is a slowdown. `ValueError` names a bad field.
+        """
+        self.check_overrides(class_name, overrides)
+        base = self.classes[class_name if class_name is not None else self.default_class]
+        ms = {key: overrides.get(key) for key in OVERRIDES}
+        if ms["ttft_ms"] is None and ms["ttft_slowdown"] is None:
+            ms["ttft_ms"], ms["ttft_slowdown"] = base.ttft_ms, base.ttft_slowdown
+        if ms["tpot_ms"] is None:
+            final = overrides.get("stage") == "final" and base.final_tpot_ms is not None
+            ms["tpot_ms"] = base.final_tpot_ms if final else base.tpot_ms
+        for key in ("thinking_tpot_ms", "e2e_ms", "max_gap_ms"):
+            if ms[key] is None:
+                ms[key] = getattr(base, key)
+        if ms["ttft_slowdown"] is not None:
+            floor = self.ttft_floor_ms if base.floor_ms is None else base.floor_ms
+            allowance = self.ttft_allowance_ms if base.allowance_ms is None else base.allowance_ms
+            ms["ttft_ms"] = max(floor, ms["ttft_slowdown"] * reference(prompt_tokens) * 1000 + allowance)
+        slo = Slo(
+            ttft_s=_seconds(ms["ttft_ms"]),
+            tpot_s=_seconds(ms["tpot_ms"]),
+            thinking_tpot_s=_seconds(ms["thinking_tpot_ms"]),
+            e2e_s=_seconds(ms["e2e_ms"]),
+            max_gap_s=_seconds(ms["max_gap_ms"]),
+        )
+        return slo, base.weight, slo.thinking_tpot_s is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a complete document that `from_json` turns back into an equal configuration."""
+        document: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        document["classes"] = {name: slo_class.to_json() for name, slo_class in self.classes.items()}
+        document["tenants"], document["models"] = dict(self.tenants), dict(self.models)
+        document["api_keys"] = {
+            tenant: {"key_sha256": key.key_sha256, "class": key.slo_class} for tenant, key in self.api_keys.items()
+        }
+        return document
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str, *, where: str = "slo config") -> SloConfig:
+        """Rebuild from `to_json`; nothing is added to what the document says."""
+        return _parse(json.loads(data) if isinstance(data, str) else data, where, {})
+
+
+def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> SloConfig:
+    """Read a YAML file; a mapping is a `to_json` document, `None` the shipped defaults."""
+    if source is None:
+        return SloConfig()
+    if isinstance(source, Mapping):
+        return SloConfig.from_json(source)
+    where = str(source)
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(where=where, key="file", value=str(error), expected="a readable UTF-8 file") from error
+    loader = _UniqueKeyLoader(text)
+    loader.name = where
+    try:
+        document = loader.get_single_data()
+    except yaml.YAMLError as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(where=where, key="file", value=message, expected="valid YAML") from error
+    finally:
+        loader.dispose()
+    return _parse({} if document is None else document, where, default_classes())
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuse a key written twice: YAML would silently keep the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                where = f"{self.name}, line {key.start_mark.line + 1}"
+                raise ConfigError(where=where, key=key.value, value="(written twice)", expected="each key once")
+            seen.add(key.value)
+        return node
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def _mapping(where: str, key: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(where=where, key=key, value=value, expected="a mapping")
+    for name in value:
+        if not isinstance(name, str):
+            raise ConfigError(where=where, key=key, value=name, expected="keys that are strings (quote it)")
+    return dict(value)
+
+
+def _known(where: str, prefix: str, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(where=where, key=prefix + key, value=value, expected=f"one of the keys {', '.join(names)}")
+
+
+def _parse(document: object, where: str, shipped: Mapping[str, SloClass]) -> SloConfig:
+    values = _mapping(where, "top level", document)
+    _known(where, "", values, tuple(f.name for f in fields(SloConfig)))
+    values = {key: value for key, value in values.items() if value is not None}
+    classes = dict(shipped)
+    for name, section in _mapping(where, "classes", values.get("classes", {})).items():
+        classes.pop(name, None)
+        if section is not None:
+            classes[name] = _parse_class(where, name, section)
+    classes.setdefault(BEST_EFFORT, SloClass(name=BEST_EFFORT))
+    values["classes"] = classes
+    for key in ("tenants", "models"):
+        values[key] = _mapping(where, key, values.get(key, {}))
+    api_keys = _mapping(where, "api_keys", values.get("api_keys", {}))
+    values["api_keys"] = {tenant: _parse_api_key(where, tenant, section) for tenant, section in api_keys.items()}
+    try:
+        return SloConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(where=where, key=error.key, value=error.value, expected=error.expected) from error
+
+
+def _parse_class(where: str, name: str, section: object) -> SloClass:
+    values = _mapping(where, f"classes.{name}", section)
+    _known(where, f"classes.{name}.", values, tuple(f.name for f in fields(SloClass) if f.name != "name"))
+    values = {key: value for key, value in values.items() if value is not None}
+    try:
+        return SloClass(name=name, **values)
+    except ConfigError as error:
+        key = f"classes.{name}.{error.key}"
+        raise ConfigError(where=where, key=key, value=error.value, expected=error.expected) from error
+
+
+def _parse_api_key(where: str, tenant: str, section: object) -> ApiKey:
+    prefix = f"api_keys.{tenant}"
+    values = _mapping(where, prefix, section)
+    _known(where, f"{prefix}.", values, ("key", "key_sha256", "class"))
+    text, digest = values.get("key"), values.get("key_sha256")
+    if (text is None) == (digest is None) or not isinstance(text or "", str):
+        raise ConfigError(where=where, key=f"{prefix}.key", value="(hidden)", expected="a string key, or key_sha256 instead")
+    try:
+        return ApiKey(key_sha256=ApiKey.digest(text) if text is not None else digest, slo_class=values.get("class"))
+    except ConfigError as error:
+        raise ConfigError(
+            where=where, key=f"{prefix}.{error.key}", value=error.value, expected=error.expected
+        ) from error
