@@ -1,0 +1,48 @@
+# Every target installs what it needs into a local virtual environment first, once.
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test check bench format clean
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?=
+VENV ?= .venv
+MODEL ?=
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALL := @VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/install
+
+help: ## list the targets
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
+	@sed -n 's/^\([a-z]*\):.*## /  \1	/p' $(MAKEFILE_LIST)
+
+demo: ## vLLM against vLLM with slos-serve, same load, same machine: report in demo-report/
+	$(INSTALL) cpu bench
+	@$(BIN)/slos-serve demo --out demo-report $(ARGS)
+
+serve: ## OpenAI-compatible server on port 8000 (MODEL=... for your own, ARGS for more flags)
+	$(INSTALL) cpu bench
+	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python -m slos_serve.bench.model) && \
+	    exec $(BIN)/slos-serve serve "$$model" $(ARGS)
+
+test: ## the whole test suite, real engine included
+	$(INSTALL) cpu bench dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: ## formatting, lint, types, import rules
+	$(INSTALL) dev
+	@$(BIN)/ruff format --check --quiet . || { echo "formatting: run make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q --no-header tests/test_imports.py
+
+bench: ## the benchmarks in benchmarks/, each against a rival in the same run
+	$(INSTALL) cpu bench
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+format: ## rewrite the sources the way check wants them
+	$(INSTALL) dev
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+
+clean: ## remove the environment and everything generated
+	@rm -rf "$(VENV)" build dist demo-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,141 @@
+"""The `slos-serve` command: one verb per module, imported when it is asked for.
+
+A verb's module has `HELP` (one line), `configure(parser)` and `run(args) -> int`. It may set `TAKES_UNKNOWN = True`
+to receive arguments it does not know as `args.extra`, a list.
+
+Exit status: 0 done, 1 the job failed, 2 bad arguments or input, told in one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol, cast
+
+from slos_serve import __version__
+from slos_serve.errors import MissingExtraError, SlosServeError
+
+VERBS = {
+    "serve": "slos_serve.serving",
+    "demo": "slos_serve.bench.cmd_demo",
+    "bench": "slos_serve.bench.cmd_bench",
+    "profile": "slos_serve.bench.cmd_profile",
+    "simulate": "slos_serve.sim.cmd_simulate",
+    "doctor": "slos_serve.doctor",
+}
+
+
+class Verb(Protocol):
+    """What a verb's module offers."""
+
+    HELP: str
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments and, as epilog, an example."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it and return the exit status."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Say what is wrong in one line, as every other bad input is told."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def find_verbs() -> dict[str, str]:
+    """Return the verbs whose modules are installed, in the order of `VERBS`."""
+    found = {}
+    for verb, module in VERBS.items():
+        with contextlib.suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(module) is not None:
+                found[verb] = module
+    return found
+
+
+def load(module: str) -> Verb:
+    """Import a verb's module."""
+    return cast("Verb", importlib.import_module(module))
+
+
+def overview(verbs: dict[str, str]) -> str:
+    """Return the help text of the command itself; imports every verb for its one line."""
+    lines = [f"  {verb:<10} {load(module).HELP}" for verb, module in verbs.items()]
+    return "\n".join(
+        [
+            "usage: slos-serve VERB [...]        (slos-serve VERB --help tells more)",
+            "",
+            "Serve language models with latency promises, on vLLM.",
+            "",
+            *lines,
+            "",
+            "  --version  print the version",
+            "",
+            "example: slos-serve serve Qwen/Qwen3-8B --port 8000",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbs = find_verbs()
+    first = arguments[0] if arguments else "--help"
+    if first in {"-h", "--help", "help"}:
+        print(overview(verbs))
+        return 0 if arguments else 2
+    if first == "--version":
+        print(f"slos-serve {__version__}")
+        return 0
+    if first not in verbs:
+        print(f"slos-serve: {first!r}: expected one of {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    return _run(first, load(verbs[first]), arguments[1:])
+
+
+def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog=f"slos-serve {name}",
+        description=verb.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.configure(parser)
+    if getattr(verb, "TAKES_UNKNOWN", False):
+        args, extra = parser.parse_known_args(arguments)
+        args.extra = extra
+    else:
+        args = parser.parse_args(arguments)
+    try:
+        return verb.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader left (`| head`): nothing more to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MissingExtraError as error:
+        return _tell(name, error, 1)
+    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        # ConfigError is a ValueError: somebody's input names a wrong value or file.
+        return _tell(name, error, 2)
+    except (SlosServeError, OSError) as error:
+        return _tell(name, error, 1)
+
+
+def _tell(name: str, error: BaseException, status: int) -> int:
+    if os.environ.get("SLOS_SERVE_DEBUG"):
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"slos-serve {name}: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
