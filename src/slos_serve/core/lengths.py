@@ -1,0 +1,203 @@
+"""How long outputs are likely to be: quantiles per class and prompt length, learnt online.
+
+Theory of operation. Finished requests are counted in histograms over the output length, one per class
+and one per class and prompt-length bucket (powers of four). Bins are single tokens up to 32 and then a
+sixteenth of an octave, so a quantile is within 1/16 of its place. Each new observation fades the old
+ones of its histograms by 1/`WINDOW`, so memory is constant and the model follows a drifting workload.
+
+A prediction shrinks from the narrow to the broad: the bucket's counts, plus the class's distribution
+weighted as `CLASS_WEIGHT` observations, which itself is the class's counts plus a prior weighted as
+`PRIOR_WEIGHT` observations. The prior of a class with a hint is log-normal with the hint as its median and
+`PRIOR_SIGMA` (its 0.9 quantile is 2.5 times the hint). Without a hint it says "runs to its limit": a
+point mass at the request's own max_output_tokens.
+
+A running request that has produced c tokens is longer than c, so its quantile is the conditional one,
+F^-1(1 - (1 - q) * (1 - F(c))), which cannot fall as c grows. Where the data end, an outlier would jump
+to its limit at once; it is held to `MAX_GROWTH` times the larger of c and the unconditional quantile.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from typing import Self
+
+FloatArray = npt.NDArray[np.float64]
+
+WINDOW = 2000
+PRIOR_WEIGHT = 4.0
+CLASS_WEIGHT = 32.0
+PRIOR_SIGMA = 0.7
+MAX_GROWTH = 4.0
+MAX_CLASSES = 64
+NUM_PROMPT_BUCKETS = 10  # 1-3, 4-15, ..., 4^9 and more tokens
+
+_UNIT_BINS = 32  # one bin per length below this, then _UNIT_BINS / 2 per octave
+_HALF = _UNIT_BINS // 2
+_OCTAVES = 16
+NUM_BINS = _UNIT_BINS + _HALF * _OCTAVES
+
+
+def _bin(length: int) -> int:
+    """Return the bin of an output length; the last one holds everything longer."""
+    if length < _UNIT_BINS:
+        return max(length, 0)
+    shift = length.bit_length() - _UNIT_BINS.bit_length() + 1
+    return min(_HALF * shift + (length >> shift), NUM_BINS - 1)
+
+
+def _edges() -> FloatArray:
+    """Return NUM_BINS + 1 lengths: bin i holds lengths above edges[i] up to and including edges[i + 1]."""
+    firsts = [float(length) for length in range(_UNIT_BINS)]
+    firsts += [float((_HALF + i) << shift) for shift in range(1, _OCTAVES + 1) for i in range(_HALF)]
+    firsts.append(float(_UNIT_BINS << _OCTAVES))
+    return np.array(firsts) - 1.0
+
+
+_EDGES = _edges()
+_EDGE_LIST: list[float] = _EDGES.tolist()
+
+
+def _bucket(prompt_tokens: int) -> int:
+    return min(max(prompt_tokens, 1).bit_length() - 1 >> 1, NUM_PROMPT_BUCKETS - 1)
+
+
+def _log_normal(median: float, sigma: float) -> FloatArray:
+    """Return the chance of each bin under a log-normal; what lies beyond is in the last bin."""
+    logs = [math.log(edge / median) / sigma if edge > 0 else -math.inf for edge in _EDGE_LIST[:-1]]
+    below = [0.5 * math.erfc(-z / math.sqrt(2.0)) for z in logs]
+    return np.diff(np.array([*below, 1.0]))
+
+
+class LengthModel:
+    """Predict output lengths from a class, a prompt length and what has been produced so far.
+
+    `hints`: typical (median) output tokens by class name; classes need not be listed. At most
+    `MAX_CLASSES` classes are told apart, later ones share one. `ValueError` for a hint below 1.
+    """
+
+    def __init__(self, hints: Mapping[str, float] | None = None) -> None:
+        self.hints: dict[str, float] = {}
+        for name, hint in (hints or {}).items():
+            if not (math.isfinite(hint) and hint >= 1):
+                raise ValueError(f"output length hint of class {name!r} = {hint!r}: expected at least 1 token")
+            self.hints[name] = float(hint)
+        self._priors = {name: _log_normal(hint, PRIOR_SIGMA) for name, hint in self.hints.items()}
+        self._counts: dict[str, FloatArray] = {}  # by class: row 0 the class, row 1 + b the bucket b
+        self._curves: dict[tuple[str, int], list[float]] = {}
+
+    def observe(self, slo_class: str, prompt_tokens: int, output_tokens: int) -> None:
+        """Learn from a request that ran to its end; cancelled and failed ones say nothing about length."""
+        if output_tokens < 1:
+            return
+        name = self._known(slo_class)
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = np.zeros((1 + NUM_PROMPT_BUCKETS, NUM_BINS))
+        index = _bin(output_tokens)
+        for row in (0, 1 + _bucket(prompt_tokens)):
+            counts[row] *= 1.0 - 1.0 / WINDOW
+            counts[row, index] += 1.0
+        if name:
+            for bucket in range(NUM_PROMPT_BUCKETS):
+                self._curves.pop((name, bucket), None)
+        else:  # the shared class stands behind any number of names
+            self._curves.clear()
+
+    def predict(
+        self, slo_class: str, prompt_tokens: int, max_output_tokens: int, produced: int = 0, quantile: float = 0.9
+    ) -> float:
+        """Return the `quantile` of the output length of a request that has `produced` tokens and goes on.
+
+        Above `produced` and never above `max_output_tokens`; does not fall as `produced` grows.
+        """
+        if produced >= max_output_tokens:
+            return float(max_output_tokens)
+        bucket = _bucket(prompt_tokens)
+        curve = self._curves.get((slo_class, bucket))
+        if curve is None:
+            curve = self._curve(slo_class, bucket)
+        length = _invert(curve, quantile)
+        if produced > 0:
+            longer = 1.0 - _below(curve, produced)
+            # past the last thing known about the class, rounding is all that is left of F
+            conditional = _invert(curve, 1.0 - (1.0 - quantile) * longer) if longer > 1e-9 else math.inf
+            length = min(conditional, MAX_GROWTH * max(length, produced))
+        return min(max(length, produced + 1.0), float(max_output_tokens))
+
+    def num_observations(self, slo_class: str) -> float:
+        """Return how many (faded) observations stand behind a class."""
+        counts = self._counts.get(self._known(slo_class))
+        return 0.0 if counts is None else float(counts[0].sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return hints and the filled bins of every histogram."""
+        classes = {}
+        for name, counts in self._counts.items():
+            filled = [np.flatnonzero(row).tolist() for row in counts]
+            classes[name] = [{str(i): float(row[i]) for i in bins} for row, bins in zip(counts, filled, strict=True)]
+        return {"schema": "slos-serve-lengths/1", "hints": dict(self.hints), "classes": classes}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_json`; `ValueError` for another schema or impossible counts."""
+        if data.get("schema") != "slos-serve-lengths/1":
+            raise ValueError(f"schema = {data.get('schema')!r}: expected 'slos-serve-lengths/1'")
+        model = cls(data["hints"])
+        for name, rows in data["classes"].items():
+            if len(rows) != 1 + NUM_PROMPT_BUCKETS:
+                raise ValueError(f"length histograms of class {name!r}: expected {1 + NUM_PROMPT_BUCKETS}")
+            counts = np.zeros((1 + NUM_PROMPT_BUCKETS, NUM_BINS))
+            for row, filled in enumerate(rows):
+                for index, count in filled.items():
+                    if not (0 <= int(index) < NUM_BINS and math.isfinite(count) and count >= 0):
+                        raise ValueError(f"length histogram of class {name!r}: bin {index} = {count!r}")
+                    counts[row, int(index)] = count
+            model._counts[name] = counts
+        return model
+
+    def _known(self, slo_class: str) -> str:
+        """Return the name under which a class is counted."""
+        if slo_class in self._counts or len(self._counts) < MAX_CLASSES:
+            return slo_class
+        return ""
+
+    def _curve(self, slo_class: str, bucket: int) -> list[float]:
+        """Return F at the upper edge of each bin, shape (NUM_BINS,); what is missing to 1 is at the limit."""
+        # a limit is no length: the mass of "runs to its limit" is in no bin
+        chances = self._priors.get(slo_class, np.zeros(NUM_BINS))
+        name = self._known(slo_class)
+        counts = self._counts.get(name)
+        if counts is not None:
+            for row, weight in ((counts[0], PRIOR_WEIGHT), (counts[1 + bucket], CLASS_WEIGHT)):
+                chances = (row + weight * chances) / (row.sum() + weight)
+        curve: list[float] = np.minimum(np.cumsum(chances), 1.0).tolist()
+        if len(self._curves) >= MAX_CLASSES * NUM_PROMPT_BUCKETS:
+            self._curves.clear()
+        self._curves[slo_class, bucket] = curve
+        return curve
+
+
+def _below(curve: list[float], length: int) -> float:
+    """Return F(length), the share of outputs of at most that many tokens."""
+    index = _bin(length)
+    low = curve[index - 1] if index else 0.0
+    left, right = _EDGE_LIST[index], _EDGE_LIST[index + 1]
+    return low + (curve[index] - low) * min((length - left) / (right - left), 1.0)
+
+
+def _invert(curve: list[float], share: float) -> float:
+    """Return the length at which F reaches `share`; `inf` where it never does."""
+    index = bisect_left(curve, share)
+    if index == NUM_BINS:
+        return math.inf
+    low = curve[index - 1] if index else 0.0
+    left, right = _EDGE_LIST[index], _EDGE_LIST[index + 1]
+    return left + (right - left) * (share - low) / (curve[index] - low)
