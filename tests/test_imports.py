@@ -34,6 +34,7 @@ def rule(ours="", others="", forbidden=frozenset()):
 RULES = {
     "": Rule(frozenset()),
     "errors": rule(),
+    "cache": rule("errors"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
     "config": rule("core.types errors", "yaml"),
     "sim": rule("sim core config errors", "numpy yaml matplotlib"),
@@ -43,7 +44,9 @@ RULES = {
         "vllm_plugin core config errors http", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
     "ray_serve": rule("ray_serve core config errors http", "ray starlette fastapi"),
-    "bench": rule("bench core config errors sim.traces", "numpy aiohttp matplotlib torch transformers safetensors"),
+    "bench": rule(
+        "bench cache core config errors sim.traces", "numpy aiohttp matplotlib torch transformers safetensors"
+    ),
     # The commands join everything, each import inside the function that needs it.
     "cli": Rule(ALL_OURS),
     "serving": Rule(ALL_OURS, frozenset({"yaml"})),
