@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -78,7 +77,9 @@ class SloClass:
                 check_number(where, key, value, unit=unit, zero=key in {"floor_ms", "allowance_ms"})
         hint = self.output_tokens_hint
         if hint is not None and (isinstance(hint, bool) or not isinstance(hint, int) or hint < 1):
-            raise ConfigError(where=where, key="output_tokens_hint", value=hint, expected="a whole number of at least 1")
+            raise ConfigError(
+                where=where, key="output_tokens_hint", value=hint, expected="a whole number of at least 1"
+            )
         if self.on_unattainable not in ON_UNATTAINABLE:
             expected = f"one of {', '.join(ON_UNATTAINABLE)}"
             raise ConfigError(where=where, key="on_unattainable", value=self.on_unattainable, expected=expected)
@@ -158,12 +159,16 @@ class SloConfig:
 
     def __post_init__(self) -> None:
         if BEST_EFFORT not in self.classes:
-            raise ConfigError(where="slo", key="classes", value=sorted(self.classes), expected=f"{BEST_EFFORT!r} present")
+            raise ConfigError(
+                where="slo", key="classes", value=sorted(self.classes), expected=f"{BEST_EFFORT!r} present"
+            )
         for key in ("ttft_floor_ms", "ttft_allowance_ms"):
             check_number("slo", key, getattr(self, key), unit=" of milliseconds", zero=True)
         limit = self.max_best_effort_queue
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ConfigError(where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more")
+            raise ConfigError(
+                where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more"
+            )
         self._check_class("default_class", self.default_class)
         for key, name in self._named_classes():
             if name is not None:
@@ -284,7 +289,7 @@ def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> Slo
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuse a key written twice: YAML would silently keep the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -313,7 +318,9 @@ def _mapping(where: str, key: str, value: object) -> dict[str, Any]:
 def _known(where: str, prefix: str, values: Mapping[str, Any], names: tuple[str, ...]) -> None:
     for key, value in values.items():
         if key not in names:
-            raise ConfigError(where=where, key=prefix + key, value=value, expected=f"one of the keys {', '.join(names)}")
+            raise ConfigError(
+                where=where, key=prefix + key, value=value, expected=f"one of the keys {', '.join(names)}"
+            )
 
 
 def _parse(document: object, where: str, shipped: Mapping[str, SloClass]) -> SloConfig:
@@ -350,14 +357,17 @@ def _parse_class(where: str, name: str, section: object) -> SloClass:
 
 def _parse_api_key(where: str, tenant: str, section: object) -> ApiKey:
     prefix = f"api_keys.{tenant}"
+    if not isinstance(section, Mapping):
+        raise ConfigError(where=where, key=prefix, value="(hidden)", expected="a mapping with key and class")
     values = _mapping(where, prefix, section)
-    _known(where, f"{prefix}.", values, ("key", "key_sha256", "class"))
-    text, digest = values.get("key"), values.get("key_sha256")
-    if (text is None) == (digest is None) or not isinstance(text or "", str):
-        raise ConfigError(where=where, key=f"{prefix}.key", value="(hidden)", expected="a string key, or key_sha256 instead")
+    _known(where, f"{prefix}.", dict.fromkeys(values, "(hidden)"), ("key", "key_sha256", "class"))
+    text = values.get("key")
+    if (text is None) == (values.get("key_sha256") is None) or not isinstance(text or "", str):
+        expected = "a string key, or key_sha256 instead"
+        raise ConfigError(where=where, key=f"{prefix}.key", value="(hidden)", expected=expected)
+    digest = values.get("key_sha256") if text is None else ApiKey.digest(text)
     try:
-        return ApiKey(key_sha256=ApiKey.digest(text) if text is not None else digest, slo_class=values.get("class"))
+        return ApiKey(key_sha256=digest, slo_class=values.get("class"))  # type: ignore[arg-type] # checked there
     except ConfigError as error:
-        raise ConfigError(
-            where=where, key=f"{prefix}.{error.key}", value=error.value, expected=error.expected
-        ) from error
+        key = f"{prefix}.{error.key}"
+        raise ConfigError(where=where, key=key, value=error.value, expected=error.expected) from error
