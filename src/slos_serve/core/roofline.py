@@ -1,0 +1,94 @@
+"""Least squares for rooflines: the highest of a few lines with coefficients that are not negative.
+
+Theory of operation. The error is relative, (predicted - measured) / measured: a step of 5 ms matters to a
+50 ms promise as much as one of 500 ms to a TTFT. It is at least -1, and Huber weights (from the median
+size of the errors) bound it further, so a stalled step does little harm. One line is an active-set
+non-negative least squares. Two are found by turns, from several starts: give each row to the line that is
+higher there, refit both, and keep the best roofline seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def fit_lines(terms: FloatArray, seconds: FloatArray, weight: FloatArray, num_lines: int) -> FloatArray:
+    """Return the coefficients of the best roofline found of at most `num_lines` (1 or 2), shape (lines, k).
+
+    `terms`: shape (N, k). `seconds` (> 0) and `weight` (how much a row counts): shape (N,).
+    """
+    everything = np.zeros(len(seconds), dtype=np.int64)
+    best, best_error = _by_turns(terms, seconds, weight, everything, 1)
+    if num_lines == 2:
+        predicted = (terms @ best.T).max(axis=1)
+        starts = [(predicted > np.quantile(predicted, q)).astype(np.int64) for q in (0.25, 0.5, 0.75)]
+        # a line that is flatter in tokens than the other begins below it: start from curvature, too
+        middle = np.argsort(np.argsort(seconds / predicted)) > 0.5 * len(predicted)
+        for start in [*starts, middle.astype(np.int64)]:
+            lines, error = _by_turns(terms, seconds, weight, start, 2)
+            if error < best_error:
+                best, best_error = lines, error
+    return best
+
+
+def _by_turns(
+    terms: FloatArray, seconds: FloatArray, weight: FloatArray, line_of: IntArray, num_lines: int
+) -> tuple[FloatArray, float]:
+    """Refit each line to the steps it rules and hand out the steps again, until it stops getting better."""
+    relative = terms / seconds[:, None]
+    robust = np.ones(len(seconds))
+    lines = np.zeros((num_lines, terms.shape[1]))
+    best, best_error, stale = lines, math.inf, 0
+    for _ in range(50):
+        for line in range(num_lines):
+            rows = line_of == line
+            if rows.sum() < min(terms.shape[1], len(rows)):
+                return best, best_error
+            root = np.sqrt(weight[rows] * robust[rows])
+            lines[line] = nonnegative_least_squares(relative[rows] * root[:, None], root)
+        each = relative @ lines.T
+        line_of = each.argmax(axis=1)
+        size = np.abs(each.max(axis=1) - 1.0)
+        error = float(np.average(size, weights=weight))
+        stale = 0 if error < best_error * (1 - 1e-6) else stale + 1
+        if error < best_error:
+            best, best_error = lines.copy(), error
+        if stale == 5:
+            break
+        limit = max(1.5 * 1.4826 * float(np.median(size)), 0.01)
+        robust = np.minimum(1.0, limit / np.maximum(size, limit))
+    return best, best_error
+
+
+def nonnegative_least_squares(matrix: FloatArray, target: FloatArray) -> FloatArray:
+    """Return x >= 0 that minimises |matrix @ x - target| (the active-set method of Lawson and Hanson)."""
+    scale = np.sqrt((matrix * matrix).sum(axis=0))
+    scale[scale == 0] = 1.0
+    scaled = matrix / scale
+    gram, goal = scaled.T @ scaled, scaled.T @ target
+    x = np.zeros(len(goal))
+    free = np.zeros(len(goal), dtype=np.bool_)
+    for _ in range(10 * len(goal)):
+        gain = np.where(free, -math.inf, goal - gram @ x)
+        if gain.max() <= 1e-10 * max(float(np.abs(goal).max()), 1e-300):
+            break
+        free[int(gain.argmax())] = True
+        while free.any():
+            trial = np.zeros(len(goal))
+            trial[free] = np.linalg.lstsq(gram[np.ix_(free, free)], goal[free], rcond=1e-12)[0]
+            if trial[free].min() > 0:
+                x = trial
+                break
+            shrinking = free & (trial <= 0)
+            ratio = x[shrinking] / np.maximum(x[shrinking] - trial[shrinking], 1e-300)
+            x = x + min(float(ratio.min()), 1.0) * (trial - x)
+            free &= x > 1e-12 * max(float(x.max()), 1e-300)
+            x[~free] = 0.0
+    result: FloatArray = x / scale
+    return result
