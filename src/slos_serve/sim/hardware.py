@@ -1,0 +1,131 @@
+"""What a simulated engine is made of: step times, KV room, limits, and where each figure comes from.
+
+A hardware file is JSON, schema `slos-serve-hardware/1`, shipped beside this module or written by a user:
+
+    {"schema": "slos-serve-hardware/1", "name": "...", "description": "...", "num_gpus": 1,
+     "perf_model": {"lines": [{"per_token_s": ..., "fixed_s": ...}, ...]},
+     "kv_tokens": 118000, "max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": 256,
+     "block_size": 16, "provenance": {"perf_model": {"kind": "measured", "source": "..."}, ...}}
+
+`kind` is `published` (a paper's own constants), `measured` (fitted to measured steps) or `derived`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from slos_serve.core.perf import PerfModel
+from slos_serve.core.types import Limits
+from slos_serve.errors import ConfigError
+
+SCHEMA = "slos-serve-hardware/1"
+KINDS = ("published", "measured", "derived")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """One replica's engine; token counts, and `num_gpus` behind one replica."""
+
+    name: str
+    perf_model: PerfModel
+    kv_tokens: int
+    max_model_len: int
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    block_size: int = 16
+    num_gpus: int = 1
+    description: str = ""
+    provenance: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def limits(self, *, max_model_len: int | None = None, max_draft_length: int = 0) -> Limits:
+        """Return the engine limits; the longest sequence never exceeds the KV room."""
+        longest = min(self.max_model_len, max_model_len or self.max_model_len, self.kv_tokens)
+        return Limits(
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=longest,
+            block_size=self.block_size,
+            num_kv_blocks=self.kv_tokens // self.block_size,
+            max_draft_length=max_draft_length,
+        )
+
+    def with_kv_tokens(self, kv_tokens: int) -> Hardware:
+        """Return a copy with another KV room, in tokens."""
+        return replace(self, kv_tokens=kv_tokens)
+
+    def reference_s(self, prompt_tokens: int) -> float:
+        """Return the unloaded, uncached prefill time that SLOs are defined by, in seconds."""
+        return self.perf_model.prefill_seconds(prompt_tokens, self.max_num_batched_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `parse_hardware` reads."""
+        return {
+            "schema": SCHEMA,
+            "name": self.name,
+            "description": self.description,
+            "num_gpus": self.num_gpus,
+            "perf_model": self.perf_model.to_json(),
+            "kv_tokens": self.kv_tokens,
+            "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_num_seqs": self.max_num_seqs,
+            "block_size": self.block_size,
+            "provenance": {key: dict(value) for key, value in self.provenance.items()},
+        }
+
+
+def hardware_names() -> list[str]:
+    """Return the names of the shipped hardware files, sorted."""
+    folder = files("slos_serve.sim") / "hardware"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def load_hardware(name_or_file: str) -> Hardware:
+    """Return shipped hardware by name, or read a JSON file. `ConfigError` says what is wrong."""
+    names = hardware_names()
+    if name_or_file in names:
+        text = (files("slos_serve.sim") / "hardware" / f"{name_or_file}.json").read_text(encoding="utf-8")
+        return parse_hardware(json.loads(text), where=name_or_file)
+    path = Path(name_or_file)
+    if not path.is_file():
+        expected = f"a JSON file or one of {', '.join(names)}"
+        raise ConfigError(where="hardware", key="name", value=name_or_file, expected=expected)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(where=name_or_file, key="file", value=str(error), expected="readable JSON") from error
+    return parse_hardware(document, where=name_or_file)
+
+
+def parse_hardware(document: object, *, where: str) -> Hardware:
+    """Build hardware from a JSON document. `ConfigError` names the key that does not fit."""
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        value = document.get("schema") if isinstance(document, Mapping) else document
+        raise ConfigError(where=where, key="schema", value=value, expected=repr(SCHEMA))
+    values = {key: value for key, value in document.items() if key != "schema"}
+    unknown = sorted(set(values) - set(Hardware.__slots__))
+    if unknown:
+        expected = f"keys among {', '.join(Hardware.__slots__)}"
+        raise ConfigError(where=where, key=unknown[0], value=values[unknown[0]], expected=expected)
+    for key in ("name", "perf_model", "kv_tokens", "max_model_len"):
+        if key not in values:
+            raise ConfigError(where=where, key=key, value=None, expected="a value")
+    for key in ("kv_tokens", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "block_size", "num_gpus"):
+        value = values.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(where=where, key=key, value=value, expected="a whole number of at least 1")
+    if values["kv_tokens"] < values.get("block_size", 16):
+        raise ConfigError(where=where, key="kv_tokens", value=values["kv_tokens"], expected="room for one KV block")
+    for key, source in values.get("provenance", {}).items():
+        if not isinstance(source, Mapping) or source.get("kind") not in KINDS:
+            raise ConfigError(where=where, key=f"provenance.{key}.kind", value=source, expected=f"one of {', '.join(KINDS)}")
+    try:
+        values["perf_model"] = PerfModel.from_json(values["perf_model"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(where=where, key="perf_model", value=str(error), expected="lines of named terms") from error
+    return Hardware(**values)

@@ -1,0 +1,99 @@
+"""What the simulator knows of a request beside what the planner may see, and what became of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from slos_serve.core.deadlines import Grade, StreamGrader, due_s, outcome
+from slos_serve.core.summary import GradedRequest
+from slos_serve.core.types import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimRequest:
+    """A request with the truth that no planner sees. Token counts.
+
+    `num_thinking_tokens` are the first of `num_output_tokens`. `num_cached_tokens`: prefix the cache
+    could hold; with a `session_id` it must still be there. `session_id` "" keeps nothing for later.
+    """
+
+    request: Request
+    num_output_tokens: int
+    num_thinking_tokens: int = 0
+    num_cached_tokens: int = 0
+    session_id: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_output_tokens <= self.request.max_output_tokens:
+            limit = self.request.max_output_tokens
+            raise ValueError(f"SimRequest.num_output_tokens = {self.num_output_tokens}: expected 1 to {limit}")
+        if not 0 <= self.num_thinking_tokens <= self.num_output_tokens:
+            raise ValueError(f"SimRequest.num_thinking_tokens = {self.num_thinking_tokens}: expected within the output")
+        if not 0 <= self.num_cached_tokens <= self.request.num_prompt_tokens:
+            raise ValueError(f"SimRequest.num_cached_tokens = {self.num_cached_tokens}: expected within the prompt")
+
+
+class Record:
+    """One live request: its truth, its grader, and when it was promised (`inf` if it was not)."""
+
+    __slots__ = ("fed_tokens", "grader", "num_preemptions", "promised_s", "sim")
+
+    def __init__(self, sim: SimRequest) -> None:
+        request = sim.request
+        self.sim = sim
+        self.grader = StreamGrader(request.arrival_s, request.slo, request.thinks)
+        self.fed_tokens = 0
+        self.promised_s = math.inf
+        self.num_preemptions = 0
+
+    def feed(self, now_s: float, num_output_tokens: int) -> None:
+        """Tell the grader that `num_output_tokens` are out now."""
+        thinking = self.sim.num_thinking_tokens
+        new_thinking = min(num_output_tokens, thinking) - min(self.fed_tokens, thinking)
+        self.grader.feed(now_s, num_output_tokens - self.fed_tokens, new_thinking)
+        self.fed_tokens = num_output_tokens
+
+    @property
+    def promised(self) -> bool:
+        """Tell whether a promise was given before the first token."""
+        return self.promised_s < self.grader.first_token_s
+
+    def finish(self, now_s: float, *, makes_promises: bool) -> GradedRequest:
+        """Grade the request that ran to its end at `now_s`."""
+        return self._graded(self.grader.finish(now_s), now_s, makes_promises=makes_promises)
+
+    def fail(self) -> GradedRequest:
+        """Grade a request that could never run."""
+        request = self.sim.request
+        return GradedRequest(
+            slo_class=request.slo_class,
+            outcome=outcome(None, has_slo=not request.slo.is_empty, promised=False),
+            arrival_s=request.arrival_s,
+            num_prompt_tokens=request.num_prompt_tokens,
+        )
+
+    def _graded(self, grade: Grade, finish_s: float, *, makes_promises: bool) -> GradedRequest:
+        request = self.sim.request
+        slo = request.slo
+        first_s = self.grader.first_token_s if self.grader.num_output_tokens else request.arrival_s
+        last_due_s = due_s(
+            self.sim.num_output_tokens, request.arrival_s, first_s, slo, self.sim.num_thinking_tokens
+        )
+        if slo.e2e_s is not None:
+            last_due_s = min(last_due_s, request.arrival_s + slo.e2e_s)
+        return GradedRequest(
+            slo_class=request.slo_class,
+            outcome=outcome(grade, has_slo=not slo.is_empty, promised=self.promised or not makes_promises),
+            promised=self.promised,
+            met_mean_tpot=grade.met_mean_tpot,
+            met_window=grade.met_window,
+            ttft_s=grade.ttft_s if math.isfinite(grade.ttft_s) else None,
+            tpot_s=grade.tpot_s if grade.num_output_tokens > 1 else None,
+            arrival_s=request.arrival_s,
+            finish_s=finish_s,
+            last_due_s=last_due_s,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=self.grader.num_output_tokens,
+            promise_lead_s=request.arrival_s + slo.ttft_s - self.promised_s if self.promised and slo.ttft_s else None,
+        )
