@@ -1,0 +1,280 @@
+"""Where what the engine publishes meets the requests that wait for it: one `HUB` per API process.
+
+The engine sends one way, one message per step at most: verdicts, finished requests, a snapshot. A thread
+outside this module receives them and calls `Hub.feed`; request handlers live on the event loop and wait
+in `Hub.wait_verdict`. Everything kept is bounded, and a malformed message costs nothing but itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slos_serve.config import CUSTOM, SloConfig, load_slo_config
+from slos_serve.http.metrics import OTHER, SloMetrics
+from slos_serve.http.slo import Operator
+
+MAX_RECORDS = 4096
+FRESH_S = 2.0
+RETRY_AFTER_S = (1, 30)
+VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms")
+FINISHED_KEYS = (
+    "outcome",
+    "promised",
+    "stages",
+    "ttft_ms",
+    "tpot_ms",
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "promise_lead_ms",
+)
+
+Record = dict[str, Any]
+
+_CHOICE = re.compile(r"^\d+_")
+
+
+class Hub:
+    """Verdicts, recent requests, the last snapshot and the metrics. Safe to call from any thread."""
+
+    def __init__(self, metrics: SloMetrics, *, max_records: int = MAX_RECORDS) -> None:
+        self.metrics = metrics
+        self.operator = Operator(SloConfig())
+        self.settings: Mapping[str, Any] = {}
+        self.model: str | None = None
+        self.num_malformed = 0
+        self._max_records = max_records
+        self._lock = threading.Lock()
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._aliases: dict[str, str] = {}
+        self._waiters: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = {}
+        self._snapshot: Mapping[str, Any] | None = None
+        self._snapshot_s = -math.inf
+
+    def configure(self, *, slo: Mapping[str, Any] | None = None, model: str | None = None) -> None:
+        """Take over `additional_config["slo"]`: class configuration, mode and profile. `ConfigError` if bad."""
+        self.settings = dict(slo or {})
+        self.model = model
+        self.operator = Operator(load_slo_config(self.settings.get("config")))
+
+    @property
+    def config(self) -> SloConfig:
+        """The operator's configuration; the shipped defaults until `configure`."""
+        return self.operator.config
+
+    # Engine side: any thread.
+
+    def feed(self, message: Mapping[str, Any]) -> None:
+        """Take in one message of the engine. Never raises: what cannot be read is counted and dropped."""
+        engine = message.get("engine", 0) if isinstance(message, Mapping) else 0
+        for key, take in (("verdicts", self._take_verdict), ("finished", self._take_finished)):
+            for item in self._items(message, key):
+                self._guarded(take, item)
+        self._guarded(lambda m: self._take_snapshot(m.get("snapshot"), engine), message)
+        self._guarded(lambda m: self.metrics.observe(self.metrics.plan, m.get("plan_s")), message)
+        self._guarded(lambda m: self.metrics.observe(self.metrics.step_error, m.get("step_error_s")), message)
+
+    def _guarded(self, take: Any, item: Any) -> None:
+        try:
+            take(item)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            self.num_malformed += 1
+
+    def _items(self, message: Mapping[str, Any], key: str) -> list[Any]:
+        items = message.get(key) if isinstance(message, Mapping) else None
+        return items if isinstance(items, list) else []
+
+    def _label(self, slo_class: object) -> str:
+        return str(slo_class) if slo_class in self.config.classes or slo_class == CUSTOM else OTHER
+
+    def _take_verdict(self, item: Mapping[str, Any]) -> None:
+        label = self._label(item["slo_class"])
+        self.metrics.count_verdict(label, item["verdict"], item.get("reason") or "", item.get("slack_ms"))
+        slo_id = item.get("slo_id") or item["request_id"]
+        with self._lock:
+            record = self._record(slo_id, label, item.get("tenant") or "")
+            self._alias(item.get("request_id"), slo_id)
+            parts = record["_parts"]
+            parts[item.get("request_id")] = {key: item.get(key) for key in VERDICT_KEYS}
+            # One HTTP request can be several in the engine (n > 1, many prompts): it is as good as its worst.
+            worst = next((part for part in parts.values() if part["verdict"] == "best-effort"), None)
+            record.update(worst or parts[item.get("request_id")])
+            waiter = self._waiters.pop(slo_id, None)
+        if waiter is not None:
+            _wake(*waiter)
+
+    def _take_finished(self, item: Mapping[str, Any]) -> None:
+        label, outcome = self._label(item["slo_class"]), item["outcome"]
+        slo_id, tenant = item.get("slo_id") or item["request_id"], item.get("tenant") or ""
+        with self._lock:
+            known = self._records.get(slo_id)
+            if known is not None and known.get("outcome") == "rejected":
+                return  # refused before its first byte and counted then; the engine only saw it leave
+            if outcome != "none":
+                record = self._record(slo_id, label, tenant)
+                self._alias(item.get("request_id"), slo_id)
+                record.update({key: item.get(key) for key in FINISHED_KEYS})
+                record["finished_s"] = time.time()
+        self.metrics.count_outcome(label, tenant, outcome)
+        if item.get("promised"):
+            self.metrics.count_promise(label, outcome)
+        self.metrics.count_stages(label, item.get("stages") or {})
+
+    def _take_snapshot(self, snapshot: Mapping[str, Any] | None, engine: object) -> None:
+        if snapshot is None:
+            return
+        self.metrics.show(snapshot, engine)
+        self._snapshot, self._snapshot_s = dict(snapshot), time.monotonic()
+
+    # HTTP side: the event loop.
+
+    def open(self, slo_id: str, *, slo_class: str, tenant: str, arrival_s: float, best_effort: bool = False) -> None:
+        """Remember a request on its way to the engine; one that wants no promise has its verdict already."""
+        with self._lock:
+            record = self._record(slo_id, slo_class, tenant)
+            record["arrival_s"] = arrival_s
+            if best_effort:
+                record.update(verdict="best-effort", reason="requested")
+
+    async def wait_verdict(self, slo_id: str, timeout_s: float) -> Record | None:
+        """Return a request's verdict as soon as there is one, or None after `timeout_s`."""
+        with self._lock:
+            record = self._records.get(slo_id)
+            if record is not None and record["verdict"] != "pending":
+                return public(record)
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            self._waiters[slo_id] = (loop, future)
+        try:
+            await asyncio.wait_for(future, max(0.0, timeout_s))
+        except TimeoutError:
+            return None
+        finally:
+            with self._lock:
+                if self._waiters.get(slo_id, (None, None))[1] is future:
+                    del self._waiters[slo_id]
+        return self.find(slo_id)
+
+    def find(self, request_id: str) -> Record | None:
+        """Return what is known of a request by our id, the engine's or the client's."""
+        with self._lock:
+            record = self._records.get(self._aliases.get(request_id, request_id))
+            return None if record is None else public(record)
+
+    def reject(self, slo_id: str, *, slo_class: str, tenant: str, reason: str) -> None:
+        """Count a request that was answered with a 429."""
+        label = self._label(slo_class)
+        self.metrics.count_outcome(label, tenant, "rejected")
+        with self._lock:
+            self._record(slo_id, label, tenant).update(verdict="rejected", reason=reason, outcome="rejected")
+
+    @property
+    def snapshot(self) -> Mapping[str, Any] | None:
+        """The last snapshot, however old."""
+        return self._snapshot
+
+    @property
+    def snapshot_age_s(self) -> float:
+        """Seconds since the last snapshot; infinite before the first."""
+        return time.monotonic() - self._snapshot_s
+
+    @property
+    def fresh_snapshot(self) -> Mapping[str, Any] | None:
+        """The last snapshot if the engine is at work: an idle one publishes nothing, and has room."""
+        return self._snapshot if self.snapshot_age_s <= FRESH_S else None
+
+    def refusal(self, *, best_effort: bool, rejects: bool) -> str | None:
+        """Return why a request is refused before it reaches the engine, None to let it through.
+
+        Only a busy engine in enforce mode refuses, and only what its last snapshot proves: best-effort work
+        when as many best-effort requests wait as the operator allows, a class that asks to be rejected when
+        the promises already given leave no prefill rate at all. Anything finer is the planner's verdict.
+        """
+        snapshot = self.fresh_snapshot
+        if snapshot is None or snapshot.get("effective_mode") != "enforce":
+            return None
+        limit = self.config.max_best_effort_queue
+        if best_effort and limit is not None:
+            waiting = min(snapshot.get("num_best_effort") or 0, snapshot.get("num_waiting") or 0)
+            if waiting >= max(1, limit):
+                return "queue-full"
+        headroom = snapshot.get("headroom_tokens_per_s")
+        if rejects and headroom is not None and headroom <= 0:
+            return "compute"
+        return None
+
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds until the present queue has drained, 1 to 30."""
+        drain_s = (self._snapshot or {}).get("drain_s") or 0.0
+        low, high = RETRY_AFTER_S
+        return high if not math.isfinite(drain_s) else min(high, max(low, math.ceil(drain_s)))
+
+    @property
+    def is_profiling(self) -> bool:
+        """Tell whether the engine still waits for the performance profile it was told to use."""
+        path = self.settings.get("profile")
+        if not path or (self._snapshot or {}).get("profile") is not None:
+            return False
+        return not Path(path).exists()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait for a verdict."""
+        return len(self._waiters)
+
+    # Records, under the lock.
+
+    def _record(self, slo_id: str, slo_class: str, tenant: str) -> Record:
+        record = self._records.get(slo_id)
+        if record is None:
+            record = {"id": slo_id, "class": slo_class, "tenant": tenant, "verdict": "pending", "reason": ""}
+            record |= {"_parts": {}, "_aliases": []}
+            self._records[slo_id] = record
+            while len(self._records) > self._max_records:
+                _, old = self._records.popitem(last=False)
+                for alias in old["_aliases"]:
+                    self._aliases.pop(alias, None)
+        return record
+
+    def _alias(self, request_id: object, slo_id: str) -> None:
+        """Let a request be found by the engine's id and by the one in the client's response.
+
+        vLLM's engine appends `-<8 hex digits>` to the response's id, completions a prompt number before that,
+        and each of several choices gets `<number>_` in front.
+        """
+        if not isinstance(request_id, str) or request_id == slo_id:
+            return
+        record = self._records[slo_id]
+        record.setdefault("request_id", request_id)
+        stem = _CHOICE.sub("", request_id).rpartition("-")[0]
+        prompt_stem, _, number = stem.rpartition("-")
+        for alias in (request_id, stem, prompt_stem if number.isdigit() and stem.startswith("cmpl-") else ""):
+            if alias and alias not in self._aliases:
+                self._aliases[alias] = slo_id
+                record["_aliases"].append(alias)
+
+
+def public(record: Record) -> Record:
+    """Return a copy of a record without its book-keeping."""
+    return {key: value for key, value in record.items() if not key.startswith("_")}
+
+
+def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    def done() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    with contextlib.suppress(RuntimeError):  # the server is shutting down and its loop is closed
+        loop.call_soon_threadsafe(done)
+
+
+HUB = Hub(SloMetrics())

@@ -1,0 +1,118 @@
+"""The Prometheus metrics, on the registry that vLLM's `/metrics` shows.
+
+Attainment is a pair of counters, never a quantile of a histogram. The engine keeps cumulative counts of
+its own; they arrive in snapshots and are turned into increments here, so that an engine that restarts
+does not make a counter jump back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+MAX_TENANTS = 100
+OTHER = "other"
+MODES = {"observe": 1, "enforce": 2}
+_TENTHS_OF_MS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
+_SECONDS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class SloMetrics:
+    """Every metric of the contract, and what moves it."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode="mostrecent")
+
+        self.requests = counter("slos_serve_requests_total", "Requests by outcome.", "class", "tenant", "outcome")
+        self.promises = counter("slos_serve_promises_total", "Promises, kept or broken.", "class", "result")
+        self.stage_slo = counter("slos_serve_stage_slo_total", "Stages graded.", "class", "stage", "outcome")
+        self.verdicts = counter("slos_serve_verdicts_total", "Verdicts given.", "class", "verdict", "reason")
+        self.preemptions = counter("slos_serve_best_effort_preemptions_total", "Best-effort requests preempted.")
+        self.faults = counter("slos_serve_planner_faults_total", "Steps the planner did not plan.", "kind")
+        self.slack = Histogram(
+            "slos_serve_slack_seconds",
+            "Planned time to spare before a promised deadline.",
+            ("class", "stage"),
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.plan = Histogram(
+            "slos_serve_plan_seconds", "Time to plan one step.", registry=registry, buckets=_TENTHS_OF_MS
+        )
+        self.step_error = Histogram(
+            "slos_serve_step_error_seconds",
+            "Absolute difference between the predicted and the measured time of a step.",
+            registry=registry,
+            buckets=_TENTHS_OF_MS,
+        )
+        self.mode = gauge("slos_serve_mode", "What steers the engine: 0 its own order, 1 observing, 2 enforcing.")
+        self.promised = gauge("slos_serve_promised_requests", "Live requests that hold a promise.")
+        self.best_effort = gauge("slos_serve_best_effort_requests", "Live best-effort requests.")
+        self.headroom = gauge("slos_serve_prefill_headroom_tokens_per_second", "Prefill rate not yet promised away.")
+        self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
+        self.margin_coverage = gauge("slos_serve_margin_coverage", "Share of steps within the predicted time.")
+        self._tenants: set[str] = set()
+        self._seen: dict[tuple[object, str], float] = {}
+
+    def tenant(self, name: str) -> str:
+        """Return the label of a tenant: itself for the first hundred, then `other`."""
+        if name in self._tenants:
+            return name
+        if len(self._tenants) >= MAX_TENANTS:
+            return OTHER
+        self._tenants.add(name)
+        return name
+
+    def count_outcome(self, slo_class: str, tenant: str, outcome: str) -> None:
+        """Count one request's end."""
+        self.requests.labels(slo_class, self.tenant(tenant), outcome).inc()
+
+    def count_verdict(self, slo_class: str, verdict: str, reason: str, slack_ms: float | None) -> None:
+        """Count one verdict and, for a promise, its planned slack to the first token."""
+        self.verdicts.labels(slo_class, verdict, reason).inc()
+        if slack_ms is not None and verdict != "best-effort":
+            self.slack.labels(slo_class, "prefill").observe(slack_ms / 1000)
+
+    def count_promise(self, slo_class: str, outcome: str) -> None:
+        """Count a promise as kept or broken; one whose client left is neither."""
+        if outcome != "cancelled":
+            self.promises.labels(slo_class, "kept" if outcome == "met" else "broken").inc()
+
+    def count_stages(self, slo_class: str, stages: Mapping[str, str]) -> None:
+        """Count the stages that were graded."""
+        for stage, outcome in stages.items():
+            if outcome in {"met", "missed"}:
+                self.stage_slo.labels(slo_class, stage, outcome).inc()
+
+    def show(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:
+        """Move gauges and cumulative counters to a snapshot."""
+        self.mode.set(MODES.get(str(snapshot.get("effective_mode")), 0))
+        for gauge, key in (
+            (self.promised, "num_promised"),
+            (self.best_effort, "num_best_effort"),
+            (self.headroom, "headroom_tokens_per_s"),
+            (self.margin_coverage, "margin_coverage"),
+        ):
+            if snapshot.get(key) is not None:
+                gauge.set(snapshot[key])
+        for slo_class, length in (snapshot.get("draft_lengths") or {}).items():
+            self.draft_length.labels(slo_class).set(length)
+        self.preemptions.inc(self._increment(engine, "preemptions", snapshot.get("best_effort_preemptions") or 0))
+        for kind, count in (snapshot.get("planner_faults") or {}).items():
+            self.faults.labels(kind).inc(self._increment(engine, f"fault {kind}", count))
+
+    def observe(self, histogram: Histogram, seconds: object) -> None:
+        """Add a list of samples, as the engine sends them with a step."""
+        for value in seconds if isinstance(seconds, list) else ():
+            histogram.observe(abs(value))
+
+    def _increment(self, engine: object, name: str, count: float) -> float:
+        before = self._seen.get((engine, name), 0)
+        self._seen[engine, name] = count
+        return count - before if count >= before else count

@@ -1,0 +1,312 @@
+"""The middleware around vLLM's OpenAI server: `--middleware slos_serve.http.middleware.SloMiddleware`.
+
+Theory of operation. vLLM puts a `--middleware` outside everything else, its API key check included. So
+nothing is read or decided before the server inside asks for the request's body, which it does only for a
+client it lets in; then the body is read, checked and handed on with `vllm_xargs` written into it. What a
+refused client gets replaces the server's own complaint about the empty body it is given instead.
+
+On the way back a streamed response's headers wait for the verdict, or for the first chunk, or for the
+deadline, whichever comes first; vLLM submits a request only when its stream is first read, so the server
+inside is never made to wait. The last data event carries `slo` and `service_tier`, every other byte
+passes untouched. Requests that say nothing about latency cost one scan of their body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slos_serve.http import replies
+from slos_serve.http.hub import HUB, Hub, Record
+from slos_serve.http.slo import RequestError, SloRequest
+from slos_serve.http.stream import StreamTail, append_member, write_into
+
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+PROBE_HEADER = (b"x-slos-serve-probe", b"1")
+INVALID_BODY = b"{"
+XARGS = "vllm_xargs"
+
+
+class SloMiddleware:
+    """Pure ASGI middleware; everything that is not about SLOs goes straight to `app`."""
+
+    def __init__(self, app: ASGIApp, hub: Hub = HUB) -> None:
+        self.app = app
+        self.hub = hub
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            method = scope["method"]
+            if method == "POST" and path in PATHS:
+                await _Exchange(self.app, self.hub, scope, receive, send).run()
+                return
+            if method == "GET" and path.startswith(replies.SLO_PREFIX):
+                await self._page(path, scope, receive, send)
+                return
+            if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
+                await replies.profiling()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
+        replaced = False
+
+        async def send_page(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] == 404:
+                replaced = True
+                response = replies.page(self.hub, path)
+                response.raw_headers += [h for h in message["headers"] if h[0].startswith(b"access-control-")]
+                await response(scope, receive, send)
+            elif not replaced:
+                await send(message)
+
+        await self.app(scope, receive, send_page)
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, app: ASGIApp, hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app = app
+        self._hub = hub
+        self._scope = dict(scope)
+        self._client_receive = receive
+        self._client_send = send
+        self._arrival_s = time.time()
+        self._entered_s = time.monotonic()
+        self._body_was_read = False
+        self._slo_id = ""
+        self._request = SloRequest(slo_class="")
+        self._num_choices = 1
+        self._start: Message | None = None
+        self._is_started = False
+        self._is_refused = False
+        self._refused = asyncio.Event()
+        self._starting = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+        self._tail: StreamTail | None = None
+        self._document: list[bytes] | None = None
+
+    async def run(self) -> None:
+        """Let the server inside answer."""
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        finally:
+            if self._watch is not None:
+                self._watch.cancel()
+
+    # -- the request ------------------------------------------------------------------------------
+
+    async def _receive(self) -> Message:
+        if self._body_was_read:
+            return await self._receive_more()
+        chunks = []
+        while True:
+            message = await self._client_receive()
+            if message["type"] != "http.request":
+                return message  # the client left while it was still sending
+            chunks.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        self._body_was_read = True
+        body = await self._prepared(b"".join(chunks))
+        headers = [h for h in self._scope["headers"] if h[0] != b"content-length"]
+        self._scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _receive_more(self) -> Message:
+        """Wait for the client to leave; a request that was refused meanwhile counts as gone."""
+        if not self._request.rejects:
+            return await self._client_receive()
+        client = asyncio.ensure_future(self._client_receive())
+        refused = asyncio.ensure_future(self._refused.wait())
+        try:
+            await asyncio.wait((client, refused), return_when=asyncio.FIRST_COMPLETED)
+            return client.result() if client.done() else {"type": "http.disconnect"}
+        finally:
+            client.cancel()
+            refused.cancel()
+
+    async def _prepared(self, body: bytes) -> bytes:
+        """Return the body for the server inside; refuses what is malformed or has no room."""
+        hub, headers = self._hub, self._scope["headers"]
+        if not hub.operator.concerns(headers, body):
+            reason = hub.refusal(best_effort=True, rejects=False)
+            return body if reason is None else await self._refuse(reason)
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            return body  # the server inside says what is wrong with it
+        if not isinstance(document, dict) or not document:
+            return body
+        try:
+            request = hub.operator.read(headers, document)
+        except RequestError as problem:
+            return await self._answer(replies.bad_request(problem))
+        self._request = request
+        reason = hub.refusal(best_effort=request.best_effort, rejects=request.rejects)
+        if reason is not None:
+            return await self._refuse(reason)
+        own = document.get(XARGS) or {}
+        if not isinstance(own, dict) or not (request.asked or request.xargs):
+            return body
+        keep = own if request.keeps_own else {key: own[key] for key in own if not key.startswith("slo_")}
+        xargs = {**keep, **request.xargs, "slo_arrival_s": self._arrival_s}
+        if request.asked:
+            self._slo_id = xargs["slo_id"] = uuid.uuid4().hex
+            hub.open(
+                self._slo_id,
+                slo_class=request.slo_class,
+                tenant=request.tenant,
+                arrival_s=self._arrival_s,
+                best_effort=request.best_effort,
+            )
+            self._num_choices = _num_choices(document)
+            if request.rejects:
+                self._watch = asyncio.create_task(self._await_verdict())
+        if json.detect_encoding(body) == "utf-8":
+            return append_member(body, XARGS, xargs)
+        return write_into(body, {XARGS: xargs})
+
+    # -- the response -----------------------------------------------------------------------------
+
+    async def _send(self, message: Message) -> None:
+        if self._is_refused:
+            if self._scope.get("asgi", {}).get("spec_version", "2.0") >= "2.4":
+                raise OSError("the request was refused")  # how such servers say that the client has left
+        elif not self._slo_id:
+            await self._client_send(message)
+        elif message["type"] == "http.response.start":
+            await self._take_start(message)
+        elif message["type"] == "http.response.body":
+            await self._take_body(message)
+        else:
+            await self._begin()
+            await self._client_send(message)
+
+    async def _take_start(self, message: Message) -> None:
+        headers = dict(message["headers"])
+        kind = headers.get(b"content-type", b"")
+        if message["status"] != 200 or b"content-encoding" in headers:
+            self._is_started = True
+            await self._client_send(message)
+            return
+        self._start = message
+        if kind.startswith(b"text/event-stream"):
+            self._tail = StreamTail(self._extra, self._num_choices)
+            if self._watch is None or self._watch.done():
+                self._watch = asyncio.create_task(self._await_verdict())
+        elif kind.startswith(b"application/json"):
+            self._document = []
+
+    async def _take_body(self, message: Message) -> None:
+        data: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        if self._document is not None:
+            self._document.append(data)
+            if more:
+                return
+            data = write_into(b"".join(self._document), self._extra())
+            await self._begin(content_length=len(data))
+        elif self._tail is not None:
+            await self._begin()
+            data = self._tail.feed(data)
+            if not more:
+                data += self._tail.close()
+            elif not data:
+                return
+        else:
+            await self._begin()
+        if not self._is_refused:
+            await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _begin(self, content_length: int | None = None) -> None:
+        """Send the response's start with what is known by now, once."""
+        if self._is_started:
+            return
+        async with self._starting:
+            if self._start is None or self._is_started or self._is_refused:
+                return
+            headers = [h for h in self._start["headers"] if content_length is None or h[0] != b"content-length"]
+            if content_length is not None:
+                headers.append((b"content-length", str(content_length).encode()))
+            await self._client_send({**self._start, "headers": headers + _verdict_headers(self._record())})
+            self._is_started = True
+
+    async def _await_verdict(self) -> None:
+        left_s = self._request.hold_s - (time.monotonic() - self._entered_s)
+        verdict = await self._hub.wait_verdict(self._slo_id, left_s)
+        with contextlib.suppress(OSError):  # the client has left
+            if self._request.rejects and verdict is not None and _is_no(verdict):
+                async with self._starting:
+                    if not self._is_started:
+                        await self._refuse(verdict["reason"])
+            elif self._document is None:
+                await self._begin()
+
+    async def _refuse(self, reason: str) -> bytes:
+        request = self._request
+        slo_class = request.slo_class or self._hub.config.default_class
+        slo_id = self._slo_id or uuid.uuid4().hex
+        self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason)
+        return await self._answer(replies.refusal(reason, self._hub.retry_after_s))
+
+    async def _answer(self, response: Response) -> bytes:
+        """Answer in place of the server inside; returns a body that it will not act on."""
+        self._is_refused = True
+        self._refused.set()
+        await response(self._scope, self._client_receive, self._client_send)
+        return INVALID_BODY
+
+    def _record(self) -> Record:
+        return self._hub.find(self._slo_id) or {"class": self._request.slo_class, "verdict": "pending", "reason": ""}
+
+    def _extra(self) -> Mapping[str, Any]:
+        record = self._record()
+        keys = ("class", "verdict", "reason", "predicted_ttft_ms", "slack_ms")
+        extra: dict[str, Any] = {
+            "slo": {"id": self._slo_id, **{k: record[k] for k in keys if _is_known(record.get(k))}}
+        }
+        if record["verdict"] == "best-effort":
+            extra["service_tier"] = "flex"
+        elif record["verdict"] != "pending":
+            extra["service_tier"] = "priority" if self._request.tier == "priority" else "default"
+        return extra
+
+
+def _is_no(verdict: Record) -> bool:
+    return bool(verdict["verdict"] == "best-effort" and verdict["reason"] != "observe")
+
+
+def _is_known(value: object) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _verdict_headers(record: Record) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-slo-verdict", str(record["verdict"]).encode())]
+    if record["reason"]:
+        headers.append((b"x-slo-reason", str(record["reason"]).encode()))
+    predicted = record.get("predicted_ttft_ms")
+    if predicted is not None and math.isfinite(predicted):
+        headers.append((b"x-slo-predicted-ttft-ms", str(round(predicted)).encode()))
+    return headers
+
+
+def _num_choices(document: Mapping[str, Any]) -> int:
+    """Return how many choices a stream will finish: `n` of them for every prompt of a completion."""
+    n, prompt = document.get("n"), document.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
+    return prompts * n if isinstance(n, int) and n > 0 else prompts

@@ -1,0 +1,88 @@
+"""What this package answers by itself, in the shape of vLLM's own answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from slos_serve.http.hub import Hub
+from slos_serve.http.slo import BODY_KEYS, RequestError
+
+SLO_PREFIX = "/v1/slo/"
+REQUESTS_PREFIX = SLO_PREFIX + "requests/"
+
+
+def error(status: HTTPStatus, message: str, *, param: str | None = None, headers: Mapping[str, str] = {}) -> Response:
+    """Return an error as vLLM words it: `BadRequestError` for 400, else the status's own phrase."""
+    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase
+    content = {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
+    return JSONResponse(content, status_code=status, headers=dict(headers))
+
+
+def bad_request(problem: RequestError) -> Response:
+    """Return the 400 for a request that says something malformed about its SLO."""
+    return error(HTTPStatus.BAD_REQUEST, str(problem), param=problem.param)
+
+
+def refusal(reason: str, retry_after_s: int) -> Response:
+    """Return the 429 of a request that cannot be served as its class wants."""
+    message = f"no promise can be given now ({reason}) and this class of requests asks to be refused then"
+    if reason == "queue-full":
+        message = "the queue for requests without a promise is full"
+    headers = {"retry-after": str(retry_after_s), "x-slo-verdict": "rejected", "x-slo-reason": reason}
+    return error(HTTPStatus.TOO_MANY_REQUESTS, f"{message}; try again in {retry_after_s} s", headers=headers)
+
+
+def profiling() -> Response:
+    """Return what /health says until the performance profile is there."""
+    return JSONResponse({"status": "profiling"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def page(hub: Hub, path: str) -> Response:
+    """Answer GET below /v1/slo/."""
+    if path == SLO_PREFIX + "classes":
+        return JSONResponse(classes(hub))
+    if path == SLO_PREFIX + "status":
+        return Response(json.dumps(status(hub)), media_type="application/json")
+    if path.startswith(REQUESTS_PREFIX):
+        request_id = path.removeprefix(REQUESTS_PREFIX)
+        record = hub.find(request_id)
+        if record is not None:
+            return Response(json.dumps({"object": "slo.request", **record}), media_type="application/json")
+        message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
+        return error(HTTPStatus.NOT_FOUND, message, param="id")
+    return error(HTTPStatus.NOT_FOUND, f"{path[:100]} is not one of classes, status, requests/ID below {SLO_PREFIX}")
+
+
+def classes(hub: Hub) -> dict[str, Any]:
+    """Return the configured classes; API keys and tenants stay private."""
+    config = hub.config
+    return {
+        "object": "list",
+        "default_class": config.default_class,
+        "priority_class": config.priority_class,
+        "ttft_floor_ms": config.ttft_floor_ms,
+        "ttft_allowance_ms": config.ttft_allowance_ms,
+        "max_best_effort_queue": config.max_best_effort_queue,
+        "request_keys": list(BODY_KEYS),
+        "data": [{"object": "slo.class", "id": name, **item.to_json()} for name, item in config.classes.items()],
+    }
+
+
+def status(hub: Hub) -> dict[str, Any]:
+    """Return the engine's last word about itself."""
+    snapshot = hub.snapshot
+    return {
+        "object": "slo.status",
+        "model": hub.model,
+        "mode": (snapshot or hub.settings).get("mode"),
+        "effective_mode": (snapshot or {}).get("effective_mode"),
+        "profiling": hub.is_profiling,
+        "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),
+        "snapshot": snapshot,
+        "malformed_messages": hub.num_malformed,
+    }
