@@ -24,44 +24,54 @@ time. `planner` therefore checks what is chosen here by simulating executable ba
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
+from slos_serve.core.batching import KEPT, Capacity, Demand, Effort, Trial, run
 from slos_serve.core.jit import jit
+from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
 
+IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 EPS_TOKENS = 1e-6
+MAX_TIERS = 8
 
 
 @jit
-def choose(  # type: ignore[no-untyped-def]
-    now, deadline, cost, load, tier, value, blocks, required, rates, loads_by_tier, free_blocks, width
-):
+def choose(now, deadline, cost, load, tier, value, blocks, required, rates, free_blocks, width):  # type: ignore[no-untyped-def]
     """Return (feasible, best value, chosen mask, labels expanded).
 
-    Arrays by request in deadline order: `cost` prefill tokens, `tier` index of its TPOT (0 is tightest),
-    `load` factor on its decode demand (1 = the tier's own). `rates[t]`: prefill tokens/s while t is the
-    tightest live tier (last entry: nothing decodes). `loads_by_tier[t, l]`: prefill-token equivalents
-    per second that one decode of tier l costs while t is the tightest. `feasible` is false when the
-    required requests alone do not fit.
+    Arrays by request in deadline order: `cost` prefill tokens; `load` prefill-token equivalents per second
+    that its decode takes; `tier` index of its period (0 is tightest). `rates[t]`: prefill tokens/s while t
+    is the tightest live tier (last entry: nothing decodes). `feasible` is false when the required requests
+    alone do not fit.
+
+    The labels are kept in order of value, highest first: leaving a candidate and taking it both keep that
+    order, so the two lists are merged and a beam is cut in one pass without sorting.
     """
     n = deadline.shape[0]
-    num_tiers = loads_by_tier.shape[0]
-    parent = np.empty((n, width), np.int64)
+    idle = rates.shape[0] - 1
+    parent = np.empty((n, width), np.int32)
     taken = np.zeros((n, width), np.bool_)
     chosen = np.zeros(n, np.bool_)
+    val = np.zeros(width)
+    mem = np.zeros(width)
+    left = np.zeros(width)
+    use = np.zeros(width)
+    tight = np.full(width, idle, np.int64)
     room = 2 * width
-    val = np.zeros(room)
-    mem = np.zeros(room)
-    left = np.zeros(room)
-    tight = np.full(room, num_tiers, np.int64)
-    counts = np.zeros((room, num_tiers))
     n_val = np.zeros(room)
     n_mem = np.zeros(room)
     n_left = np.zeros(room)
+    n_use = np.zeros(room)
     n_tight = np.zeros(room, np.int64)
-    n_counts = np.zeros((room, num_tiers))
-    n_parent = np.zeros(room, np.int64)
+    n_ahead = np.zeros(room)
+    n_parent = np.zeros(room, np.int32)
     n_taken = np.zeros(room, np.bool_)
-    rate = np.zeros(room)
+    kept = np.zeros(room, np.bool_)
     live = 1
     clock = now
     expanded = 0
@@ -73,75 +83,60 @@ def choose(  # type: ignore[no-untyped-def]
         at = min(max(deadline[i], clock), horizon)
         step = at - clock
         clock = at
-        count = 0
+        expanded += live
+        ahead = min(0.5, horizon - clock)
         for j in range(live):
-            expanded += 1
-            t = tight[j]
-            pace = rates[t]
-            if t < num_tiers:
-                for l in range(num_tiers):
-                    pace -= loads_by_tier[t, l] * counts[j, l]
-            budget = left[j] + pace * step
-            if not required[i]:
+            left[j] += (rates[tight[j]] - use[j]) * step
+        gain = 0.0 if required[i] else value[i]
+        count = 0
+        skip = live if required[i] else 0
+        take = 0
+        while skip < live or take < live:
+            # merge: "taken" labels are worth `gain` more than their parents
+            if skip < live and (take >= live or val[skip] > val[take] + gain):
+                j = skip
+                skip += 1
                 n_val[count] = val[j]
                 n_mem[count] = mem[j]
-                n_left[count] = budget
-                n_tight[count] = t
-                n_counts[count, :] = counts[j, :]
-                n_parent[count] = j
+                n_left[count] = left[j]
+                n_use[count] = use[j]
+                n_tight[count] = tight[j]
                 n_taken[count] = False
-                count += 1
-            after = budget - cost[i]
-            used = mem[j] + blocks[i]
-            tt = min(t, tier[i])
-            if after < -EPS_TOKENS or used > free_blocks + 1e-9:
-                continue
-            n_counts[count, :] = counts[j, :]
-            if tier[i] < num_tiers:
-                n_counts[count, tier[i]] += load[i]
-            pace = rates[tt]
-            if tt < num_tiers:
-                for l in range(num_tiers):
-                    pace -= loads_by_tier[tt, l] * n_counts[count, l]
-            if pace < -1e-9:
-                continue
-            n_val[count] = val[j] + (0.0 if required[i] else value[i])
-            n_mem[count] = used
-            n_left[count] = after
-            n_tight[count] = tt
+            else:
+                j = take
+                take += 1
+                after = left[j] - cost[i]
+                used = mem[j] + blocks[i]
+                if after < -EPS_TOKENS or used > free_blocks + 1e-9:
+                    continue
+                tt = min(tight[j], tier[i])
+                if rates[tt] - use[j] - load[i] < -1e-9:
+                    continue
+                n_val[count] = val[j] + gain
+                n_mem[count] = used
+                n_left[count] = after
+                n_use[count] = use[j] + load[i]
+                n_tight[count] = tt
+                n_taken[count] = True
             n_parent[count] = j
-            n_taken[count] = True
+            n_ahead[count] = n_left[count] + (rates[n_tight[count]] - n_use[count]) * ahead
             count += 1
         if count == 0:
             return False, 0.0, chosen, expanded
-        # keep at most `width`
-        if count > width:
-            ahead = min(0.5, horizon - clock)
-            for j in range(count):
-                pace = rates[n_tight[j]]
-                if n_tight[j] < num_tiers:
-                    for l in range(num_tiers):
-                        pace -= loads_by_tier[n_tight[j], l] * n_counts[j, l]
-                rate[j] = n_left[j] + pace * ahead
-            keep = _beam(n_val[:count], rate[:count], n_mem[:count], width)
-        else:
-            keep = np.arange(count)
-        live = keep.shape[0]
-        for k in range(live):
-            j = keep[k]
-            val[k] = n_val[j]
-            mem[k] = n_mem[j]
-            left[k] = n_left[j]
-            tight[k] = n_tight[j]
-            counts[k, :] = n_counts[j, :]
-            parent[i, k] = n_parent[j]
-            taken[i, k] = n_taken[j]
-    best = 0
-    for k in range(1, live):
-        if val[k] > val[best] or (val[k] == val[best] and left[k] > left[best]):
-            best = k
-    total = val[best]
-    k = best
+        _cut(n_val, n_ahead, n_left, n_mem, count, width, kept)
+        live = 0
+        for j in range(count):
+            if kept[j]:
+                val[live] = n_val[j]
+                mem[live] = n_mem[j]
+                left[live] = n_left[j]
+                use[live] = n_use[j]
+                tight[live] = n_tight[j]
+                parent[i, live] = n_parent[j]
+                taken[i, live] = n_taken[j]
+                live += 1
+    k = 0
+    total = val[0]
     for i in range(n - 1, -1, -1):
         chosen[i] = taken[i, k]
         k = parent[i, k]
@@ -149,105 +144,236 @@ def choose(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _beam(value, budget, blocks, width):  # type: ignore[no-untyped-def]
-    """Return the indices of the labels to keep: frontiers first, then the highest values."""
-    n = value.shape[0]
-    by_budget = np.argsort(-budget, kind="mergesort")
-    order = by_budget[np.argsort(-value[by_budget], kind="mergesort")]
-    keep = np.empty(width, np.int64)
-    chosen = np.zeros(n, np.bool_)
+def _cut(value, ahead, left, blocks, count, width, kept):  # type: ignore[no-untyped-def]
+    """Mark the labels to keep, at most `width`: the frontiers, then the highest values.
+
+    Labels come in order of value. A frontier label has more of something (budget at the horizon, budget
+    now, free blocks) than every label of higher value.
+    """
+    if count <= width:
+        kept[:count] = True
+        return
+    kept[:count] = False
     frontier = 0
-    best = -np.inf
-    for j in order:
-        if budget[j] > best:
-            best = budget[j]
-            chosen[j] = True
-            frontier += 1
-    lightest = np.inf
-    for j in order:
-        if blocks[j] < lightest:
-            lightest = blocks[j]
-            if not chosen[j]:
-                chosen[j] = True
-                frontier += 1
-    if frontier > width:
-        # too many: spread evenly over the frontier, ends included
-        members = np.empty(frontier, np.int64)
-        m = 0
-        for j in order:
-            if chosen[j]:
-                members[m] = j
-                m += 1
-        for k in range(width):
-            keep[k] = members[(k * (frontier - 1)) // max(1, width - 1)]
-        return keep
-    k = 0
-    for j in order:
-        if chosen[j]:
-            keep[k] = j
-            k += 1
-    for j in order:
-        if k == width:
+    for what in range(3):
+        if frontier >= width:
             break
-        if not chosen[j]:
-            keep[k] = j
-            k += 1
-    return keep
+        best = -np.inf
+        j = 0
+        while j < count and frontier < width:
+            # of equal values only the best one can be on the frontier
+            top = j
+            end = j
+            while end < count and value[end] == value[j]:
+                here = ahead[end] if what == 0 else (left[end] if what == 1 else -blocks[end])
+                there = ahead[top] if what == 0 else (left[top] if what == 1 else -blocks[top])
+                if here > there:
+                    top = end
+                end += 1
+            here = ahead[top] if what == 0 else (left[top] if what == 1 else -blocks[top])
+            if here > best:
+                best = here
+                if not kept[top]:
+                    kept[top] = True
+                    frontier += 1
+            j = end
+    for j in range(count):
+        if frontier >= width:
+            break
+        if not kept[j]:
+            kept[j] = True
+            frontier += 1
 
 
 @jit
-def fits(now, deadline, cost, load, tier, blocks, on, rates, loads_by_tier, free_blocks):  # type: ignore[no-untyped-def]
+def fits(now, deadline, cost, load, tier, blocks, on, rates, free_blocks):  # type: ignore[no-untyped-def]
     """Tell whether the masked requests are feasible in the reduced model."""
-    num_tiers = loads_by_tier.shape[0]
-    counts = np.zeros(num_tiers)
-    tight = num_tiers
+    tight = rates.shape[0] - 1
     clock = now
     left = 0.0
     used = 0.0
-    pace = rates[num_tiers]
+    use = 0.0
     for i in range(deadline.shape[0]):
         if not on[i]:
             continue
-        if np.isfinite(deadline[i]) and deadline[i] > clock:
-            left += pace * (deadline[i] - clock)
-            clock = deadline[i]
         if np.isfinite(deadline[i]):
+            if deadline[i] > clock:
+                left += (rates[tight] - use) * (deadline[i] - clock)
+                clock = deadline[i]
             left -= cost[i]
         used += blocks[i]
-        if left < -EPS_TOKENS or used > free_blocks + 1e-9:
-            return False
-        if tier[i] < num_tiers:
-            counts[tier[i]] += load[i]
-            tight = min(tight, tier[i])
-        pace = rates[tight]
-        if tight < num_tiers:
-            for l in range(num_tiers):
-                pace -= loads_by_tier[tight, l] * counts[l]
-        if pace < -1e-9:
+        use += load[i]
+        tight = min(tight, tier[i])
+        if left < -EPS_TOKENS or used > free_blocks + 1e-9 or rates[tight] - use < -1e-9:
             return False
     return True
 
 
 @jit
-def greedy(now, deadline, cost, load, tier, value, blocks, required, rates, loads_by_tier, free_blocks):  # type: ignore[no-untyped-def]
+def greedy(now, deadline, cost, load, tier, value, blocks, required, rates, free_blocks):  # type: ignore[no-untyped-def]
     """Return the mask that taking candidates by value density gives: the yardstick of the programme."""
+    on = required.copy()
+    for i in np.argsort(-value_density(now, deadline, cost, load, value), kind="mergesort"):
+        if not on[i]:
+            on[i] = True
+            on[i] = fits(now, deadline, cost, load, tier, blocks, on, rates, free_blocks)
+    return on
+
+
+@jit
+def value_density(now, deadline, cost, load, value):  # type: ignore[no-untyped-def]
+    """Return value per prefill token that each request takes until the last deadline."""
     n = deadline.shape[0]
     horizon = now
     for i in range(n):
-        if np.isfinite(deadline[i]) and deadline[i] > horizon:
-            horizon = deadline[i]
+        if np.isfinite(deadline[i]):
+            horizon = max(horizon, deadline[i])
     density = np.zeros(n)
-    num_tiers = loads_by_tier.shape[0]
     for i in range(n):
-        work = cost[i]
-        if tier[i] < num_tiers:
-            work += 0.5 * max(0.0, horizon - deadline[i]) * loads_by_tier[tier[i], tier[i]] * load[i]
-        density[i] = value[i] / max(work, 1e-9)
-    on = required.copy()
-    for i in np.argsort(-density, kind="mergesort"):
-        if on[i]:
+        begin = min(max(deadline[i], now), horizon)
+        density[i] = value[i] / max(cost[i] + 0.5 * (horizon - begin) * load[i], 1e-9)
+    return density
+
+
+@jit
+def search(  # type: ignore[no-untyped-def]
+    lines, margin_prefill, margin_decode, token_budget, max_seqs, block_size, free_blocks, max_batch_s,
+    phase_is_gain, now, max_work, on, density, finished_at,
+    left, context, deadline, due, tpot, gap, verify, gain, output_left, held, start, required,
+):
+    """Mend `on` until a simulation keeps every deadline, then extend it; return (outcome, work).
+
+    Mend: let go of the candidate with the least value density among those that delayed the one that
+    missed. Extend: try the rest by value density, while work is left. `finished_at` receives the prefill
+    ends of the final set. `outcome` is KEPT, or why the required requests alone cannot be kept.
+    """
+    n = left.shape[0]
+    work = 0
+    trial_at = np.full(n, np.inf)
+    order = np.argsort(-density, kind="mergesort")
+    position = -1
+    kept = False
+    no_log = np.zeros((0, 0))
+    no_end = np.zeros(0)
+    while True:
+        index = np.flatnonzero(on)
+        last = now
+        for i in index:
+            if np.isfinite(deadline[i]):
+                last = max(last, deadline[i])
+        at = np.full(index.shape[0], np.inf)
+        outcome, missed, _, _, cost = run(
+            lines, margin_prefill, margin_decode, token_budget, max_seqs, block_size, free_blocks, max_batch_s,
+            phase_is_gain, False, now, last, max_work if not kept else max_work - work,
+            left[index], context[index], deadline[index], due[index], tpot[index], gap[index], verify[index],
+            gain[index], output_left[index], held[index], start[index], at, no_log, no_end,
+        )
+        work += cost + 10 * index.shape[0]
+        if outcome == KEPT:
+            kept = True
+            trial_at[:] = np.inf
+            trial_at[index] = at
+        elif kept:
+            on[order[position]] = False
+        else:
+            limit = np.inf if missed < 0 else deadline[index[missed]]
+            worst = -1
+            for turn in range(2):
+                for k in range(index.shape[0]):
+                    i = index[k]
+                    if required[i] or (turn == 0 and not (deadline[i] <= limit or k == missed)):
+                        continue
+                    if worst < 0 or density[i] < density[worst]:
+                        worst = i
+                if worst >= 0:
+                    break
+            if worst < 0:
+                finished_at[:] = np.inf
+                return outcome, work
+            on[worst] = False
             continue
-        on[i] = True
-        if not fits(now, deadline, cost, load, tier, blocks, on, rates, loads_by_tier, free_blocks):
-            on[i] = False
-    return on
+        # next candidate to try
+        position += 1
+        while position < n and (on[order[position]] or required[order[position]]):
+            position += 1
+        if position >= n or work >= max_work:
+            finished_at[:] = trial_at
+            return KEPT, work
+        on[order[position]] = True
+
+
+def select(
+    everyone: Demand, capacity: Capacity, now_s: float, effort: Effort, *, name: str, width: int
+) -> tuple[IntArray, Trial]:
+    """Return the positions in `everyone` of the best set found that keeps every deadline, and its trial.
+
+    `name` picks the proposal: `dp` or `greedy`. Where even the required requests alone miss a deadline,
+    the set is those and the trial says so.
+    """
+    arguments = reduced(everyone, capacity)
+    on = propose(arguments, everyone, now_s, effort, name=name, width=width)
+    deadline, cost, load, _, value = arguments[:5]
+    density = value_density(now_s, deadline, cost, load, value)
+    finished_at = np.full(len(everyone), math.inf)
+    outcome, work = search(
+        capacity.lines, capacity.margin_prefill, capacity.margin_decode, capacity.token_budget, capacity.max_seqs,
+        float(capacity.block_size), capacity.free_blocks, capacity.max_batch_s, capacity.phase_is_gain, now_s,
+        effort.left, on, density, finished_at,
+        everyone.left, everyone.context, everyone.deadline, everyone.due, everyone.tpot, everyone.gap, everyone.verify,
+        everyone.gain, everyone.output_left, everyone.held, everyone.start, everyone.required,
+    )  # fmt: skip
+    effort.spent += int(work)
+    index = np.flatnonzero(on)
+    return index, Trial(outcome=outcome, missed=-1, finished_at=finished_at[index])
+
+
+def propose(
+    arguments: tuple[Any, ...], everyone: Demand, now_s: float, effort: Effort, *, name: str, width: int
+) -> Mask:
+    """Return the mask that the reduced model chooses."""
+    required = everyone.required == 1
+    if name == "greedy":
+        mask: Mask = greedy(now_s, *arguments)
+        return mask
+    width = max(1, min(width, effort.left // max(1, 4 * len(everyone))))
+    feasible, _, chosen, expanded = choose(now_s, *arguments, width)
+    effort.spent += int(expanded)
+    return chosen if feasible else required
+
+
+def reduced(everyone: Demand, capacity: Capacity) -> tuple[Any, ...]:
+    """Return the arguments of the reduced model: deadlines, costs, tiers, rates and blocks."""
+    lines = capacity.lines
+    periods = everyone.tpot * everyone.gain
+    finite = np.isfinite(periods)
+    tiers = merge_tiers(periods[finite])
+    tier = np.where(finite, np.searchsorted(tiers, periods, side="right") - 1, len(tiers))
+    steps = float(everyone.verify.max(initial=1.0))
+    slope = max(float(lines[:, 0].max()), 1e-12)
+    load = everyone.verify + (float(lines[:, 1].max()) + float(lines[:, 2].max()) * everyone.context) / slope
+    load = np.where(finite, load / np.where(finite, periods, 1.0), 0.0)
+    pairs = everyone.left * (everyone.context + 0.5 * everyone.left)
+    cost = everyone.left + float(lines[:, 4].max()) * pairs / slope
+    rates = np.empty(len(tiers) + 1)
+    for t, period in enumerate(tiers.tolist()):
+        room = max_chunk_tokens(lines, period / capacity.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
+        rates[t] = max(0.0, min(room, capacity.token_budget)) / period
+    whole = batch_seconds(lines, float(capacity.token_budget), 1.0, 0.0, 1.0, 0.0)
+    rates[-1] = capacity.token_budget / (whole * capacity.margin_prefill)
+    kept = everyone.required == 1
+    blocks = np.where(kept | (everyone.held > 0), 0.0, everyone.start)
+    return everyone.deadline, cost, load, tier, everyone.value, blocks, kept, rates, capacity.free_blocks
+
+
+def merge_tiers(tpots: FloatArray) -> FloatArray:
+    """Return at most `MAX_TIERS` TPOT tiers, ascending; close ones are merged into the tighter."""
+    tiers = np.unique(tpots)
+    step = 1.01
+    while len(tiers) > MAX_TIERS:
+        merged = [tiers[0]]
+        for tpot in tiers[1:].tolist():
+            if tpot > merged[-1] * step:
+                merged.append(tpot)
+        tiers = np.array(merged)
+        step *= 1.05
+    return tiers

@@ -24,7 +24,7 @@ Times are seconds, already reduced by the guard.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from slos_serve.core.types import IntArray
 
 EPS_S = 1e-9
+
 SMOOTHING_WINDOWS = 8
 
 
@@ -70,7 +71,7 @@ class Demand:
 
     def take(self, index: IntArray) -> Demand:
         """Return a new demand with the entries at `index`, in that order."""
-        return Demand(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return Demand(**{column.name: getattr(self, column.name)[index] for column in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +106,27 @@ def _pulled_forward(due, decoding, limit, period, capacity):  # type: ignore[no-
 
 @jit
 def compose(  # type: ignore[no-untyped-def]
-    lines, margin_prefill, margin_decode, token_budget, max_seqs, free_blocks, max_batch_s, eager, now,
-    left, context, deadline, due, tpot, verify, gain, output_left, held, start, tokens, totals,
+    lines,
+    margin_prefill,
+    margin_decode,
+    token_budget,
+    max_seqs,
+    free_blocks,
+    max_batch_s,
+    eager,
+    now,
+    left,
+    context,
+    deadline,
+    due,
+    tpot,
+    verify,
+    gain,
+    output_left,
+    held,
+    start,
+    tokens,
+    totals,
 ):
     """Fill `tokens` (new tokens by request, 0 = not in the batch) and return when the batch ends.
 
@@ -167,8 +187,12 @@ def compose(  # type: ignore[no-untyped-def]
                 position += 1
                 if decoding[i] and tokens[i] == 0.0:
                     after = batch_seconds(
-                        lines, num_tokens + verify[i], num_requests + 1.0, context_tokens + context[i],
-                        max(steps, verify[i]), 0.0,
+                        lines,
+                        num_tokens + verify[i],
+                        num_requests + 1.0,
+                        context_tokens + context[i],
+                        max(steps, verify[i]),
+                        0.0,
                     )
                     if after > seconds or num_tokens + verify[i] > token_budget:
                         break
@@ -194,8 +218,12 @@ def compose(  # type: ignore[no-untyped-def]
                     position += 1
                     if decoding[i] and tokens[i] == 0.0:
                         after = batch_seconds(
-                            lines, num_tokens + verify[i], num_requests + 1.0, context_tokens + context[i],
-                            max(steps, verify[i]), pairs,
+                            lines,
+                            num_tokens + verify[i],
+                            num_requests + 1.0,
+                            context_tokens + context[i],
+                            max(steps, verify[i]),
+                            pairs,
                         )
                         if after > seconds or num_tokens + verify[i] > token_budget:
                             break
@@ -246,11 +274,34 @@ KEPT, MISSED, STUCK, CUT_OFF, FULL = 0, 1, 2, 3, 4
 
 
 @jit
-def simulate(  # type: ignore[no-untyped-def]
-    lines, margin_prefill, margin_decode, token_budget, max_seqs, block_size, free_blocks, max_batch_s,
-    phase_is_gain, eager, now, until, max_work,
-    left, context, deadline, due, tpot, gap, verify, gain, output_left, held, start,
-    finished_at, log_tokens, log_end,
+def run(  # type: ignore[no-untyped-def]
+    lines,
+    margin_prefill,
+    margin_decode,
+    token_budget,
+    max_seqs,
+    block_size,
+    free_blocks,
+    max_batch_s,
+    phase_is_gain,
+    eager,
+    now,
+    until,
+    max_work,
+    left,
+    context,
+    deadline,
+    due,
+    tpot,
+    gap,
+    verify,
+    gain,
+    output_left,
+    held,
+    start,
+    finished_at,
+    log_tokens,
+    log_end,
 ):
     """Run batches until every prefill is done and `until` is past, or a deadline is missed.
 
@@ -276,8 +327,27 @@ def simulate(  # type: ignore[no-untyped-def]
         if work > max_work:
             return CUT_OFF, -1, now, batch, work
         end = compose(
-            lines, margin_prefill, margin_decode, token_budget, max_seqs, free, max_batch_s, eager, now,
-            left, context, deadline, due, tpot, verify, gain, output_left, held, start, tokens, totals,
+            lines,
+            margin_prefill,
+            margin_decode,
+            token_budget,
+            max_seqs,
+            free,
+            max_batch_s,
+            eager,
+            now,
+            left,
+            context,
+            deadline,
+            due,
+            tpot,
+            verify,
+            gain,
+            output_left,
+            held,
+            start,
+            tokens,
+            totals,
         )
         if end <= now:
             # Nothing fits: a prefill that no deadline limits may still run once the limit is past.
@@ -333,10 +403,112 @@ def simulate(  # type: ignore[no-untyped-def]
         batch += 1
 
 
+@dataclass(slots=True)
+class Effort:
+    """What is left of the work limit of one plan."""
+
+    limit: int
+    spent: int = 0
+
+    @property
+    def left(self) -> int:
+        """Return the work still allowed."""
+        return max(0, self.limit - self.spent)
+
+
+def _empty() -> FloatArray:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What simulating a set of promises showed."""
+
+    outcome: int
+    missed: int
+    finished_at: FloatArray
+    log_tokens: FloatArray = field(default_factory=_empty)
+    log_end: FloatArray = field(default_factory=_empty)
+
+    @property
+    def kept(self) -> bool:
+        """Tell whether every deadline was met."""
+        return self.outcome == KEPT
+
+
+def simulate(
+    demand: Demand,
+    capacity: Capacity,
+    now_s: float,
+    effort: Effort,
+    *,
+    eager: bool,
+    margin: bool,
+    log_batches: int = 0,
+    until_s: float | None = None,
+) -> Trial:
+    """Run `demand` to the end of its prefills and past its last deadline, batch by batch."""
+    finite = demand.deadline[np.isfinite(demand.deadline) & (demand.left > 0)]
+    until = float(finite.max()) if finite.size else now_s
+    if until_s is not None:
+        until = until_s
+    log_tokens, log_end = np.zeros((log_batches, len(demand))), np.zeros(log_batches)
+    finished_at = np.full(len(demand), math.inf)
+    outcome, missed, end, batches, work = run(
+        capacity.lines,
+        capacity.margin_prefill if margin else 1.0,
+        capacity.margin_decode if margin else 1.0,
+        capacity.token_budget,
+        capacity.max_seqs,
+        float(capacity.block_size),
+        capacity.free_blocks,
+        capacity.max_batch_s,
+        capacity.phase_is_gain,
+        eager,
+        now_s,
+        until,
+        effort.left,
+        demand.left.copy(),
+        demand.context.copy(),
+        demand.deadline,
+        demand.due.copy(),
+        demand.tpot,
+        demand.gap,
+        demand.verify,
+        demand.gain,
+        demand.output_left.copy(),
+        demand.held.copy(),
+        demand.start,
+        finished_at,
+        log_tokens,
+        log_end,
+    )
+    effort.spent += work
+    return Trial(
+        outcome=outcome,
+        missed=missed,
+        finished_at=finished_at,
+        log_tokens=log_tokens[:batches],
+        log_end=log_end[:batches],
+    )
+
+
 @jit
 def fill(  # type: ignore[no-untyped-def]
-    lines, margin_prefill, margin_decode, token_budget, free_seqs, free_blocks, block_size, seconds,
-    left, context, verify, held, tokens, totals,
+    lines,
+    margin_prefill,
+    margin_decode,
+    token_budget,
+    free_seqs,
+    free_blocks,
+    block_size,
+    seconds,
+    left,
+    context,
+    verify,
+    held,
+    tokens,
+    totals,
 ):
     """Fill what a composed batch leaves with requests that hold no promise, in the order given.
 

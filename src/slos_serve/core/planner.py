@@ -20,13 +20,13 @@ The planner keeps nothing between calls: the same state gives the same plan.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slos_serve.core import admission, batching
-from slos_serve.core.batching import CUT_OFF, KEPT, MISSED, Capacity, Demand
+from slos_serve.core.batching import MISSED, Capacity, Demand, Effort, simulate
 from slos_serve.core.deadlines import next_due_s
 from slos_serve.core.perf import batch_seconds, max_chunk_tokens
 from slos_serve.core.types import BatchPlan, Plan, Status, Tier, Verdict
@@ -35,73 +35,7 @@ if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.types import IntArray, ReplicaState
 
-NO_LOG = (np.zeros((0, 0)), np.zeros(0))
-MAX_TIERS = 8
 DEFAULT_PERIOD_S = 0.05
-
-
-@dataclass(slots=True)
-class Effort:
-    """What is left of the work limit of one plan."""
-
-    limit: int
-    spent: int = 0
-
-    @property
-    def left(self) -> int:
-        """Return the work still allowed."""
-        return max(0, self.limit - self.spent)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """What simulating a set of promises showed."""
-
-    outcome: int
-    missed: int
-    finished_at: FloatArray
-
-    @property
-    def kept(self) -> bool:
-        """Tell whether every deadline was met."""
-        return self.outcome == KEPT
-
-
-def simulate(demand: Demand, capacity: Capacity, now_s: float, effort: Effort, *, eager: bool, margin: bool) -> Trial:
-    """Run `demand` to the end of its prefills and past its last deadline, batch by batch."""
-    finite = demand.deadline[np.isfinite(demand.deadline) & (demand.left > 0)]
-    until = float(finite.max()) if finite.size else now_s
-    finished_at = np.full(len(demand), math.inf)
-    outcome, missed, _, _, work = batching.simulate(
-        capacity.lines,
-        capacity.margin_prefill if margin else 1.0,
-        capacity.margin_decode if margin else 1.0,
-        capacity.token_budget,
-        capacity.max_seqs,
-        float(capacity.block_size),
-        capacity.free_blocks,
-        capacity.max_batch_s,
-        capacity.phase_is_gain,
-        eager,
-        now_s,
-        until,
-        effort.left,
-        demand.left.copy(),
-        demand.context.copy(),
-        demand.deadline,
-        demand.due.copy(),
-        demand.tpot,
-        demand.gap,
-        demand.verify,
-        demand.gain,
-        demand.output_left.copy(),
-        demand.held.copy(),
-        demand.start,
-        finished_at,
-        *NO_LOG,
-    )
-    effort.spent += work
-    return Trial(outcome=outcome, missed=missed, finished_at=finished_at)
 
 
 class SloPlanner:
@@ -180,7 +114,9 @@ class _Planning:
         tier = rows["tier"]
         self.promised = np.flatnonzero(alive & (tier == Tier.PROMISED))
         self.candidates = np.flatnonzero(
-            alive & (produced == 0) & ((tier == Tier.PENDING) | ((tier == Tier.BEST_EFFORT) & (self.deadline > self.now)))
+            alive
+            & (produced == 0)
+            & ((tier == Tier.PENDING) | ((tier == Tier.BEST_EFFORT) & (self.deadline > self.now)))
         )
         self.pending = tier == Tier.PENDING
         others = rows["status"] == Status.RUNNING
@@ -251,21 +187,18 @@ class _Planning:
         if not (self.left[self.promised] > 0).any():
             return none
         demand, order = self.demand(self.promised)
-        gone: list[int] = []
-        effort = Effort(self.effort.left // 4)
-        while len(order):
-            trial = simulate(demand, self.capacity, self.now, effort, eager=False, margin=False)
-            if trial.outcome != MISSED:
-                break
-            worst = _cheapest(demand, trial.missed, np.ones(len(order), np.bool_), self.now)
-            gone.append(int(order[worst]))
-            rest = np.delete(np.arange(len(order)), worst)
-            demand, order = demand.take(rest), order[rest]
+        if simulate(demand, self.capacity, self.now, self.effort, eager=False, margin=False).outcome != MISSED:
+            return none
+        mean = replace(self.capacity, margin_prefill=1.0, margin_decode=1.0)
+        candidates = replace(demand, required=np.zeros(len(demand), np.int64))
+        effort = Effort(max(1, self.effort.left // 2))
+        kept, _ = admission.select(candidates, mean, self.now, effort, name="greedy", width=1)
         self.effort.spent += effort.spent
-        return np.array(gone, np.int64) if gone else none
+        return np.delete(order, kept)
 
     def admit(self, keep: IntArray, verdicts: list[Verdict]) -> tuple[IntArray, bool]:
         """Return the rows promised now, and whether decodes may run ahead; appends the verdicts."""
+        options = self.options
         candidates = self.servable(verdicts)
         everyone, order = self.demand(np.concatenate([keep, candidates]))
         if not (everyone.left > 0).any():
@@ -277,7 +210,9 @@ class _Planning:
         elif not candidates.size:
             return candidates, False
         else:
-            chosen, trial = self.select(everyone)
+            chosen, trial = admission.select(
+                everyone, self.capacity, self.now, self.effort, name=options._admission_name, width=options._beam_width
+            )
             eager = False
         ids, arrival = self.state.requests.request_ids, self.rows["arrival_s"]
         promised = [int(i) for i in chosen.tolist() if not everyone.required[i]]
@@ -323,78 +258,6 @@ class _Planning:
             verdicts.append(Verdict(request_id=ids[i], promised=False, reason=reason))
         return np.array(keep, np.int64)
 
-    def select(self, everyone: Demand) -> tuple[IntArray, Trial]:
-        """Return the positions in `everyone` of the largest set found that keeps every deadline."""
-        required = everyone.required == 1
-        on = self.propose(everyone)
-        best = np.flatnonzero(required)
-        best_trial = Trial(outcome=CUT_OFF, missed=-1, finished_at=np.full(len(best), math.inf))
-        # Repair: let go of the cheapest candidate that delays the one that missed.
-        while True:
-            index = np.flatnonzero(on)
-            subset = everyone.take(index)
-            trial = simulate(subset, self.capacity, self.now, self.effort, eager=False, margin=True)
-            if trial.kept:
-                best, best_trial = index, trial
-                break
-            free = subset.required == 0
-            if not free.any() or trial.outcome == CUT_OFF:
-                break
-            missed = trial.missed if trial.missed >= 0 else len(subset) - 1
-            on[index[_cheapest(subset, missed, free, self.now)]] = False
-        # Extend: the reduced model may have left out what a real batch can hold.
-        density = everyone.value / np.maximum(1.0, everyone.left)
-        for i in np.argsort(-density, kind="stable").tolist():
-            if required[i] or i in best or self.effort.left == 0 or not best_trial.kept:
-                continue
-            index = np.sort(np.append(best, i))
-            trial = simulate(everyone.take(index), self.capacity, self.now, self.effort, eager=False, margin=True)
-            if trial.kept:
-                best, best_trial = index, trial
-        return best, best_trial
-
-    def propose(self, everyone: Demand) -> np.ndarray:
-        """Return the mask that the reduced model chooses."""
-        reduced = self.reduced(everyone)
-        count = int((everyone.required == 0).sum())
-        width = max(1, min(self.options._beam_width, self.effort.left // max(1, 8 * count)))
-        if self.options._admission_name == "greedy":
-            return admission.greedy(self.now, *reduced)
-        feasible, _, chosen, expanded = admission.choose(self.now, *reduced, width)
-        self.effort.spent += int(expanded)
-        return chosen if feasible else everyone.required == 1
-
-    def reduced(self, everyone: Demand) -> tuple[object, ...]:
-        """Return the arguments of the reduced model: costs, tiers, rates and blocks."""
-        capacity = self.capacity
-        finite = np.isfinite(everyone.tpot)
-        tiers = _tiers(everyone.tpot[finite])
-        tier = np.where(finite, np.searchsorted(tiers, everyone.tpot, side="right") - 1, len(tiers))
-        slope = max(float(self.lines[:, 0].max()), 1e-12)
-        per_decode = 1.0 + (float(self.lines[:, 1].max()) + float(self.lines[:, 2].max()) * everyone.context) / slope
-        pairs = everyone.left * (everyone.context + 0.5 * everyone.left)
-        cost = everyone.left + float(self.lines[:, 4].max()) * pairs / slope
-        rates = np.empty(len(tiers) + 1)
-        for t, period in enumerate(tiers.tolist()):
-            fits = max_chunk_tokens(self.lines, period / capacity.margin_prefill, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-            rates[t] = max(0.0, min(fits, capacity.token_budget)) / period
-        whole = batch_seconds(self.lines, float(capacity.token_budget), 1.0, 0.0, 1.0, 0.0)
-        rates[-1] = capacity.token_budget / (whole * capacity.margin_prefill)
-        loads = np.repeat((1.0 / tiers)[None, :], len(tiers), axis=0) if len(tiers) else np.zeros((0, 0))
-        blocks = np.where((everyone.required == 1) | (everyone.held > 0), 0.0, everyone.start)
-        return (
-            everyone.deadline,
-            cost,
-            per_decode,
-            tier,
-            everyone.value,
-            blocks,
-            everyone.required == 1,
-            rates,
-            loads,
-            capacity.free_blocks,
-        )
-
     # -- the batch --------------------------------------------------------------------------------
 
     def batch(self, served: IntArray, at_risk: IntArray, eager: bool) -> BatchPlan:
@@ -414,7 +277,9 @@ class _Planning:
         filled, filled_counts = self.fill(served, rows_in, counts, at_risk, preempted, demand, totals)
         index = np.concatenate([rows_in, filled])
         ids = state.requests.request_ids
-        predicted = batch_seconds(self.lines, totals[0], totals[1], totals[2], totals[3], totals[4]) if totals[0] else 0.0
+        predicted = (
+            batch_seconds(self.lines, totals[0], totals[1], totals[2], totals[3], totals[4]) if totals[0] else 0.0
+        )
         return BatchPlan(
             request_ids=[ids[i] for i in index.tolist()],
             num_tokens=np.concatenate([counts, filled_counts]),
@@ -505,32 +370,3 @@ class _Planning:
             self.lines, period / capacity.margin_prefill, float(share.sum()), float(share.sum()), context, 1.0, 0.0, 0.0
         )
         return max(0.0, float(min(room, capacity.token_budget))) / period
-
-
-def _tiers(tpots: FloatArray) -> FloatArray:
-    """Return at most `MAX_TIERS` TPOT tiers, ascending; close ones are merged into the tighter."""
-    tiers = np.unique(tpots)
-    step = 1.01
-    while len(tiers) > MAX_TIERS:
-        merged = [tiers[0]]
-        for tpot in tiers[1:].tolist():
-            if tpot > merged[-1] * step:
-                merged.append(tpot)
-        tiers = np.array(merged)
-        step *= 1.05
-    return tiers
-
-
-def _cheapest(demand: Demand, missed: int, free: np.ndarray, now_s: float) -> int:
-    """Return the entry to let go so that entry `missed` may be kept: least value for the work it takes."""
-    horizon = max(now_s, float(demand.deadline[np.isfinite(demand.deadline)].max(initial=now_s)))
-    begin = np.where(np.isfinite(demand.deadline), np.maximum(demand.deadline, now_s), now_s)
-    decode = np.where(np.isfinite(demand.tpot), (horizon - begin) / demand.tpot, 0.0)
-    density = demand.value / np.maximum(1.0, demand.left + 0.5 * decode)
-    limit = demand.deadline[missed]
-    if not math.isfinite(limit):
-        limit = math.inf
-    eligible = free & ((begin <= limit) | (np.arange(len(demand)) == missed))
-    if not eligible.any():
-        eligible = free
-    return int(np.argmin(np.where(eligible, density, math.inf)))

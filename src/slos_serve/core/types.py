@@ -48,6 +48,7 @@ class Tier(IntEnum):
     BEST_EFFORT = 2
 
 
+DEFAULT_WORK_LIMIT = 200_000
 REASONS = ("compute", "memory", "deadline-passed", "requested", "invalid", "observe", "")
 
 
@@ -272,7 +273,7 @@ class Limits:
     num_kv_blocks: int
     max_draft_length: int = 0
     guard_s: float = 0.0
-    work_limit: int = 100_000
+    work_limit: int = DEFAULT_WORK_LIMIT
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "num_kv_blocks", "work_limit"):
