@@ -1,0 +1,85 @@
+"""Count what became of requests, by class, and say it in one plain line per class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class ClassTally:
+    """Counts of one class since the start."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    num_promised: int = 0
+    num_kept: int = 0
+
+    def line(self, name: str) -> str:
+        """Return the class's state as text."""
+        counted = sum(n for outcome, n in self.outcomes.items() if outcome not in ("none", "cancelled"))
+        parts = [f"{n} {outcome}" for outcome, n in sorted(self.outcomes.items())]
+        text = f"  {name}: " + ", ".join(parts)
+        if counted:
+            text += f"; attained {self.outcomes['met'] / counted:.1%}"
+        if self.num_promised:
+            text += f"; kept {self.num_kept} of {self.num_promised} promises"
+        return text
+
+
+class Tally:
+    """Outcomes by class, and whether anything was added since the last report."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, ClassTally] = {}
+        self.is_news = False
+
+    def add(self, slo_class: str, outcome: str, *, promised: bool) -> None:
+        """Count one finished request."""
+        tally = self.classes.setdefault(slo_class, ClassTally())
+        tally.outcomes[outcome] += 1
+        if promised and outcome in ("met", "missed"):
+            tally.num_promised += 1
+            tally.num_kept += outcome == "met"
+        self.is_news = True
+
+    def text(self, snapshot: Mapping[str, Any]) -> str:
+        """Return the periodic report, several lines."""
+        self.is_news = False
+        model = snapshot.get("model_error", {}).get("mape")
+        plan = snapshot.get("plan_s", {})
+        head = (
+            f"SLO report: mode {snapshot.get('effective_mode')}"
+            + (f" ({snapshot['reason']})" if snapshot.get("reason") else "")
+            + f", {snapshot.get('steps', 0)} steps"
+            + (f", step times predicted within {model:.0%}" if model is not None else "")
+            + (f", planning p99 {plan['p99'] * 1000:.2f} ms" if plan.get("p99") is not None else "")
+        )
+        would = snapshot.get("would_be") or {}
+        if would:
+            head += ", would have promised {} and not {}".format(would.get("promised", 0), would.get("best-effort", 0))
+        return "\n".join([head, *(tally.line(name) for name, tally in list(self.classes.items()))])
+
+
+class Ring:
+    """The last measurements, for their quantiles."""
+
+    def __init__(self, size: int = 1024) -> None:
+        self._values = np.zeros(size)
+        self._count = 0
+
+    def add(self, value: float) -> None:
+        """Keep one value in place of the oldest."""
+        self._values[self._count % len(self._values)] = value
+        self._count += 1
+
+    def quantiles(self) -> dict[str, float | None]:
+        """Return the median and the 99 % quantile, None before any value."""
+        kept = self._values[: min(self._count, len(self._values))]
+        if not len(kept):
+            return {"p50": None, "p99": None}
+        p50, p99 = np.quantile(kept, [0.5, 0.99]).tolist()
+        return {"p50": p50, "p99": p99}

@@ -1,0 +1,113 @@
+"""When steering must stop: the rules under which enforcing steps down to the engine's own order.
+
+Four measurements run all the time: promises kept, margin coverage (share of steps that took no longer
+than predicted with margin), planner faults by step, and the plug-in's time as a share of step time. One
+of them over its limit, on enough evidence, steps down; the evidence is then forgotten. Steering resumes
+when the hold time has passed and what is still measured is better than its limit by `RELIEF`; every
+further step-down doubles the hold, up to an hour.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+RELIEF = 0.8  # of a tolerated share: what must be reached before steering resumes
+MAX_HOLD_S = 3600.0
+_FADE = 1.0 - 1.0 / 2000.0  # faults and times are remembered over about 2000 steps
+_PROMISES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyLimits:
+    """Limits of the four rules, as shares, and the evidence each one needs. Times in seconds."""
+
+    min_promises_kept: float = 0.95
+    num_promises: int = 200
+    min_coverage: float = 0.90
+    num_covered_steps: int = 200
+    max_fault_share: float = 0.001
+    num_faults: int = 5
+    max_time_share: float = 0.05
+    num_timed_steps: int = 200
+    hold_s: float = 60.0
+    is_enabled: bool = True
+
+
+class StepDown:
+    """Watch the four measurements; `is_down` says that vLLM's own order must run, `reason` why."""
+
+    def __init__(self, limits: SafetyLimits | None = None) -> None:
+        self.limits = limits or SafetyLimits()
+        self.is_down = False
+        self.reason = ""
+        self.num_step_downs = 0
+        self._promises: deque[bool] = deque(maxlen=_PROMISES)
+        self._steps = 0.0
+        self._faults = 0.0
+        self._timed_steps = 0
+        self._step_s = 0.0
+        self._overhead_s = 0.0
+        self._coverage: float | None = None
+        self._resume_s = 0.0
+
+    def add_promise(self, kept: bool) -> None:
+        """Count a promised request that ended."""
+        self._promises.append(kept)
+
+    def add_step(self, step_s: float, overhead_s: float) -> None:
+        """Count the time of a step with tokens and the plug-in's own time beside it, in seconds."""
+        self._timed_steps += 1
+        self._step_s = self._step_s * _FADE + step_s
+        self._overhead_s = self._overhead_s * _FADE + overhead_s
+
+    def add_plan(self, faulty: bool) -> None:
+        """Count one attempt to plan."""
+        self._steps = self._steps * _FADE + 1
+        self._faults = self._faults * _FADE + faulty
+
+    def set_coverage(self, coverage: float | None, num_steps: int) -> None:
+        """Tell the newest margin coverage and how many steps stand behind it."""
+        self._coverage = coverage if num_steps >= self.limits.num_covered_steps else None
+
+    @property
+    def time_share(self) -> float:
+        """The plug-in's time as a share of step time."""
+        return self._overhead_s / self._step_s if self._step_s > 0 else 0.0
+
+    def check(self, now_s: float) -> bool:
+        """Step down or up where due; tell whether that changed."""
+        if not self.limits.is_enabled:
+            return False
+        if self.is_down:
+            if now_s < self._resume_s or self._violation(RELIEF):
+                return False
+            self.is_down, self.reason = False, ""
+            return True
+        reason = self._violation(1.0)
+        if not reason:
+            return False
+        hold = min(self.limits.hold_s * 2.0**self.num_step_downs, MAX_HOLD_S)
+        self.is_down, self.reason, self._resume_s = True, reason, now_s + hold
+        self.num_step_downs += 1
+        self._promises.clear()
+        self._steps = self._faults = 0.0
+        self._timed_steps = 0
+        self._step_s = self._overhead_s = 0.0
+        return True
+
+    def _violation(self, strictness: float) -> str:
+        """Return the first rule that is broken, its tolerance multiplied by `strictness`; "" for none."""
+        limits = self.limits
+        if len(self._promises) >= limits.num_promises:
+            kept = sum(self._promises) / len(self._promises)
+            if 1 - kept > (1 - limits.min_promises_kept) * strictness:
+                return f"promises kept {kept:.1%} of {len(self._promises)} (limit {limits.min_promises_kept:.0%})"
+        if self._coverage is not None and 1 - self._coverage > (1 - limits.min_coverage) * strictness:
+            return f"margin coverage {self._coverage:.1%} (limit {limits.min_coverage:.0%})"
+        if self._faults > limits.num_faults - 0.5 and self._faults > limits.max_fault_share * strictness * self._steps:
+            share = self._faults / self._steps
+            return f"planner faults in {share:.2%} of steps (limit {limits.max_fault_share:.2%})"
+        if self._timed_steps >= limits.num_timed_steps and self.time_share > limits.max_time_share * strictness:
+            return f"planning takes {self.time_share:.1%} of the step (limit {limits.max_time_share:.0%})"
+        return ""

@@ -1,0 +1,81 @@
+"""The scheduler classes to give to vLLM: `--scheduler-cls slos_serve.vllm_plugin.scheduler.SloScheduler`.
+
+`SloScheduler` is for synchronous scheduling (CPUs, or `--no-async-scheduling`), `AsyncSloScheduler` for
+asynchronous scheduling, vLLM's default on GPUs. Both run vLLM's own `schedule()`; the planner's decisions
+reach it through one method that vLLM asks for the size of every share (see `steer`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from slos_serve.vllm_plugin.runtime import SloRuntime
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class SloMixin:
+    """Steer one of vLLM's schedulers; put it before that class in the bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._slo_caps: dict[str, int] | None = None
+        self.slo = SloRuntime(self, is_async=isinstance(self, AsyncScheduler))
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """Cap a request's share at what the plan gives it; 0 holds it."""
+        share: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
+        caps = self._slo_caps
+        if caps is None:
+            return share
+        cap = caps.get(request.request_id, 0)
+        return min(cap, share)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Run vLLM's `schedule()`, steered where there is a plan to carry out."""
+        slo = self.slo
+        self._slo_caps = slo.before_schedule()
+        if self._slo_caps is None:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        else:
+            try:
+                output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._slo_caps = None
+                slo.end_steering()
+        slo.after_schedule(output)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> dict[int, Any]:
+        """Let vLLM take the output, then grade it and learn from the step."""
+        self.slo.before_update(scheduler_output)
+        outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        self.slo.after_update(outputs)
+        return outputs
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request and take up its promises."""
+        super().add_request(request)  # type: ignore[misc]
+        self.slo.on_add(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.slo.on_free(request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """Stop the plug-in, then vLLM's scheduler."""
+        self.slo.shutdown()
+        super().shutdown()  # type: ignore[misc]
+
+
+class SloScheduler(SloMixin, Scheduler):
+    """The SLO scheduler for synchronous scheduling."""
+
+
+class AsyncSloScheduler(SloMixin, AsyncScheduler):
+    """The SLO scheduler for asynchronous scheduling."""

@@ -1,0 +1,95 @@
+"""What the operator asked of the plug-in: `additional_config["slo"]`, checked once at start-up."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from slos_serve.config import SloConfig, load_slo_config
+from slos_serve.core.types import Planner
+from slos_serve.errors import ConfigError
+from slos_serve.vllm_plugin.safety import SafetyLimits
+
+WHERE = 'additional_config["slo"]'
+MODES = ("observe", "enforce")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The plug-in's settings; `mode` is None where the operator left it to the platform.
+
+    `profile` and `record` are file paths. `guard_s`: from the end of a step to the client seeing its
+    token. `planner` is a dotted class name and `planner_options` its keyword arguments. `report_s`: how
+    often the attainment of each class is written to the log. `thinking_end` are the token ids (or one
+    text, looked up in the tokenizer) that end a thinking span. `fault_dir` is where the states of
+    planner faults are written (`None`: the temporary folder).
+    """
+
+    config: SloConfig = field(default_factory=SloConfig)
+    mode: str | None = None
+    profile: Path | None = None
+    profile_key: str = ""
+    record: Path | None = None
+    guard_s: float = 0.01
+    planner: str = "slos_serve.core.planner.SloPlanner"
+    planner_options: Mapping[str, Any] = field(default_factory=dict)
+    report_s: float = 60.0
+    thinking_end: str | tuple[int, ...] = "</think>"
+    fault_dir: Path | None = None
+    safety: SafetyLimits = field(default_factory=SafetyLimits)
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any] | None) -> Settings:
+        """Read the JSON document; `ConfigError` for an unknown key or a value that does not fit."""
+        given = dict(document or {})
+        known = {f.name for f in fields(cls)} - {"guard_s"} | {"guard_ms"}
+        for key in given:
+            if key not in known:
+                raise ConfigError(where=WHERE, key=key, value=given[key], expected=f"one of {', '.join(sorted(known))}")
+        given = {key: value for key, value in given.items() if value is not None}
+        config = load_slo_config(given.pop("config", None))
+        mode = given.pop("mode", None)
+        if mode is not None and mode not in MODES:
+            raise ConfigError(where=WHERE, key="mode", value=mode, expected=f"one of {', '.join(MODES)}")
+        paths = {key: Path(str(given.pop(key))) for key in ("profile", "record", "fault_dir") if given.get(key)}
+        guard_s = _number(given.pop("guard_ms", 10.0), "guard_ms") / 1000
+        report_s = _number(given.pop("report_s", 60.0), "report_s")
+        end = given.pop("thinking_end", "</think>")
+        thinking_end = end if isinstance(end, str) else tuple(int(token) for token in end)
+        safety = SafetyLimits(**given.pop("safety", {}))
+        return cls(
+            config=config,
+            mode=mode,
+            guard_s=guard_s,
+            report_s=report_s,
+            thinking_end=thinking_end,
+            safety=safety,
+            **paths,
+            **{key: value for key, value in given.items() if key not in ("profile", "record", "fault_dir")},
+        )
+
+    def resolved_mode(self, *, given: bool, is_cpu: bool) -> str:
+        """Return the mode to run in: what was asked, else enforce on CPUs, observe elsewhere and bare."""
+        if self.mode is not None:
+            return self.mode
+        return "enforce" if given and is_cpu else "observe"
+
+    def make_planner(self) -> Planner:
+        """Import and construct the planner; `ConfigError` where there is none of that name."""
+        module, _, name = self.planner.rpartition(".")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            expected = f"the dotted name of a planner class ({error})"
+            raise ConfigError(where=WHERE, key="planner", value=self.planner, expected=expected) from error
+        planner: Planner = factory(**self.planner_options)
+        return planner
+
+
+def _number(value: object, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ConfigError(where=WHERE, key=key, value=value, expected="a number, 0 or more")
+    return float(value)

@@ -1,0 +1,92 @@
+"""The API process's end of the channel: a vLLM stat logger that listens to the engine's plug-in.
+
+vLLM constructs it in every API process once this package is installed (entry point group
+`vllm.stat_logger_plugins`). It does nothing unless one of our scheduler classes runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.slos_serve")
+
+POLL_MS = 500
+
+
+def is_ours(scheduler_cls: object) -> bool:
+    """Tell whether a scheduler class, or its dotted name, is this package's (or derives from it)."""
+    if isinstance(scheduler_cls, str):
+        return scheduler_cls.startswith("slos_serve.")
+    if isinstance(scheduler_cls, type):
+        return any(base.__module__.startswith("slos_serve.") for base in scheduler_cls.__mro__)
+    return False
+
+
+class Listener:
+    """Receive messages on a daemon thread and hand each one to `feed`."""
+
+    def __init__(self, where: str, feed: Callable[[dict[str, Any]], None]) -> None:
+        self.where = where
+        self.num_bad = 0
+        self._feed = feed
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="slos-serve-listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _listen(self) -> None:
+        import msgspec  # noqa: PLC0415 - only where our scheduler runs
+        import zmq  # noqa: PLC0415
+
+        context = zmq.Context()
+        socket = context.socket(zmq.SUB)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(self.where)
+        try:
+            while not self._stop.is_set():
+                if not socket.poll(POLL_MS):
+                    continue
+                try:
+                    self._feed(msgspec.json.decode(socket.recv()))
+                except Exception as error:  # noqa: BLE001 - one bad message must not end the channel
+                    self.num_bad += 1
+                    if self.num_bad == 1:
+                        logger.warning("slos-serve: a message of the engine was not understood", exc_info=error)
+        finally:
+            socket.close(linger=0)
+            context.term()
+
+
+class SloStatLogger(StatLoggerBase):
+    """Feed `slos_serve.http.hub.HUB` with what the engine publishes; inert for other schedulers."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.listener: Listener | None = None
+        if not is_ours(vllm_config.scheduler_config.scheduler_cls):
+            return
+        from slos_serve.http.hub import HUB  # noqa: PLC0415 - prometheus_client and all, only where used
+        from slos_serve.vllm_plugin.channel import address  # noqa: PLC0415
+
+        additional = vllm_config.additional_config
+        slo = additional.get("slo") if isinstance(additional, dict) else None
+        HUB.configure(slo=slo or {}, model=vllm_config.model_config.served_model_name or vllm_config.model_config.model)
+        self.listener = Listener(address(vllm_config.instance_id, engine_index), HUB.feed)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Take nothing from vLLM's own statistics."""
+
+    def log_engine_initialized(self) -> None:
+        """Say nothing."""

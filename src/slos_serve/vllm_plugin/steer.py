@@ -1,0 +1,159 @@
+"""Make vLLM's own `schedule()` carry out a plan, and leave its queues as if it had not been asked.
+
+vLLM's `schedule()` walks `running`, then admits from the waiting queues, asking one method for the size of
+each share (the hook, see `view.HOOK`). For the length of one call this module
+- sorts `running` in plan order, held requests after it (a KV shortage evicts from the end),
+- puts a queue of the planned waiting requests, in plan order, in place of both waiting queues,
+- gives the hook a cap per request: its planned tokens, 0 to hold it,
+- switches the policy to first-come-first-served, so that plan order is the only order.
+Afterwards queues, order and policy are restored: requests that were admitted are taken out, requests that
+vLLM preempted or set aside are put where vLLM would have put them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
+from vllm.v1.request import RequestStatus
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from slos_serve.core.types import BatchPlan
+
+UNCAPPED = 1 << 40
+
+
+class DraftLookup:
+    """Stand in for vLLM's draft-length table: the same length for every batch size.
+
+    Its mere presence keeps vLLM from padding a new request to a full draft, which a cap would break.
+    """
+
+    def __init__(self, draft_length: int) -> None:
+        self.draft_length = draft_length
+
+    def __getitem__(self, batch_size: int) -> int:
+        return self.draft_length
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out: the planner's fault, found before anything was changed."""
+
+
+class Steering:
+    """One steered call of `schedule()`: construct, `begin`, call it, `finish`.
+
+    `waiting` holds the waiting requests that may run now, by id; `stock` those that follow vLLM's own
+    rules, running or waiting. The constructor checks and changes nothing; `begin` cannot fail half-way.
+    Raises `PlanError` for a plan that names unknown requests or asks for impossible shares.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        plan: BatchPlan,
+        *,
+        waiting: Mapping[str, Request],
+        stock: Mapping[str, Request],
+        next_draft_length: int | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        tokens, drafts = plan.num_tokens.tolist(), plan.draft_lengths.tolist()
+        if not len(plan.request_ids) == len(tokens) == len(drafts):
+            raise PlanError(f"plan of {len(plan.request_ids)} ids, {len(tokens)} sizes, {len(drafts)} draft lengths")
+        if tokens and (min(tokens) < 0 or min(drafts) < 0):
+            raise PlanError("plan with a negative share")
+        self.expected: dict[str, int] = dict(zip(plan.request_ids, tokens, strict=True))
+        if len(self.expected) != len(tokens):
+            raise PlanError("plan names a request twice")
+        if any(drafts):
+            self.caps = {i: n + d for i, n, d in zip(plan.request_ids, tokens, drafts, strict=True)}
+        else:
+            self.caps = self.expected.copy() if stock else self.expected
+        requests = scheduler.requests
+        try:
+            self.preempted: list[Request] = [requests[i] for i in plan.preempted]
+            planned: list[Request] = [requests[i] for i in plan.request_ids]
+        except KeyError as error:
+            raise PlanError(f"plan names {error}, which is not live") from None
+        out = {r.request_id for r in self.preempted}
+        if out and not out.isdisjoint(self.expected):
+            raise PlanError("plan preempts a request that it also schedules")
+        if any(r.status is not RequestStatus.RUNNING for r in self.preempted):
+            raise PlanError("plan preempts a request that does not run")
+        self.offered: list[Request] = [r for r in planned if r.request_id in waiting] if waiting else []
+        if waiting:
+            planned = [r for r in planned if r.request_id not in waiting]
+        if any(r.status is not RequestStatus.RUNNING for r in planned):
+            raise PlanError("plan schedules a request that cannot run yet")
+        self.sorted = planned
+        if len(planned) < len(scheduler.running):
+            shares = self.expected
+            self.sorted = planned + [
+                r for r in scheduler.running if r.request_id not in shares and r.request_id not in out
+            ]
+        self.next_draft_length = next_draft_length
+        if stock:
+            self.caps.update(dict.fromkeys(stock, UNCAPPED))
+            self._offer_stock(stock)
+
+    def _offer_stock(self, stock: Mapping[str, Request]) -> None:
+        scheduler, offered = self.scheduler, {r.request_id for r in self.offered}
+        for queue in (scheduler.skipped_waiting, scheduler.waiting):
+            self.offered.extend(r for r in queue if r.request_id in stock and r.request_id not in offered)
+
+    def begin(self) -> None:
+        """Preempt what the plan preempts and put the plan's queues in place."""
+        scheduler = self.scheduler
+        if self.preempted:
+            gone, now = set(self.preempted), time.monotonic()
+            scheduler.running = [r for r in scheduler.running if r not in gone]
+            for request in self.preempted:
+                scheduler._preempt_request(request, now)
+        self._running: list[Request] = scheduler.running
+        self._waiting, self._skipped = scheduler.waiting, scheduler.skipped_waiting
+        self._policy, self._draft_lookup = scheduler.policy, scheduler.dynamic_sd_lookup
+        scheduler.running = self.sorted
+        scheduler.waiting = FCFSRequestQueue(self.offered)
+        scheduler.skipped_waiting = FCFSRequestQueue()
+        scheduler.policy = SchedulingPolicy.FCFS
+        if scheduler.num_spec_tokens > 0 and self._draft_lookup is None:
+            length = scheduler.num_spec_tokens if self.next_draft_length is None else self.next_draft_length
+            scheduler.dynamic_sd_lookup = DraftLookup(min(length, scheduler.num_spec_tokens))
+
+    def finish(self) -> None:
+        """Restore queues, order and policy around what `schedule()` did."""
+        scheduler = self.scheduler
+        queue, aside = scheduler.waiting, list(scheduler.skipped_waiting)
+        scheduler.waiting, scheduler.skipped_waiting = self._waiting, self._skipped
+        scheduler.policy, scheduler.dynamic_sd_lookup = self._policy, self._draft_lookup
+        running = RequestStatus.RUNNING
+        offered = set(self.offered)
+        admitted = [r for r in self.offered if r.status is running]
+        evicted = [r for r in queue if r not in offered] if len(queue) else []
+        if admitted or evicted:
+            stayed = [r for r in self._running if r.status is running]
+            scheduler.running = stayed + admitted
+        else:
+            scheduler.running = self._running
+        if admitted or aside:
+            self._take_out(admitted, aside)
+        for request in reversed(evicted):
+            scheduler.waiting.prepend_request(request)
+
+    def _take_out(self, admitted: Sequence[Request], aside: Sequence[Request]) -> None:
+        scheduler = self.scheduler
+        skipped_before = set(scheduler.skipped_waiting) if scheduler.skipped_waiting else set()
+        from_skipped = [r for r in admitted if r in skipped_before]
+        newly_aside = [r for r in aside if r not in skipped_before]
+        from_waiting = {r for r in admitted if r not in skipped_before}.union(newly_aside)
+        if from_skipped:
+            scheduler.skipped_waiting.remove_requests(set(from_skipped))
+        if from_waiting:
+            scheduler.waiting.remove_requests(from_waiting)
+        for request in reversed(newly_aside):
+            scheduler.skipped_waiting.prepend_request(request)

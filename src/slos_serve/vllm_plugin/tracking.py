@@ -1,0 +1,372 @@
+"""The core's request table, kept in step with vLLM's requests.
+
+One `Live` per request that vLLM holds, one row in the table per request that can run. A request that
+waits for its grammar has no row until vLLM can promote it; one that follows vLLM's own rules (see
+`view.follows_stock_rules`) never has one. Columns are refreshed once per step by list comprehensions over
+vLLM's requests and one assignment per column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slos_serve.config import SloConfig
+from slos_serve.core.deadlines import Grade, StreamGrader
+from slos_serve.core.lengths import LengthModel
+from slos_serve.core.types import Request as CoreRequest
+from slos_serve.core.types import RequestTable, Slo, Status, Tier
+from slos_serve.vllm_plugin import view
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from slos_serve.vllm_plugin.clock import Clock
+
+PREFIX = "slo_"
+OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms", "stage")
+LOOKUPS_PER_STEP = 8
+REFRESH_EVERY = 256  # steps between looking prefix hits of waiting requests up again
+REFRESHED = 32
+
+
+class ReferenceUnknownError(LookupError):
+    """A slowdown SLO was asked for before the reference profile is known."""
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """What we know about one request that vLLM does not."""
+
+    request: Request
+    args: Mapping[str, Any]
+    arrival_s: float
+    slo: Slo = field(default_factory=Slo)
+    slo_class: str = "best-effort"
+    weight: float = 1.0
+    thinks: bool = False
+    is_thinking: bool = False
+    is_resolved: bool = True
+    reason: str = ""
+    grader: StreamGrader | None = None
+    is_stock: bool = False
+    has_row: bool = False
+    missed: bool = False
+    num_output_tokens: int = 0
+    num_thinking_tokens: int = 0
+    first_token_s: float = math.inf
+    last_token_s: float = math.inf
+    verdict: str = ""  # promised, promoted, best-effort; "" while pending
+    was_promised: bool = False
+    is_declined: bool = False
+    promise_lead_s: float | None = None
+    would_be: str = ""  # the verdict in observe mode
+
+    @property
+    def request_id(self) -> str:
+        """The engine's id of the request."""
+        return str(self.request.request_id)
+
+    @property
+    def slo_id(self) -> str | None:
+        """The id that the HTTP edge gave it; None on a bare server."""
+        value = self.args.get("slo_id")
+        return None if value is None else str(value)
+
+    @property
+    def tenant(self) -> str:
+        """Who it is counted for."""
+        return str(self.args.get("slo_tenant") or "")
+
+    @property
+    def has_slo(self) -> bool:
+        """Tell whether anything was promised in its name."""
+        return not self.slo.is_empty
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Tell whether the client itself said something about latency."""
+        return bool(self.args)
+
+    def grade(self, now_s: float) -> Grade | None:
+        """Return the grade of the stream that ends now, None where nothing was promised."""
+        return None if self.grader is None else self.grader.finish(now_s)
+
+
+class Tracker:
+    """Keep `table` and `live` in step with one vLLM scheduler."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        config: SloConfig,
+        clock: Clock,
+        *,
+        is_async: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.config = config
+        self.clock = clock
+        self.table = RequestTable(list(config.classes))
+        self.live: dict[str, Live] = {}
+        self.blocked: dict[str, Live] = {}
+        self.stock: dict[str, Request] = {}
+        self.lengths = LengthModel(
+            {name: c.output_tokens_hint for name, c in config.classes.items() if c.output_tokens_hint}
+        )
+        self.invalid: Counter[str] = Counter()
+        self.thinking_end: frozenset[int] = frozenset()
+        self.reference: Callable[[int], float] | None = None
+        self._unresolved: dict[str, Live] = {}
+        self._is_async = is_async
+        self._rows_live: list[Live] = []  # in row order
+        self._rows_requests: list[Request] = []
+        self._lookups: deque[str] = deque()
+        self._steps = 0
+        self._block_size = int(scheduler.block_size)
+
+    # -- arrival ----------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> Live | None:
+        """Take up a request that vLLM has queued; None for one that is known (streamed input)."""
+        if request.request_id in self.live:
+            return None
+        params = request.sampling_params
+        extra = (params.extra_args if params is not None else None) or {}
+        args = {key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)}
+        live = Live(request=request, args=args, arrival_s=self._arrival(request, args))
+        self.live[request.request_id] = live
+        self.resolve(live)
+        if not live.is_resolved:
+            self._unresolved[request.request_id] = live
+        if view.follows_stock_rules(self.scheduler, request):
+            live.is_stock = True
+            self.stock[request.request_id] = request
+        elif view.is_blocked(request):
+            self.blocked[request.request_id] = live
+        else:
+            self._add_row(live)
+        return live
+
+    def _arrival(self, request: Request, args: Mapping[str, Any]) -> float:
+        self.clock.now()
+        stamp = args.get("slo_arrival_s")
+        if isinstance(stamp, int | float) and math.isfinite(stamp) and 0 < request.arrival_time - stamp < 60:
+            return self.clock.place(float(stamp))
+        return self.clock.place(float(request.arrival_time))
+
+    def resolve(self, live: Live) -> None:
+        """Turn what was asked into promises; what makes no sense is best-effort, reason `invalid`."""
+        args = live.args
+        name = args.get("slo_class")
+        overrides = {key: args[PREFIX + key] for key in OVERRIDES if PREFIX + key in args}
+        live.is_resolved = True
+        try:
+            # asked first, so that a nonsensical value is never taken for one that waits for the profile
+            slo, weight, thinks = self.config.resolve(name, overrides, live.request.num_prompt_tokens, self._reference)
+            label = self.config.label(name, overrides)
+        except ReferenceUnknownError:
+            live.is_resolved = False
+            live.reason = "observe"
+            live.slo_class = str(name or self.config.label(None, overrides))
+            return
+        except (ValueError, TypeError, KeyError, ArithmeticError):
+            live.reason = "invalid"
+            self.invalid["invalid"] += 1
+            return
+        live.slo, live.weight, live.thinks, live.slo_class = slo, weight, thinks, label
+        live.is_thinking = thinks and bool(self.thinking_end)
+        live.reason = "" if live.has_slo else "requested"
+        if live.has_slo:
+            live.grader = StreamGrader(live.arrival_s, slo, live.is_thinking)
+
+    def _reference(self, prompt_tokens: int) -> float:
+        if self.reference is None:
+            raise ReferenceUnknownError
+        return self.reference(prompt_tokens)
+
+    def set_reference(self, reference: Callable[[int], float]) -> list[Live]:
+        """Pin the reference that slowdown SLOs mean; returns the requests that now have promises."""
+        self.reference = reference
+        resolved = []
+        for live in self._unresolved.values():
+            if live.num_output_tokens:
+                continue  # it began without a promise; it cannot be graded any more
+            self.resolve(live)
+            if live.has_slo:
+                resolved.append(live)
+            if live.has_row:
+                self._rewrite_row(live)
+        self._unresolved.clear()
+        return resolved
+
+    def _core_request(self, live: Live) -> CoreRequest:
+        request = live.request
+        return CoreRequest(
+            request_id=request.request_id,
+            arrival_s=live.arrival_s,
+            num_prompt_tokens=max(1, request.num_prompt_tokens),
+            max_output_tokens=max(1, self._max_output_tokens(request)),
+            slo=live.slo,
+            slo_class=live.slo_class,
+            weight=live.weight,
+            thinks=live.is_thinking,
+        )
+
+    def _max_output_tokens(self, request: Request) -> int:
+        return min(int(request.max_tokens), int(self.scheduler.max_model_len) - request.num_prompt_tokens)
+
+    def _predict(self, live: Live, produced: int) -> float:
+        request = live.request
+        limit = max(1, self._max_output_tokens(request))
+        return self.lengths.predict(live.slo_class, request.num_prompt_tokens, limit, produced)
+
+    def _add_row(self, live: Live) -> None:
+        self.table.add(self._core_request(live), predicted_output_tokens=self._predict(live, live.num_output_tokens))
+        self._rows_live.append(live)
+        self._rows_requests.append(live.request)
+        live.has_row = True
+        self._lookups.append(live.request_id)
+
+    def _rewrite_row(self, live: Live) -> None:
+        """Write promises that became known late into the row, keeping its place in every order."""
+        index, slo = self.table.index(live.request_id), live.slo
+        row = self.table.rows[index]
+        if live.slo_class not in self.table.classes:
+            self.table.classes.append(live.slo_class)
+        row["class_index"] = self.table.classes.index(live.slo_class)
+        row["ttft_deadline_s"] = math.inf if slo.ttft_s is None else live.arrival_s + slo.ttft_s
+        row["tpot_s"] = math.inf if slo.tpot_s is None else slo.tpot_s
+        row["thinking_tpot_s"] = math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s
+        row["e2e_deadline_s"] = math.inf if slo.e2e_s is None else live.arrival_s + slo.e2e_s
+        row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
+        row["weight"] = live.weight
+        row["is_thinking"] = int(live.is_thinking)
+        row["tier"] = Tier.PENDING if live.has_slo else Tier.BEST_EFFORT
+
+    # -- departure --------------------------------------------------------------------------------
+
+    def remove(self, request_id: str) -> Live | None:
+        """Forget a request; None if it was not known."""
+        live = self.live.pop(request_id, None)
+        if live is None:
+            return None
+        self.blocked.pop(request_id, None)
+        self.stock.pop(request_id, None)
+        self._unresolved.pop(request_id, None)
+        if live.has_row:
+            index = self.table.index(request_id)
+            self.table.remove(request_id)
+            last_live, last_request = self._rows_live.pop(), self._rows_requests.pop()
+            if index < len(self._rows_live):
+                self._rows_live[index], self._rows_requests[index] = last_live, last_request
+        return live
+
+    # -- every step -------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Refresh the columns that vLLM moved since the last step."""
+        self._steps += 1
+        if self.blocked:
+            self._promote()
+        requests = self._rows_requests
+        if not requests:
+            return
+        rows = self.table.rows
+        computed = view.computed_tokens(requests)
+        produced = view.output_tokens(requests, with_placeholders=self._is_async)
+        running = view.is_running(requests)
+        rows["status"] = running
+        rows["num_computed_tokens"] = computed
+        rows["num_output_tokens"] = produced
+        rows["num_kv_blocks"] = -(-computed // self._block_size)
+        predicted = rows["predicted_output_tokens"]
+        over = np.flatnonzero((produced >= predicted) & (produced < rows["max_output_tokens"]))
+        for index in over.tolist():
+            predicted[index] = self._predict(self._rows_live[index], int(produced[index]))
+        if self._lookups or self._steps % REFRESH_EVERY == 0:
+            self._look_up(running)
+
+    def _promote(self) -> None:
+        """Give a row to each request whose grammar is ready."""
+        for request_id, live in list(self.blocked.items()):
+            if view.awaits_grammar(live.request):
+                view.promote(self.scheduler, live.request)
+            if not view.is_blocked(live.request):
+                del self.blocked[request_id]
+                self._add_row(live)
+
+    def _look_up(self, running: Any) -> None:
+        """Ask the prefix cache about a few waiting requests."""
+        if self._steps % REFRESH_EVERY == 0:
+            waiting = np.flatnonzero(~running)[:REFRESHED].tolist()
+            self._lookups.extend(self._rows_live[index].request_id for index in waiting)
+        rows = self.table.rows
+        for _ in range(min(LOOKUPS_PER_STEP, len(self._lookups))):
+            request_id = self._lookups.popleft()
+            live = self.live.get(request_id)
+            if live is None or not live.has_row or live.request.num_computed_tokens:
+                continue
+            index = self.table.index(request_id)
+            if rows["status"][index] == Status.WAITING:
+                rows["num_cached_tokens"][index] = view.cached_tokens(self.scheduler, live.request)
+
+    def note_preempted(self, request_id: str) -> None:
+        """Look a preempted request's prefix up again: its own blocks may still be cached."""
+        self._lookups.append(request_id)
+
+    def reopen(self) -> None:
+        """Forget verdicts of plans that were not carried out, when plans begin to be."""
+        for index, live in enumerate(self._rows_live):
+            if live.has_slo and not live.was_promised and live.verdict != "best-effort":
+                self.table.rows["tier"][index] = Tier.PENDING
+
+    def runnable_waiting(self) -> dict[str, Request]:
+        """Return the waiting requests that have a row, by id."""
+        requests = self._rows_requests
+        waiting = np.flatnonzero(self.table.rows["status"] == Status.WAITING).tolist()
+        return {requests[index].request_id: requests[index] for index in waiting}
+
+    # -- output -----------------------------------------------------------------------------------
+
+    def take_output(self, request_id: str, token_ids: list[int], now_s: float) -> int:
+        """Grade one chunk of output that leaves the engine now; returns its row, -1 without one."""
+        live = self.live.get(request_id)
+        count = len(token_ids)
+        if live is None or not count:
+            return -1
+        index = self.table.index(request_id) if live.has_row else -1
+        thinking = self._take_thinking(live, token_ids, index) if live.is_thinking else 0
+        if not live.num_output_tokens:
+            live.first_token_s = now_s
+            if index >= 0:
+                self.table.rows["first_token_s"][index] = now_s
+        live.num_output_tokens += count
+        live.last_token_s = now_s
+        grader = live.grader
+        if grader is not None:
+            grader.feed(now_s, count, thinking)
+            if grader.missed and not live.missed:
+                live.missed = True
+                if index >= 0:
+                    self.table.rows["missed"][index] = 1
+        return index
+
+    def _take_thinking(self, live: Live, token_ids: list[int], index: int) -> int:
+        """Count the thinking tokens of a chunk, the end mark included."""
+        thinking = len(token_ids)
+        for position, token in enumerate(token_ids, 1):
+            if token in self.thinking_end:
+                thinking, live.is_thinking = position, False
+                break
+        live.num_thinking_tokens += thinking
+        if index >= 0:
+            rows = self.table.rows
+            rows["num_thinking_tokens"][index] = live.num_thinking_tokens
+            rows["is_thinking"][index] = int(live.is_thinking)
+        return thinking

@@ -1,0 +1,48 @@
+"""Let the planner compile its loops before the first request, not during it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from slos_serve.core.perf import PerfModel
+from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
+
+_MODEL = PerfModel.from_terms(
+    [{"per_token_s": 1e-4, "per_request_s": 1e-4, "per_context_token_s": 1e-7, "per_pair_s": 1e-9, "fixed_s": 5e-3}]
+)
+
+
+def warm_up(planner: Planner, limits: Limits) -> float:
+    """Plan a few made-up situations; returns the seconds it took."""
+    started = time.perf_counter()
+    for num_candidates in (0, 2, 40):
+        planner.plan(_situation(limits, num_candidates))
+    return time.perf_counter() - started
+
+
+def _situation(limits: Limits, num_candidates: int) -> ReplicaState:
+    """Return decodes with promises and without, and candidates more than fit."""
+    table = RequestTable()
+    decodes = min(4, limits.max_num_seqs)
+    longest = limits.max_model_len // 2
+    for i in range(decodes + num_candidates):
+        slo = Slo() if i % 4 == 3 else Slo(ttft_s=0.2 + 0.01 * i, tpot_s=0.05 if i % 2 else 0.1)
+        request = Request(
+            request_id=str(i),
+            arrival_s=0.0,
+            num_prompt_tokens=max(1, min(500 + 20 * i, longest)),
+            max_output_tokens=max(1, longest),
+            slo=slo,
+        )
+        table.add(request)
+    rows = table.rows[:decodes]
+    rows["status"] = Status.RUNNING
+    rows["tier"][:2] = Tier.PROMISED
+    rows["num_computed_tokens"] = rows["num_prompt_tokens"]
+    rows["num_output_tokens"] = 1
+    rows["num_kv_blocks"] = [math.ceil(n / limits.block_size) for n in rows["num_prompt_tokens"].tolist()]
+    rows["first_token_s"] = rows["last_token_s"] = 0.1
+    return ReplicaState(
+        now_s=0.1, requests=table, num_free_kv_blocks=limits.num_kv_blocks // 2, limits=limits, perf_model=_MODEL
+    )
