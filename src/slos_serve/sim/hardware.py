@@ -58,6 +58,11 @@ class Hardware:
         """Return a copy with another KV room, in tokens."""
         return replace(self, kv_tokens=kv_tokens)
 
+    def slower(self, factor: float) -> Hardware:
+        """Return a copy whose steps take `factor` times as long."""
+        lines = tuple(tuple(factor * value for value in line) for line in self.perf_model.lines)
+        return replace(self, perf_model=replace(self.perf_model, lines=lines))
+
     def reference_s(self, prompt_tokens: int) -> float:
         """Return the unloaded, uncached prefill time that SLOs are defined by, in seconds."""
         return self.perf_model.prefill_seconds(prompt_tokens, self.max_num_batched_tokens)

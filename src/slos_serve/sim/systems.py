@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core import baselines
-from slos_serve.core.planner import SloPlanner
 from slos_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,10 +42,17 @@ def _drafts(budgets: Sequence[int]) -> tuple[Settings, ...]:
     return tuple({"token_budget": budget, "draft_length": length} for budget in budgets for length in (1, 2, 4, 6))
 
 
+def slo_planner(**settings: Any) -> Planner:
+    """Return our planner; it is compiled on import, which other systems need not wait for."""
+    from slos_serve.core.planner import SloPlanner
+
+    return SloPlanner(**settings)
+
+
 def _slo(max_draft_length: int, name: str) -> System:
     return System(
         name=name,
-        build=SloPlanner,
+        build=slo_planner,
         default={},
         grid=({},),
         makes_promises=True,

@@ -1,0 +1,201 @@
+"""`slos-serve simulate`: one run on the virtual clock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slos_serve.config import load_slo_config
+from slos_serve.errors import ConfigError
+from slos_serve.sim.hardware import hardware_names, load_hardware
+from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.systems import SYSTEMS, System, find_system
+from slos_serve.sim.traces import SMALL_TRACE, read_trace
+from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+
+if TYPE_CHECKING:
+    from slos_serve.sim.hardware import Hardware
+
+HELP = "serve a trace on a virtual clock and grade it by class"
+DEFAULT_HARDWARE = "a100-80g-7b-measured"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `simulate`."""
+    parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
+    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}; needs --data")
+    parser.add_argument("--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)")
+    parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
+    parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
+    parser.add_argument("--system", metavar="NAME", default="slos-serve", help=f"one of {', '.join(SYSTEMS)}")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of the system, such as token_budget=512"
+    )
+    parser.add_argument(
+        "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
+    )
+    parser.add_argument("--kv-tokens", metavar="N", type=int, help="KV room in tokens (default: the hardware's)")
+    parser.add_argument("--rate", metavar="R", type=float, help="requests per second, by stretching time")
+    parser.add_argument("--replicas", metavar="N", type=int, default=1, help="number of replicas (1)")
+    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files")
+    parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
+    parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
+    parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
+    parser.add_argument("--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)")
+    parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
+    parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="window of a scenario, and all chance (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate and print the summary."""
+    _check(args)
+    hardware = load_hardware(args.hardware)
+    if args.kv_tokens is not None:
+        hardware = hardware.with_kv_tokens(args.kv_tokens)
+    system = find_system(args.system)
+    workload, max_model_len = build_workload(args, hardware)
+    entry = simulate(args, system, workload, hardware, max_model_len)
+    if args.json:
+        json.dump(entry, sys.stdout, indent=2)
+        print()
+    else:
+        print(as_text(entry))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    where = "simulate"
+    if args.scenario is not None and args.trace is not None:
+        raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
+    if args.scenario is not None and args.data is None:
+        raise ConfigError(where=where, key="data", value=None, expected="--data DIR, the folder of trace files")
+    if args.replicas != 1:
+        raise ConfigError(where=where, key="replicas", value=args.replicas, expected="1")
+    bounds = {"rate": (0.0, 1e6), "noise": (-1e-9, 2.0), "acceptance": (-1e-9, 1.0), "model_error": (0.0, 100.0)}
+    for key, (low, high) in bounds.items():
+        value = getattr(args, key)
+        if value is not None and not low < value < high:
+            raise ConfigError(where=where, key=key, value=value, expected=f"more than {max(low, 0):g}, below {high:g}")
+    if args.kv_tokens is not None and args.kv_tokens < 1:
+        raise ConfigError(where=where, key="kv_tokens", value=args.kv_tokens, expected="a positive number of tokens")
+    if args.seed < 0:
+        raise ConfigError(where=where, key="seed", value=args.seed, expected="0 or more")
+
+
+def parse_settings(system: System, texts: list[str]) -> dict[str, Any]:
+    """Return the system's default settings, changed by KEY=VALUE texts (values are JSON)."""
+    settings = dict(system.default)
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(where="simulate", key="set", value=text, expected="KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Workload, int]:
+    """Return what is offered, and the context length it is offered under."""
+    if args.scenario is not None:
+        scenario = find_scenario(args.scenario)
+        slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
+        offer = Offer(data=Path(args.data), hardware=hardware, rate_rps=args.rate, part=args.part, seed=args.seed)
+        return scenario.offer(offer, slos), scenario.max_model_len(hardware)
+    config = load_slo_config(args.slo_config)
+    longest = hardware.limits().max_model_len
+    trace = read_trace(args.trace if args.trace is not None else SMALL_TRACE)
+    workload = trace_workload(
+        trace,
+        RequestFactory(config, hardware.reference_s, longest),
+        max_model_len=longest,
+        default_class=args.slo_class,
+        rate_rps=args.rate,
+    )
+    return workload, longest
+
+
+def simulate(
+    args: argparse.Namespace, system: System, workload: Workload, hardware: Hardware, max_model_len: int
+) -> dict[str, Any]:
+    """Run and return the JSON document."""
+    settings = parse_settings(system, args.set)
+    try:
+        planner = system.build(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
+    options = ReplicaOptions(
+        acceptance={"": args.acceptance},
+        async_lag=args.async_lag,
+        noise_sigma=args.noise,
+        known_lengths=args.known_lengths,
+        makes_promises=system.makes_promises,
+    )
+    with _StepFile(args.record) as steps:
+        start = time.perf_counter()
+        result: RunResult = run_workload(
+            workload,
+            planner,
+            hardware.slower(args.model_error),
+            plan_model=hardware.perf_model,
+            seed=args.seed,
+            options=options,
+            max_model_len=max_model_len,
+            max_draft_length=system.max_draft_length,
+            plan_clock=time.perf_counter,
+            on_step=steps.write if args.record else None,
+        )
+        wall_s = time.perf_counter() - start
+    entry = result.entry(system=system.name, wall_s=wall_s)
+    entry["hardware"] = hardware.name
+    entry["settings"] = settings
+    entry["known_lengths"] = args.known_lengths
+    return entry
+
+
+class _StepFile:
+    """Write step records as lines of JSON; nothing without a path."""
+
+    def __init__(self, path: str | None) -> None:
+        self._file = None if path is None else Path(path).open("w", encoding="utf-8")
+
+    def __enter__(self) -> _StepFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+
+
+def as_text(entry: dict[str, Any]) -> str:
+    """Return the summary for people."""
+
+    def row(name: str, group: dict[str, Any]) -> str:
+        ttft, tpot = group["ttft_s"]["p99"], group["tpot_s"]["p99"]
+        share = "-" if group["attainment"] is None else f"{100 * group['attainment']:.1f} %"
+        kept = f"{group['kept']}/{group['promised']}" if group["promised"] else "-"
+        latencies = [f"{1000 * value:.0f}" if value is not None else "-" for value in (ttft, tpot)]
+        return f"{name:16}{group['num_requests']:9}{share:>11}{kept:>13}{latencies[0]:>12}{latencies[1]:>12}"
+
+    lines = [
+        f"{entry['system']} on {entry['hardware']}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
+        f"{'class':16}{'requests':>9}{'attained':>11}{'kept':>13}{'p99 TTFT ms':>12}{'p99 TPOT ms':>12}",
+        *(row(name, group) for name, group in entry["by_class"].items()),
+        row("all", entry),
+        f"{entry['num_steps']} steps, {entry['simulated_s']:.0f} s simulated in {entry['wall_s']:.1f} s",
+    ]
+    return "\n".join(lines)
