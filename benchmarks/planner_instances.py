@@ -77,6 +77,8 @@ def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict
     spec = instance.get("spec")
     if spec:
         demand = draft.with_lengths(demand, capacity, spec["alpha"], spec["max_len"])
+        # tokens come in bursts: what is owed is the rate
+        demand.due = demand.due + (demand.gain - 1) * demand.tpot
     chosen, trial = admission.select(demand, capacity, instance["now"], effort, name=name, width=200)
     elapsed_ms = (time.perf_counter() - began) * 1e3
     subset = demand.take(chosen)

@@ -90,14 +90,20 @@ class Capacity:
 
 
 @jit
-def _pulled_forward(due, decoding, limit, period, capacity):  # type: ignore[no-untyped-def]
-    """Count decodes due in later windows that must run now, because one later batch could not hold them."""
+def _pulled_forward(due, decoding, tokens, pace, verify, limit, period, capacity):  # type: ignore[no-untyped-def]
+    """Return how many tokens due in later windows must run now, because later batches could not hold them.
+
+    Windows of one shortest `period` follow the batches after this one. A request in this batch (`tokens`
+    above 0) comes back every `pace`; the others begin at `due`.
+    """
     windows = np.zeros(SMOOTHING_WINDOWS)
+    begin = limit + period
     for i in range(due.shape[0]):
-        if decoding[i] and due[i] >= limit + period:
-            window = (due[i] - limit - period) / period
-            if window < SMOOTHING_WINDOWS:
-                windows[int(window)] += 1.0
+        if decoding[i]:
+            at = due[i] if tokens[i] == 0.0 else due[i] + pace[i]
+            while at < begin + SMOOTHING_WINDOWS * period:
+                windows[max(0, int((at - begin) / period))] += verify[i]
+                at += max(pace[i], period)
     carried = 0.0
     for w in range(SMOOTHING_WINDOWS - 1, -1, -1):
         carried = max(0.0, windows[w] + carried - capacity)
@@ -141,6 +147,7 @@ def compose(  # type: ignore[no-untyped-def]
     num_decoding = 0
     decoding = np.zeros(n, np.bool_)
     any_prefill = False
+    total_verify = 0.0
     for i in range(n):
         if left[i] > 0.0:
             if held[i] > 0.0:
@@ -151,6 +158,7 @@ def compose(  # type: ignore[no-untyped-def]
         elif output_left[i] > 0.0:
             num_started += 1
             num_decoding += 1
+            total_verify += verify[i]
             decoding[i] = True
             earliest = min(earliest, due[i])
             period = min(period, gain[i] * tpot[i])
@@ -178,7 +186,10 @@ def compose(  # type: ignore[no-untyped-def]
     position = 0
     if waiting > 0 and math.isfinite(period) and math.isfinite(limit):
         per_batch = max_chunk_tokens(lines, period / margin, 0.0, 0.0, context_tokens, steps, 0.0, 0.0)
-        pull = _pulled_forward(due, decoding, limit, period, max(1.0, per_batch))
+        per_batch = min(per_batch, token_budget)
+        pull = 0.0
+        if total_verify > per_batch:
+            pull = _pulled_forward(due, decoding, tokens, gain * tpot, verify, limit, period, max(1.0, per_batch))
         if pull > 0.0:
             order = np.argsort(due)
             sorted_due = True
@@ -202,7 +213,7 @@ def compose(  # type: ignore[no-untyped-def]
                     context_tokens += context[i]
                     steps = max(steps, verify[i])
                     waiting -= 1
-                    pull -= 1.0
+                    pull -= verify[i]
 
     pairs = 0.0
     has_prefill = False
