@@ -84,10 +84,11 @@ def _number(value: object) -> float:
 class FitReport:
     """A fitted model and how far to trust it.
 
-    `r2`: on seconds, of all fitted steps. `mape_heldout`: mean |predicted - measured| / measured of steps
-    that the fit (of the other steps) has not seen. `margin_coverage`: the share of those within their
-    margin. `terms`: names of the coefficients that are not 0. `num_steps` were fitted; `num_heldout` of
-    them took turns as held-out; `num_bad` were not usable, `num_first_sight` and `num_stalls` left out.
+    `r2`: on seconds, of all fitted steps but the stalls; nan where all took the same. `mape_heldout`: mean
+    |predicted - measured| / measured of steps that a fit of the others has not seen, stalls included.
+    `margin_coverage`: the share of those within their margin. `terms`: names of the coefficients that are
+    not 0. `num_steps` were fitted, `num_heldout` of them kept apart first; `num_bad` were not usable,
+    `num_first_sight` were left out, and so were `num_stalls` of `num_steps` in the end.
     """
 
     model: PerfModel
@@ -139,7 +140,7 @@ def fit_perf_model(
     total = float(spread @ spread)
     return FitReport(
         model=model,
-        r2=1.0 - float(error @ error) / total if total > 0 else math.nan,
+        r2=1.0 - float(error @ error) / total if total > 1e-12 * float(calm.seconds @ calm.seconds) else math.nan,
         mape_heldout=float(np.mean(np.abs(1.0 / ratios - 1.0))),
         margin_coverage=float(np.mean(ratios <= limit)),
         num_steps=len(steps.seconds),
@@ -300,7 +301,7 @@ class OnlineCorrection:
             if not line_s <= base:
                 base = line_s
         # written so that nan fails
-        if not (0.0 < seconds < math.inf and 0.0 < base < math.inf and min(sample) >= 0.0):
+        if not (0.0 < seconds < math.inf and 0.0 < base < math.inf and has_prefill < math.inf and min(sample) >= 0.0):
             self.num_bad += 1
             return
         ratio = seconds / base
