@@ -251,14 +251,14 @@ class Hub:
         vLLM's engine appends `-<8 hex digits>` to the response's id, completions a prompt number before that,
         and each of several choices gets `<number>_` in front.
         """
-        if not isinstance(request_id, str) or request_id == slo_id:
+        if not isinstance(request_id, str):
             return
         record = self._records[slo_id]
         record.setdefault("request_id", request_id)
         stem = _CHOICE.sub("", request_id).rpartition("-")[0]
         prompt_stem, _, number = stem.rpartition("-")
         for alias in (request_id, stem, prompt_stem if number.isdigit() and stem.startswith("cmpl-") else ""):
-            if alias and alias not in self._aliases:
+            if alias and alias != slo_id and alias not in self._aliases:
                 self._aliases[alias] = slo_id
                 record["_aliases"].append(alias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -47,12 +47,12 @@ def page(hub: Hub, path: str) -> Response:
     if path == SLO_PREFIX + "classes":
         return JSONResponse(classes(hub))
     if path == SLO_PREFIX + "status":
-        return Response(json.dumps(status(hub)), media_type="application/json")
+        return JSONResponse(finite(status(hub)))
     if path.startswith(REQUESTS_PREFIX):
         request_id = path.removeprefix(REQUESTS_PREFIX)
         record = hub.find(request_id)
         if record is not None:
-            return Response(json.dumps({"object": "slo.request", **record}), media_type="application/json")
+            return JSONResponse(finite({"object": "slo.request", **record}))
         message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
         return error(HTTPStatus.NOT_FOUND, message, param="id")
     return error(HTTPStatus.NOT_FOUND, f"{path[:100]} is not one of classes, status, requests/ID below {SLO_PREFIX}")
@@ -86,3 +86,12 @@ def status(hub: Hub) -> dict[str, Any]:
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,
     }
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with null for what JSON cannot say: infinite and undefined numbers."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

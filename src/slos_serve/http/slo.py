@@ -72,7 +72,7 @@ class Operator:
 
     def concerns(self, headers: Headers, body: bytes) -> bool:
         """Tell cheaply whether a request can be about an SLO at all; its body need not be parsed otherwise."""
-        if self._always or b'"slo' in body or b'"service_tier"' in body:
+        if self._always or b'"slo' in body or b'"service_tier"' in body or b"\0" in body[:4]:  # the last: not UTF-8
             return True
         return any(name.startswith((b"x-slo-", b"x-llm-d-slo-")) for name, _ in headers)
 
