@@ -58,6 +58,7 @@ class Hub:
         self._waiters: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = {}
         self._snapshot: Mapping[str, Any] | None = None
         self._snapshot_s = -math.inf
+        self._worked_s = -math.inf
 
     def configure(self, *, slo: Mapping[str, Any] | None = None, model: str | None = None) -> None:
         """Take over `additional_config["slo"]`: class configuration, mode and profile. `ConfigError` if bad."""
@@ -132,7 +133,10 @@ class Hub:
         if snapshot is None:
             return
         self.metrics.show(snapshot, engine)
-        self._snapshot, self._snapshot_s = dict(snapshot), time.monotonic()
+        now, steps = time.monotonic(), snapshot.get("steps")
+        if steps is None or steps != (self._snapshot or {}).get("steps"):
+            self._worked_s = now
+        self._snapshot, self._snapshot_s = dict(snapshot), now
 
     # HTTP side: the event loop.
 
@@ -188,8 +192,8 @@ class Hub:
 
     @property
     def fresh_snapshot(self) -> Mapping[str, Any] | None:
-        """The last snapshot if the engine is at work: an idle one publishes nothing, and has room."""
-        return self._snapshot if self.snapshot_age_s <= FRESH_S else None
+        """The last snapshot while the engine is at work: an idle one has room, and only repeats itself."""
+        return self._snapshot if time.monotonic() - self._worked_s <= FRESH_S else None
 
     def refusal(self, *, best_effort: bool, rejects: bool) -> str | None:
         """Return why a request is refused before it reaches the engine, None to let it through.
