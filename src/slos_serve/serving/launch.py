@@ -81,6 +81,8 @@ def exit_status(code: int) -> int:
 
 def port_problem(host: str | None, port: int) -> str | None:
     """Return why a server could not listen there, or None."""
+    if not 0 < port < 1 << 16:
+        return "ports go from 1 to 65535"
     try:
         infos = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)  # noqa: S104
     except OSError as error:
@@ -92,8 +94,6 @@ def port_problem(host: str | None, port: int) -> str | None:
             probe.bind(address)
         except OSError as error:
             return error.strerror or str(error)
-        except OverflowError as error:
-            return str(error)
     return None
 
 

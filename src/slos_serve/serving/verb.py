@@ -115,7 +115,7 @@ def check(args: argparse.Namespace) -> None:
                     where="arguments", key=key, value=getattr(args, name), expected="no --no-slo beside it"
                 )
     _check_order(args)
-    _check_model(args.model)
+    check_model(args.model)
     if args.slo_config is not None:
         from slos_serve.config import load_slo_config  # noqa: PLC0415
 
@@ -136,7 +136,8 @@ def _check_order(args: argparse.Namespace) -> None:
             raise ConfigError(where="arguments", key="MODEL", value=args.model, expected=f"MODEL before {token}")
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Raise `ConfigError` for a model that is neither a model folder nor a name."""
     path = Path(model).expanduser()
     if path.is_dir() and any(any(path.glob(pattern)) for pattern in MODEL_FILES):
         return
