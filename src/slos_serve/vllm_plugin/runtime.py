@@ -395,7 +395,9 @@ class SloRuntime:
                 continue
             self.divergences["missing" if not scheduled else "short" if scheduled < tokens else "long"] += 1
         stock = self.tracker.stock
-        self.divergences["extra"] += sum(1 for i in found if i not in expected and i not in stock)
+        for request_id in found:
+            if request_id not in expected and request_id not in stock:
+                self.divergences["extra"] += 1
 
     # -- after a step -----------------------------------------------------------------------------
 

@@ -134,8 +134,8 @@ class Tracker:
 
     def add(self, request: Request) -> Live | None:
         """Take up a request that vLLM has queued; None for one that is known (streamed input)."""
-        if request.request_id in self.live:
-            return None
+        if request.request_id in self.live or self.scheduler.requests.get(request.request_id) is not request:
+            return None  # the next input of a streamed session, or its end
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
         args = {key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)}

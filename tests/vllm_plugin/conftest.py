@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("vllm")
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def perf():
+    """Return a model of an engine that is slow enough for a mock to keep up with."""
+    from slos_serve.core.perf import PerfModel
+
+    return PerfModel.from_terms([{"per_token_s": 50e-6, "per_request_s": 20e-6, "fixed_s": 4e-3}])
+
+
+@pytest.fixture
+def build(tmp_path, perf):
+    """Build schedulers that enforce a planner's plans; they are shut down afterwards."""
+    from slos_serve.core.types import Planner
+    from slos_serve.vllm_plugin.scheduler import SloScheduler
+    from slos_serve.vllm_plugin.testing import make_scheduler, write_profile
+
+    made = []
+
+    def _build(planner: Planner | None = None, *, slo: dict | None = None, ready: bool = True, cls=SloScheduler, **options):
+        profile = write_profile(tmp_path / "profile.json", perf)
+        document = {
+            "mode": "enforce",
+            "profile": str(profile),
+            "safety": {"is_enabled": False},
+            "fault_dir": str(tmp_path / "faults"),
+            "planner": "slos_serve.core.baselines.VllmPlanner",
+            **(slo or {}),
+        }
+        scheduler = make_scheduler(tmp_path, cls=cls, slo={k: v for k, v in document.items() if v is not None}, **options)
+        made.append(scheduler)
+        if planner is not None:
+            scheduler.slo.planner = planner
+        if ready:
+            scheduler.slo.learner.poll()
+        return scheduler
+
+    yield _build
+    for scheduler in made:
+        scheduler.shutdown()
