@@ -131,8 +131,17 @@ def request_body(request: BenchRequest, model: str, endpoint: str, slo_form: str
     return body
 
 
-async def discover_model(base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0) -> str:
+async def discover_model(base_url: str, *, api_key: str | None = None) -> str:
     """Return the name of the first model that the server offers; `TargetError` where it does not answer."""
+    return str((await _first_model(base_url, api_key))["id"])
+
+
+async def max_model_length(base_url: str, *, api_key: str | None = None) -> int:
+    """Return the longest context that the server takes, in tokens; 2048 where it does not say."""
+    return int((await _first_model(base_url, api_key)).get("max_model_len") or 2048)
+
+
+async def _first_model(base_url: str, api_key: str | None, timeout_s: float = 10.0) -> dict[str, Any]:
     aiohttp = _aiohttp()
     url = f"{_v1(base_url)}/models"
     try:
@@ -141,11 +150,10 @@ async def discover_model(base_url: str, *, api_key: str | None = None, timeout_s
             session.get(url) as response,
         ):
             response.raise_for_status()
-            return str((await response.json())["data"][0]["id"])
+            return dict((await response.json())["data"][0])
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
-        raise TargetError(
-            f"--target {url}: no model list ({error or type(error).__name__}): is the server up?"
-        ) from None
+        reason = str(error) or type(error).__name__
+        raise TargetError(f"--target {url}: no model list ({reason}): is the server up?") from None
 
 
 async def offer(
@@ -156,7 +164,6 @@ async def offer(
     endpoint: str = "completions",
     slo_form: str = "body",
     api_key: str | None = None,
-    request_timeout_s: float = 600.0,
     drain_timeout_s: float = 120.0,
     on_result: Callable[[StreamResult], None] | None = None,
 ) -> list[StreamResult]:
@@ -164,51 +171,85 @@ async def offer(
 
     Streams that still run `drain_timeout_s` after the last send are cut and count as failed.
     """
-    aiohttp = _aiohttp()
-    url = f"{_v1(base_url)}/{'chat/completions' if endpoint == 'chat' else 'completions'}"
-    bodies = [json.dumps(request_body(r, model, endpoint, slo_form)).encode() for r in requests]
-    timeout = aiohttp.ClientTimeout(total=request_timeout_s, connect=30)
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600, keepalive_timeout=60)
-    headers = {**_auth(api_key), "content-type": "application/json"}
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
-        run = _Run(session=session, url=url, start=time.perf_counter() + 0.05, on_result=on_result)
-        tasks: list[asyncio.Task[None]] = []
-        results: dict[str, StreamResult] = {}
-        try:
-            for request, body in sorted(zip(requests, bodies, strict=True), key=lambda pair: pair[0].offset_s):
-                await asyncio.sleep(request.offset_s - run.now_s())
-                result = StreamResult(request_id=request.request_id, sent_s=request.offset_s)
-                results[request.request_id] = result
-                tasks.append(asyncio.create_task(run.stream(body, result)))
-            if tasks:
-                await asyncio.wait(tasks, timeout=drain_timeout_s)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    return [results[request.request_id] for request in requests]
+    async with Client(base_url, model, endpoint=endpoint, slo_form=slo_form, api_key=api_key) as client:
+        return await client.offer(requests, drain_timeout_s=drain_timeout_s, on_result=on_result)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """What the streams of one run share. `start` is on the clock of `time.perf_counter`."""
+class Client:
+    """One client of one server; an async context manager. `start` is the run's time 0 (`perf_counter`)."""
 
-    session: ClientSession
-    url: str
-    start: float
-    on_result: Callable[[StreamResult], None] | None
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        endpoint: str = "completions",
+        slo_form: str = "body",
+        api_key: str | None = None,
+        request_timeout_s: float = 600.0,
+    ) -> None:
+        self.url = f"{_v1(base_url)}/{'chat/completions' if endpoint == 'chat' else 'completions'}"
+        self.model = model
+        self.start = time.perf_counter()
+        self._endpoint = endpoint
+        self._slo_form = slo_form
+        self._headers = {**_auth(api_key), "content-type": "application/json"}
+        self._timeout_s = request_timeout_s
+        self._session: ClientSession
+
+    async def __aenter__(self) -> Self:
+        aiohttp = _aiohttp()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600, keepalive_timeout=60),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s, connect=30),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    def body(self, request: BenchRequest) -> bytes:
+        """Return the bytes to send for a request."""
+        return json.dumps(request_body(request, self.model, self._endpoint, self._slo_form)).encode()
 
     def now_s(self) -> float:
         """Return the time since the run's start."""
         return time.perf_counter() - self.start
 
-    async def stream(self, body: bytes, result: StreamResult) -> None:
+    async def offer(
+        self,
+        requests: Sequence[BenchRequest],
+        *,
+        drain_timeout_s: float = 120.0,
+        on_result: Callable[[StreamResult], None] | None = None,
+    ) -> list[StreamResult]:
+        """Start a run: send every request at its `offset_s`; see the function `offer`."""
+        due = sorted(((request, self.body(request)) for request in requests), key=lambda pair: pair[0].offset_s)
+        tasks: list[asyncio.Task[None]] = []
+        results: dict[str, StreamResult] = {}
+        self.start = time.perf_counter()
+        try:
+            for request, body in due:
+                await asyncio.sleep(request.offset_s - self.now_s())
+                result = StreamResult(request_id=request.request_id, sent_s=request.offset_s)
+                results[request.request_id] = result
+                tasks.append(asyncio.create_task(self.stream(body, result, on_result)))
+            if tasks:
+                await asyncio.wait(tasks, timeout=drain_timeout_s)
+        finally:
+            await cancel(tasks)
+        return [results[request.request_id] for request in requests]
+
+    async def stream(
+        self, body: bytes, result: StreamResult, on_result: Callable[[StreamResult], None] | None = None
+    ) -> None:
         """Send one request now and read its stream to the end; whatever goes wrong is noted in `result`."""
         aiohttp = _aiohttp()
         now = self.now_s()
         result.sent_s, result.lag_s = now, now - result.sent_s
         try:
-            async with self.session.post(self.url, data=body) as response:
+            async with self._session.post(self.url, data=body) as response:
                 result.status = response.status
                 result.headers = {k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-slo-")}
                 if response.status != 200:
@@ -224,8 +265,8 @@ class _Run:
             result.error = f"{type(error).__name__}: {error}"
         finally:
             result.finished_s = self.now_s()
-            if self.on_result is not None:
-                self.on_result(result)
+            if on_result is not None:
+                on_result(result)
 
     async def read_events(self, response: ClientResponse, result: StreamResult) -> None:
         """Read server-sent events to the end."""
@@ -237,6 +278,13 @@ class _Run:
                 text = line[5:].strip() if line.startswith(b"data:") else b""
                 if text and text != b"[DONE]":
                     take_event(json.loads(text), result, now)
+
+
+async def cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait until they are gone."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def take_event(event: Mapping[str, Any], result: StreamResult, now_s: float) -> None:

@@ -1,0 +1,178 @@
+"""Figures of the benchmark, as PNG or SVG, legible in print, in the dark and by the colour-blind."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slos_serve.errors import MissingExtraError
+
+OURS, STOCK, ACCENT, GREY = "#1f77d0", "#e0702a", "#2a9d6a", "#8a8f98"
+SYSTEM_COLOURS = {"slos-serve": OURS, "vllm": STOCK}
+SYSTEM_NAMES = {"slos-serve": "vLLM + slos-serve", "vllm": "vLLM"}
+INK = "#7b8190"  # axes and text: grey that is legible on white and on near-black
+
+Row = Mapping[str, Any]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl  # noqa: PLC0415
+
+        mpl.use("Agg", force=True)
+        from matplotlib import pyplot as plt  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise MissingExtraError(module="matplotlib", extra="bench") from None
+    return plt
+
+
+@contextmanager
+def _style() -> Iterator[Any]:
+    pyplot = _pyplot()
+    settings = {
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.color": INK,
+        "grid.color": INK,
+        "grid.alpha": 0.25,
+        "axes.grid": True,
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "slos-serve",
+    }
+    with pyplot.rc_context(settings):
+        yield pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG on white and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight", metadata={"Software": None})
+    _pyplot().close(figure)
+
+
+def svg(figure: Any) -> str:
+    """Return a figure as SVG for a page of any colour, and leave it open."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 width="100%"', text, count=1)
+
+
+def fit_figure(predicted: Sequence[float], measured: Sequence[float], prefill: Sequence[bool], path: Path) -> None:
+    """Draw predicted against measured step times, in milliseconds, on logarithmic axes."""
+    with _style() as pyplot:
+        figure, axes = pyplot.subplots(figsize=(5.2, 4.6))
+        for kind, colour, label in ((False, OURS, "decodes only"), (True, STOCK, "with prefill")):
+            pairs = [(p * 1e3, m * 1e3) for p, m, k in zip(predicted, measured, prefill, strict=True) if k is kind]
+            if pairs:
+                axes.scatter(*zip(*pairs, strict=True), s=9, alpha=0.5, color=colour, linewidths=0, label=label)
+        ends = [min(*predicted, *measured) * 1e3, max(*predicted, *measured) * 1e3]
+        axes.plot(ends, ends, color=INK, linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel="predicted step time, ms", ylabel="measured step time, ms")
+        axes.set_title("Performance model: predicted and measured")
+        axes.legend(loc="upper left")
+        save(figure, path)
+
+
+def attainment_figure(systems: Mapping[str, Sequence[Row]]) -> Any:
+    """Draw attainment by rate, all requests and each class, one line per system. `systems[name]`: entries."""
+    classes = sorted({name for entries in systems.values() for entry in entries for name in entry["by_class"]})
+    with _style() as pyplot:
+        columns = 1 + len(classes)
+        figure, grid = pyplot.subplots(1, columns, figsize=(2.9 * columns, 2.9), sharey=True, squeeze=False)
+        for axes, name in zip(grid[0], ["", *classes], strict=True):
+            for system, entries in systems.items():
+                points = [
+                    (entry["rate_rps"], part["attainment"] * 100)
+                    for entry in sorted(entries, key=lambda entry: entry["rate_rps"])
+                    if (part := entry["by_class"].get(name) if name else entry) and part["attainment"] is not None
+                ]
+                if points:
+                    colour = SYSTEM_COLOURS.get(system, GREY)
+                    label = SYSTEM_NAMES.get(system, system)
+                    axes.plot(*zip(*points, strict=True), marker="o", color=colour, linewidth=2, label=label)
+            axes.axhline(90, color=INK, linewidth=1, linestyle=":")
+            axes.set(ylim=(-3, 103), xlabel="requests per second")
+            axes.set_title(name or "all requests")
+        grid[0][0].set_ylabel("SLO attainment, %")
+        grid[0][0].legend(loc="lower left", fontsize=8)
+        figure.tight_layout()
+        return figure
+
+
+def timeline_figure(runs: Mapping[str, Sequence[Row]], *, start_s: float, end_s: float) -> Any:
+    """Draw a burst: for each request its wait for the first token, and how late its latest token was.
+
+    `runs[system]`: the rows of one run (see `grade.request_row`), the same requests for each system.
+    """
+    with _style() as pyplot:
+        figure, grid = pyplot.subplots(3, 1, figsize=(10, 7.4), sharex=True, height_ratios=(1, 2, 2))
+        arrivals, waits, late = grid
+        first = next(iter(runs.values()))
+        width = max(0.25, (end_s - start_s) / 80)
+        edges = [start_s + i * width for i in range(int((end_s - start_s) / width) + 2)]
+        arrivals.hist([row["sent_s"] for row in first], bins=edges, color=GREY)
+        arrivals.set_title("Arrivals")
+        arrivals.set_ylabel("requests")
+        for offset, (system, rows) in enumerate(runs.items()):
+            colour, label = SYSTEM_COLOURS.get(system, GREY), SYSTEM_NAMES.get(system, system)
+            inside = [row for row in rows if start_s <= row["sent_s"] <= end_s]
+            shown = [(row["sent_s"] + offset * width / 4, row) for row in inside]
+            ttft = [
+                (x, row["ttft_s"] / row["slo"]["ttft_s"])
+                for x, row in shown
+                if row["ttft_s"] and "ttft_s" in row["slo"]
+            ]
+            _stems(waits, ttft, colour, label, baseline=1.0)
+            lateness = [(x, row["lateness_s"]) for x, row in shown if row["lateness_s"] is not None]
+            _stems(late, lateness, colour, label, baseline=0.0)
+        waits.axhline(1, color=INK, linewidth=1)
+        waits.set_title("Time to first token, as a multiple of what its SLO allows (above 1: late)")
+        waits.set_ylabel("TTFT / allowed")
+        waits.set_ylim(bottom=0)
+        waits.legend(loc="upper right", fontsize=8)
+        late.axhline(0, color=INK, linewidth=1)
+        late.set_title("Latest token of each request against its deadline (above 0: late)")
+        late.set(ylabel="seconds late", xlabel="time of arrival, s", xlim=(start_s, end_s))
+        figure.tight_layout()
+        return figure
+
+
+def _stems(axes: Any, points: Sequence[tuple[float, float]], colour: str, label: str, *, baseline: float) -> None:
+    if not points:
+        return
+    xs, ys = zip(*points, strict=True)
+    axes.vlines(xs, [min(y, baseline) for y in ys], ys, color=colour, linewidth=1, alpha=0.35)
+    axes.scatter(xs, ys, s=16, color=colour, label=label, linewidths=0, zorder=3)
+
+
+def difference_figure(points: Sequence[Row]) -> Any:
+    """Draw ours minus the best stock setting by rate, with its interval. Rows: rate_rps, difference, low, high."""
+    with _style() as pyplot:
+        figure, axes = pyplot.subplots(figsize=(6, 3.2))
+        rates = [row["rate_rps"] for row in points]
+        middle = [row["difference"] * 100 for row in points]
+        below = [max(0.0, (row["difference"] - row["low"]) * 100) for row in points]
+        above = [max(0.0, (row["high"] - row["difference"]) * 100) for row in points]
+        axes.errorbar(rates, middle, yerr=[below, above], marker="o", color=OURS, capsize=4, linewidth=2)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.set(xlabel="requests per second", ylabel="points of attainment")
+        axes.set_title("slos-serve minus the best vLLM setting (95 % interval)")
+        figure.tight_layout()
+        return figure

@@ -1,0 +1,156 @@
+"""A measured profile as a file: the performance model, how good it is, and what it was measured on.
+
+The same file configures the engine and is the frozen reference that both sides of a comparison are graded
+with: a slowdown SLO is a multiple of `Profile.reference_s(prompt_tokens)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slos_serve.core.fit import FitReport, StepSample
+from slos_serve.core.perf import PerfModel
+from slos_serve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+SCHEMA = "slos-serve-profile/1"
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A performance model and the token budget of the engine it was measured on."""
+
+    perf_model: PerfModel
+    max_num_batched_tokens: int
+    document: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], *, where: str) -> Self:
+        """Read a profile document; `ConfigError` names what does not fit."""
+        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+            found = document.get("schema") if isinstance(document, Mapping) else document
+            raise ConfigError(where=where, key="schema", value=found, expected=SCHEMA)
+        try:
+            model = PerfModel.from_json(document["perf_model"])
+            budget = int(document.get("max_num_batched_tokens") or DEFAULT_BATCHED_TOKENS)
+        except (KeyError, TypeError, ValueError) as error:
+            expected = f"what `slos-serve profile` writes ({error!r})"
+            raise ConfigError(
+                where=where, key="perf_model", value=document.get("perf_model"), expected=expected
+            ) from error
+        return cls(perf_model=model, max_num_batched_tokens=budget, document=document)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a profile file; `ConfigError` where it is none."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            expected = f"a file made by `slos-serve profile` ({error})"
+            raise ConfigError(where="arguments", key="--profile", value=str(path), expected=expected) from error
+        return cls.from_json(document, where=str(path))
+
+    def reference_s(self, prompt_tokens: int) -> float:
+        """Return the unloaded, uncached prefill time of a prompt, in seconds."""
+        return self.perf_model.prefill_seconds(prompt_tokens, self.max_num_batched_tokens)
+
+    @property
+    def decode_step_s(self) -> float:
+        """Seconds of an unloaded decode step: one request with 256 tokens of context."""
+        return self.perf_model.seconds(1, 1, context_tokens=256)
+
+    def largest_chunk_tokens(self, seconds: float, *, num_decodes: int = 0) -> int:
+        """Return the most prompt tokens of one step that ends within `seconds` beside `num_decodes` decodes."""
+        low, high = 0, 1 << 20
+        while low < high:
+            middle = (low + high + 1) // 2
+            step_s = self.perf_model.seconds(
+                middle + num_decodes,
+                1 + num_decodes,
+                context_tokens=256 * num_decodes,
+                attention_pairs=middle * middle / 2,
+            )
+            low, high = (middle, high) if step_s <= seconds else (low, middle - 1)
+        return low
+
+
+def profile_document(report: FitReport, *, key: Mapping[str, Any] | str, max_num_batched_tokens: int) -> dict[str, Any]:
+    """Return the profile of a fit as a JSON document."""
+    return {
+        "schema": SCHEMA,
+        "key": dict(key) if isinstance(key, Mapping) else key,
+        "perf_model": report.model.to_json(),
+        "r2": report.r2,
+        "mape_heldout": report.mape_heldout,
+        "margin_coverage": report.margin_coverage,
+        "num_steps": report.num_steps,
+        "num_heldout": report.num_heldout,
+        "num_stalls": report.num_stalls,
+        "terms": list(report.terms),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+
+
+def write_json(document: object, path: Path) -> None:
+    """Write a JSON file at once: a reader sees the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        Path(draft).chmod(0o644)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:
+    """Read step records from byte `start` on; a line still being written is left out. `ValueError` names a bad one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read().split(b"\n")[:-1]
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read: {error.strerror}: expected step records, one JSON object a line"
+        ) from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or "seconds" not in record or "num_tokens" not in record:
+            raise ValueError(f"{path}:{number}: expected a step record such as serve --record writes")
+        records.append(record)
+    return records
+
+
+def plot_fit(model: PerfModel, samples: list[StepSample], path: Path) -> None:
+    """Draw predicted against measured step times."""
+    from slos_serve.bench.plots import fit_figure  # noqa: PLC0415
+
+    predicted = [
+        model.seconds(
+            s.num_tokens,
+            s.num_requests,
+            context_tokens=s.context_tokens,
+            draft_steps=s.draft_steps,
+            attention_pairs=s.attention_pairs,
+        )
+        for s in samples
+    ]
+    fit_figure(predicted, [s.seconds for s in samples], [s.has_prefill > 0 for s in samples], path)
