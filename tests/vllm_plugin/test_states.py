@@ -73,7 +73,7 @@ def test_requests_with_rules_of_their_own_run_beside_full_plans(build, monkeypat
     from slos_serve.vllm_plugin import view
 
     plain = view.follows_stock_rules
-    monkeypatch.setattr(view, "follows_stock_rules", lambda s, r: r.request_id.startswith("image") or plain(s, r))
+    monkeypatch.setattr(view, "follows_stock_rules", lambda r: r.request_id.startswith("image") or plain(r))
     scheduler = build(Full(), policy=policy, max_num_batched_tokens=64)
     engine = Engine(scheduler)
     for i in range(20):

@@ -44,6 +44,8 @@ class Settings:
     @classmethod
     def parse(cls, document: Mapping[str, Any] | None) -> Settings:
         """Read the JSON document; `ConfigError` for an unknown key or a value that does not fit."""
+        if document is not None and not isinstance(document, Mapping):
+            raise ConfigError(where="additional_config", key="slo", value=document, expected="a mapping")
         given = dict(document or {})
         known = {f.name for f in fields(cls)} - {"guard_s"} | {"guard_ms"}
         for key in given:
@@ -57,9 +59,8 @@ class Settings:
         paths = {key: Path(str(given.pop(key))) for key in ("profile", "record", "fault_dir") if given.get(key)}
         guard_s = _number(given.pop("guard_ms", 10.0), "guard_ms") / 1000
         report_s = _number(given.pop("report_s", 60.0), "report_s")
-        end = given.pop("thinking_end", "</think>")
-        thinking_end = end if isinstance(end, str) else tuple(int(token) for token in end)
-        safety = SafetyLimits(**given.pop("safety", {}))
+        thinking_end = _thinking_end(given.pop("thinking_end", "</think>"))
+        safety = _safety(given.pop("safety", {}))
         return cls(
             config=config,
             mode=mode,
@@ -85,8 +86,28 @@ class Settings:
         except (ImportError, AttributeError, ValueError) as error:
             expected = f"the dotted name of a planner class ({error})"
             raise ConfigError(where=WHERE, key="planner", value=self.planner, expected=expected) from error
-        planner: Planner = factory(**self.planner_options)
+        try:
+            planner: Planner = factory(**self.planner_options)
+        except (TypeError, ValueError) as error:
+            options = dict(self.planner_options)
+            raise ConfigError(where=WHERE, key="planner_options", value=options, expected=str(error)) from error
         return planner
+
+
+def _thinking_end(value: object) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(token, int) for token in value):
+        return tuple(value)
+    raise ConfigError(where=WHERE, key="thinking_end", value=value, expected="a text or a list of token ids")
+
+
+def _safety(value: Any) -> SafetyLimits:
+    try:
+        return SafetyLimits(**value)
+    except TypeError as error:
+        names = ", ".join(f.name for f in fields(SafetyLimits))
+        raise ConfigError(where=WHERE, key="safety", value=value, expected=f"a mapping with {names}") from error
 
 
 def _number(value: object, key: str) -> float:

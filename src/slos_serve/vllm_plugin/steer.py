@@ -99,12 +99,20 @@ class Steering:
         self.next_draft_length = next_draft_length
         if stock:
             self.caps.update(dict.fromkeys(stock, UNCAPPED))
-            self._offer_stock(stock)
+            self._join_stock(stock)
 
-    def _offer_stock(self, stock: Mapping[str, Request]) -> None:
-        scheduler, offered = self.scheduler, {r.request_id for r in self.offered}
-        for queue in (scheduler.skipped_waiting, scheduler.waiting):
-            self.offered.extend(r for r in queue if r.request_id in stock and r.request_id not in offered)
+    def _join_stock(self, stock: Mapping[str, Request]) -> None:
+        """Serve requests with rules of their own: running ones first, waiting ones by arrival.
+
+        Those that vLLM cannot run yet are offered too, so that it looks whether what they wait for has come.
+        """
+        scheduler = self.scheduler
+        ours = [r for r in self.sorted if r.request_id not in stock]
+        self.sorted = [r for r in scheduler.running if r.request_id in stock] + ours
+        first = min((r.arrival_time for r in self.offered), default=0.0)
+        theirs = [r for queue in (scheduler.skipped_waiting, scheduler.waiting) for r in queue if r.request_id in stock]
+        earlier = [r for r in theirs if r.arrival_time <= first]
+        self.offered = earlier + self.offered + [r for r in theirs if r.arrival_time > first]
 
     def begin(self) -> None:
         """Preempt what the plan preempts and put the plan's queues in place."""

@@ -144,7 +144,7 @@ class Tracker:
         self.resolve(live)
         if not live.is_resolved:
             self._unresolved[request.request_id] = live
-        if view.follows_stock_rules(self.scheduler, request):
+        if view.follows_stock_rules(request):
             live.is_stock = True
             self.stock[request.request_id] = request
         elif view.is_blocked(request):

@@ -138,6 +138,8 @@ def unsupported(scheduler: Any) -> list[str]:
         "Mamba state aligned to blocks": bool(scheduler.need_mamba_block_aligned_split),
         "multi-module MTP": scheduler.num_prefill_lookahead > 1,
         "chunked prefill switched off": not scheduler.scheduler_config.enable_chunked_prefill,
+        "a KV connector": scheduler.connector is not None,
+        "an encoder-cache connector": scheduler.ec_connector is not None,
         "a model without KV cache": not scheduler.kv_cache_config.kv_cache_groups,
     }
     return [name for name, present in checks.items() if present]
@@ -158,19 +160,13 @@ def promote(scheduler: Any, request: Request) -> bool:
     return bool(scheduler._try_promote_blocked_waiting_request(request))
 
 
-def follows_stock_rules(scheduler: Any, request: Request) -> bool:
+def follows_stock_rules(request: Request) -> bool:
     """Tell whether a request has needs that only vLLM's own order can serve.
 
-    Pooling, encoder inputs, streamed input and KV that a connector may bring: such a request is always
-    offered to vLLM, uncapped and after the planned ones, so that no plan can stall it.
+    Pooling, encoder inputs and streamed input: such a request is always offered to vLLM and never capped,
+    so that no plan can stall it.
     """
-    return (
-        request.sampling_params is None
-        or bool(request.mm_features)
-        or request.resumable
-        or scheduler.connector is not None
-        or scheduler.ec_connector is not None
-    )
+    return request.sampling_params is None or bool(request.mm_features) or bool(request.resumable)
 
 
 def is_running(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:

@@ -1,0 +1,171 @@
+"""Clock, settings, records, the channel, counts."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from slos_serve.errors import ConfigError
+from slos_serve.vllm_plugin import channel, stats
+from slos_serve.vllm_plugin.clock import Clock
+from slos_serve.vllm_plugin.record import MAX_BUFFERED, BatchShape, StepRecorder
+from slos_serve.vllm_plugin.report import Ring, Tally
+from slos_serve.vllm_plugin.settings import Settings
+
+SHAPE = BatchShape(
+    num_tokens=10, num_requests=3, context_tokens=100, draft_steps=0, attention_pairs=32.0, has_prefill=True
+)
+
+
+def test_a_clock_that_steps_back_goes_on_from_where_it_was() -> None:
+    times = iter([100.0, 101.0, 50.0, 51.0, 49.0, 60.0])
+    clock = Clock(lambda: next(times))
+    assert [clock.now() for _ in range(5)] == [101.0, 101.0, 102.0, 102.0, 113.0]
+    assert clock.place(60.0) == 113.0  # stamped just now by a process that sees the new time
+    assert clock.place(58.0) == 111.0
+    assert clock.place(1e9) == 113.0
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [
+        ({"modus": "enforce"}, "modus"),
+        ({"mode": "on"}, "mode"),
+        ({"guard_ms": "5"}, "guard_ms"),
+        ({"guard_ms": -5}, "guard_ms"),
+        ({"planner": "nowhere.Planner"}, "planner"),
+        ({"planner": "slos_serve.core.planner.NoSuchPlanner"}, "planner"),
+        ({"planner": "slos_serve.core.baselines.VllmPlanner", "planner_options": {"no": 1}}, "planner_options"),
+        ({"safety": {"no_such_limit": 1}}, "safety"),
+        ({"safety": 5}, "safety"),
+        ({"config": {"no_such_key": 1}}, "no_such_key"),
+        ({"thinking_end": [1.5, "x"]}, "thinking_end"),
+        ([], "slo"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(document, key) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.parse(document).make_planner()
+    assert caught.value.key == key
+
+
+def test_the_mode_is_enforce_on_cpus_observe_on_gpus_and_observe_when_nothing_was_said() -> None:
+    settings = Settings.parse({})
+    assert settings.resolved_mode(given=True, is_cpu=True) == "enforce"
+    assert settings.resolved_mode(given=True, is_cpu=False) == "observe"
+    assert settings.resolved_mode(given=False, is_cpu=True) == "observe"
+    assert Settings.parse({"mode": "enforce"}).resolved_mode(given=True, is_cpu=False) == "enforce"
+
+
+def test_step_records_are_lines_of_json(tmp_path) -> None:
+    recorder = StepRecorder(tmp_path / "new" / "steps.jsonl")
+    recorder.add(1, 5.0, SHAPE, 0.02, None, 0.018)
+    recorder.flush()
+    recorder.add(2, 5.1, SHAPE, 0.03, 0.017, None)
+    recorder.flush()
+    lines = [json.loads(line) for line in (tmp_path / "new" / "steps.jsonl").read_text().splitlines()]
+    assert lines[0] == {
+        "step": 1, "t": 5.0, "num_tokens": 10, "num_requests": 3, "context_tokens": 100, "draft_steps": 0,
+        "attention_pairs": 32.0, "has_prefill": 1, "seconds": 0.02, "planned_s": None, "predicted_s": 0.018,
+    }  # fmt: skip
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_a_recorder_with_a_full_disk_stays_silent_and_bounded(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    recorder = StepRecorder(tmp_path / "file" / "steps.jsonl")
+    for step in range(MAX_BUFFERED + 5):
+        recorder.add(step, 0.0, SHAPE, 0.02, None, None)
+    assert recorder.num_dropped == 5
+    recorder.flush()
+    recorder.add(1, 0.0, SHAPE, 0.02, None, None)
+    recorder.flush()
+
+
+def test_messages_cross_the_channel_and_the_socket_file_goes_away() -> None:
+    where = channel.address(f"test-{time.time_ns()}", 0)
+    publisher = channel.Publisher(where)
+    got: list[dict] = []
+    listener = stats.Listener(where, got.append)
+    deadline = time.monotonic() + 10
+    while len(got) < 3 and time.monotonic() < deadline:
+        publisher.send({"v": 1, "snapshot": {"drain_s": float("inf")}})
+        time.sleep(0.01)
+    assert got[0] == {"v": 1, "snapshot": {"drain_s": None}}
+    listener.close()
+    publisher.close()
+    publisher.send({"v": 1})
+    assert publisher.num_dropped == 0
+    assert not channel.Path(where.removeprefix("ipc://")).exists()
+
+
+def test_nobody_listening_costs_nothing_and_what_cannot_be_sent_is_counted() -> None:
+    publisher = channel.Publisher(channel.address(f"test-{time.time_ns()}", 0))
+    for _ in range(5000):
+        publisher.send({"v": 1})
+    publisher.send({"v": object()})
+    assert publisher.num_dropped == 1
+    publisher.close()
+
+
+def test_a_listener_survives_what_it_does_not_understand() -> None:
+    where = channel.address(f"test-{time.time_ns()}", 0)
+    publisher = channel.Publisher(where)
+    got: list[dict] = []
+
+    def feed(message: dict) -> None:
+        if message["v"] == 2:
+            raise KeyError("verdicts")
+        got.append(message)
+
+    listener = stats.Listener(where, feed)
+    deadline = time.monotonic() + 10
+    while not got and time.monotonic() < deadline:
+        publisher.send({"v": 2})
+        publisher.send({"v": 1})
+        time.sleep(0.01)
+    assert got
+    assert listener.num_bad
+    listener.close()
+    publisher.close()
+
+
+def test_addresses_fit_into_a_socket_path(monkeypatch) -> None:
+    monkeypatch.setattr(channel.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 100)
+    assert len(channel.address("1234567890123456789", 0)) < 107
+    assert channel.address("a", 0) != channel.address("a", 1)
+
+
+def test_the_stat_logger_is_inert_for_other_schedulers(tmp_path) -> None:
+    from slos_serve.vllm_plugin.testing import make_config
+
+    config = make_config(tmp_path)
+    assert stats.SloStatLogger(config).listener is None
+    config.scheduler_config.scheduler_cls = "somebody.else.Scheduler"
+    assert stats.SloStatLogger(config, 0).listener is None
+    assert stats.is_ours("slos_serve.vllm_plugin.scheduler.SloScheduler")
+    assert not stats.is_ours(None)
+
+
+def test_counts_by_class_read_as_text() -> None:
+    tally = Tally()
+    for outcome, promised in (("met", True), ("met", True), ("missed", True), ("declined", False), ("cancelled", False)):
+        tally.add("chat", outcome, promised=promised)
+    tally.add("best-effort", "none", promised=False)
+    text = tally.text({"effective_mode": "enforce", "steps": 12, "plan_s": {"p99": 0.0021}, "model_error": {"mape": 0.05}})
+    assert text.splitlines() == [
+        "SLO report: mode enforce, 12 steps, step times predicted within 5%, planning p99 2.10 ms",
+        "  chat: 1 cancelled, 1 declined, 2 met, 1 missed; attained 50.0%; kept 2 of 3 promises",
+        "  best-effort: 1 none",
+    ]
+    assert not tally.is_news
+
+
+def test_a_ring_forgets_what_is_old() -> None:
+    ring = Ring(4)
+    assert ring.quantiles() == {"p50": None, "p99": None}
+    for value in (100.0, 1.0, 2.0, 3.0, 4.0):
+        ring.add(value)
+    assert ring.quantiles()["p50"] == 2.5

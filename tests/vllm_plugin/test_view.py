@@ -1,0 +1,107 @@
+"""A vLLM that differs from the one this plug-in was written for is noticed, not steered."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from slos_serve.core.baselines import VllmPlanner
+from slos_serve.vllm_plugin import runtime, view
+from slos_serve.vllm_plugin.testing import Engine, make_request
+
+
+class RenamedHook(Scheduler):
+    _reserve_prefill_lookahead = None
+
+
+class WiderHook(Scheduler):
+    def _reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens, extra):
+        return num_new_tokens
+
+
+class ThirdQueue(Scheduler):
+    def __init__(self, policy):
+        self.policy = policy
+        self.waiting = create_request_queue(self.policy)
+        self.skipped_waiting = create_request_queue(self.policy)
+        self.kv_holding_waiting = create_request_queue(self.policy)
+
+
+class OneCall(Scheduler):
+    def schedule(self, throttle_prefills=False):
+        num_new_tokens = self._reserve_prefill_lookahead(None, 0, 0)
+        return num_new_tokens
+
+
+class OwnAsyncSchedule(AsyncScheduler):
+    def schedule(self, throttle_prefills=False):
+        return super().schedule(throttle_prefills)
+
+
+class NoHook:
+    pass
+
+
+def test_the_installed_vllm_is_the_one_this_was_written_for() -> None:
+    assert view.probe() == []
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (WiderHook, "takes"),
+        (ThirdQueue, "waiting queues"),
+        (OneCall, "1 times"),
+        (NoHook, "missing"),
+    ],
+)
+def test_each_difference_is_one_sentence(cls, words) -> None:
+    assert any(words in sentence for sentence in view.probe(cls))
+
+
+def test_an_async_scheduler_with_an_order_of_its_own_is_a_difference() -> None:
+    assert view.probe(Scheduler, OwnAsyncSchedule) == ["AsyncScheduler has a schedule() of its own"]
+
+
+def test_a_difference_means_observing_with_one_clear_message(build, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(runtime.view, "probe", lambda: ["the hook is gone"])
+    monkeypatch.setattr("vllm.logger._VllmLogger.propagate", True, raising=False)
+    scheduler = build(VllmPlanner())
+    engine = Engine(scheduler)
+    scheduler.add_request(make_request("r", args={"slo_class": "chat"}))
+    engine.run()
+    snapshot = scheduler.slo.snapshot()
+    assert (snapshot["mode"], snapshot["effective_mode"]) == ("enforce", "observe")
+    assert snapshot["reason"] == "unsupported: the hook is gone"
+    assert engine.finished["r"].stop_reason == "slo:observe:met"
+
+
+def test_what_this_engine_cannot_be_steered_in_is_named(build) -> None:
+    scheduler = build(VllmPlanner())
+    assert view.unsupported(scheduler) == []
+    scheduler.need_mamba_block_aligned_split = True
+    scheduler.num_prefill_lookahead = 3
+    scheduler.connector = object()
+    found = view.unsupported(scheduler)
+    scheduler.connector = None
+    assert found == ["Mamba state aligned to blocks", "multi-module MTP", "a KV connector"]
+
+
+def test_free_blocks_match_what_requests_are_thought_to_hold(build) -> None:
+    scheduler = build(VllmPlanner(), num_blocks=200)
+    engine = Engine(scheduler)
+    for i in range(6):
+        scheduler.add_request(make_request(f"r{i}", prompt_tokens=17 * (i + 1), max_tokens=40))
+    for _ in range(12):
+        engine.step()
+        scheduler.slo.tracker.sync()
+        held = int(scheduler.slo.tracker.table.rows["num_kv_blocks"].sum())
+        assert held + view.free_units(scheduler, 1) == scheduler.slo.limits.num_kv_blocks
+
+
+def test_the_end_of_thinking_is_found_by_given_ids_only_without_a_tokenizer(build) -> None:
+    scheduler = build(VllmPlanner())
+    assert view.thinking_end(scheduler, "</think>") == frozenset()
+    assert view.thinking_end(scheduler, (9, 11)) == {9, 11}
