@@ -536,3 +536,15 @@ def test_every_request_is_counted_once(client, vllm, hub, say, registry):
         client.post(CHAT, json=body(slo={"class": "voice"}))
     samples = [s for m in registry.collect() for s in m.samples if s.name == "slos_serve_requests_total"]
     assert sorted((s.labels["outcome"], s.value) for s in samples) == [("met", 5), ("rejected", 3)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_verdict_that_is_slower_than_its_tokens_still_makes_the_end_of_the_response(
+    client, vllm, hub, say, events, stream
+):
+    hub.feed({"snapshot": {"effective_mode": "enforce"}})
+    vllm.events = vllm.events[-2:]
+    threading_feed(hub, say, "promised", "")
+    response = client.post(CHAT, json=body(slo={"class": "chat"}, stream=stream))
+    last = events(response.text)[-1] if stream else response.json()
+    assert (last["slo"]["verdict"], last["service_tier"]) == ("promised", "default")

@@ -24,6 +24,7 @@ from slos_serve.http.slo import Operator
 
 MAX_RECORDS = 4096
 FRESH_S = 2.0
+SILENT_S = 5.0
 RETRY_AFTER_S = (1, 30)
 VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms")
 FINISHED_KEYS = (
@@ -191,6 +192,11 @@ class Hub:
         return time.monotonic() - self._snapshot_s
 
     @property
+    def is_heard(self) -> bool:
+        """Tell whether an engine of ours is publishing, so that a verdict is worth a moment's wait."""
+        return self.snapshot_age_s <= SILENT_S
+
+    @property
     def fresh_snapshot(self) -> Mapping[str, Any] | None:
         """The last snapshot while the engine is at work: an idle one has room, and only repeats itself."""
         return self._snapshot if time.monotonic() - self._worked_s <= FRESH_S else None
@@ -224,11 +230,14 @@ class Hub:
 
     @property
     def is_profiling(self) -> bool:
-        """Tell whether the engine still waits for the performance profile it was told to use."""
-        path = self.settings.get("profile")
-        if not path or (self._snapshot or {}).get("profile") is not None:
+        """Tell whether the engine still waits for the performance profile it was told to use.
+
+        An engine that has not been heard yet is taken at the file's word.
+        """
+        path, snapshot = self.settings.get("profile"), self._snapshot
+        if not path:
             return False
-        return not Path(path).exists()
+        return not Path(path).exists() if snapshot is None else snapshot.get("profile") is None
 
     @property
     def num_waiting(self) -> int:

@@ -7,6 +7,7 @@ does not make a counter jump back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ class SloMetrics:
         self.headroom = gauge("slos_serve_prefill_headroom_tokens_per_second", "Prefill rate not yet promised away.")
         self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
         self.margin_coverage = gauge("slos_serve_margin_coverage", "Share of steps within the predicted time.")
+        self.margin_coverage.set(math.nan)  # unknown is not 0
         self._tenants: set[str] = set()
         self._seen: dict[tuple[object, str], float] = {}
 

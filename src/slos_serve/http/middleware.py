@@ -28,12 +28,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slos_serve.http import replies
 from slos_serve.http.hub import HUB, Hub, Record
 from slos_serve.http.slo import RequestError, SloRequest
-from slos_serve.http.stream import StreamTail, append_member, write_into
+from slos_serve.http.stream import DONE, StreamTail, append_member, write_into
 
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 PROBE_HEADER = (b"x-slos-serve-probe", b"1")
 INVALID_BODY = b"{"
 XARGS = "vllm_xargs"
+LAST_WAIT_S = 0.1
 
 
 class SloMiddleware:
@@ -219,10 +220,13 @@ class _Exchange:
             self._document.append(data)
             if more:
                 return
+            await self._settle()
             data = write_into(b"".join(self._document), self._extra())
             await self._begin(content_length=len(data))
         elif self._tail is not None:
             await self._begin()
+            if DONE in data:
+                await self._settle()
             data = self._tail.feed(data)
             if not more:
                 data += self._tail.close()
@@ -232,6 +236,11 @@ class _Exchange:
             await self._begin()
         if not self._is_refused:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _settle(self) -> None:
+        """Wait a moment for a verdict that is on its way, so that the end of a response never lacks it."""
+        if self._hub.is_heard:
+            await self._hub.wait_verdict(self._slo_id, LAST_WAIT_S)
 
     async def _begin(self, content_length: int | None = None) -> None:
         """Send the response's start with what is known by now, once."""
@@ -276,7 +285,9 @@ class _Exchange:
 
     def _extra(self) -> Mapping[str, Any]:
         record = self._record()
-        keys = ("class", "verdict", "reason", "predicted_ttft_ms", "slack_ms")
+        keys = ["class", "verdict", "reason", "predicted_ttft_ms"]
+        if record["verdict"] not in {"pending", "best-effort"}:
+            keys.append("slack_ms")
         extra: dict[str, Any] = {
             "slo": {"id": self._slo_id, **{k: record[k] for k in keys if _is_known(record.get(k))}}
         }
