@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.core import admission, draft
-from slos_serve.core.batching import Capacity, Demand, Effort, simulate
+from slos_serve.core import admission, batching, draft
+from slos_serve.core.batching import Demand, Effort, Machine, simulate
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 
 TAIL_S = 1.0
@@ -29,71 +29,72 @@ TAIL_S = 1.0
 def read_demand(instance: dict[str, Any]) -> tuple[Demand, list[int]]:
     """Return the instance's requests as a demand, and their ids in its order."""
     now = instance["now"]
-    requests = sorted(instance["requests"], key=lambda r: (r["deadline"] if r["prefill_left"] else math.inf, r["id"]))
+    requests = sorted(instance["requests"], key=lambda r: (r["deadline"] if r["prefill_left"] else -math.inf, r["id"]))
     left = np.array([r["prefill_left"] for r in requests], float)
-    tpot = np.array([instance["tpots"][r["tier"]] for r in requests])
     reference = np.array([r["deadline"] for r in requests], float)
     running = np.array([r["state"] == "running" for r in requests])
-    ones = np.ones(len(requests))
-    demand = Demand(
-        left=left,
-        context=0 * ones,
-        deadline=np.where(left > 0, np.maximum(reference, now), math.inf),
-        due=np.where(left > 0, math.inf, reference + tpot),
-        tpot=tpot,
-        gap=ones * math.inf,
-        verify=ones.copy(),
-        gain=ones.copy(),
-        output_left=ones * 1e18,
-        held=np.where(running, 1.0, 0.0),
-        start=np.array([float(r["mem_blocks"]) for r in requests]),
-        value=np.array([float(r["value"]) for r in requests]),
-        required=running.astype(np.int64),
-    )
+    demand = np.zeros((batching.NUM_COLUMNS, len(requests)))
+    demand[batching.LEFT] = left
+    demand[batching.DEADLINE] = np.where(left > 0, np.maximum(reference, now), -math.inf)
+    demand[batching.TPOT] = [instance["tpots"][r["tier"]] for r in requests]
+    demand[batching.DUE] = np.where(left > 0, math.inf, reference + demand[batching.TPOT])
+    demand[batching.GAP] = math.inf
+    demand[batching.VERIFY] = demand[batching.GAIN] = demand[batching.STEPS] = 1
+    demand[batching.OUTPUT_LEFT] = 1e18
+    demand[batching.HELD] = running
+    demand[batching.START] = [r["mem_blocks"] for r in requests]
+    demand[batching.VALUE] = [r["value"] for r in requests]
+    demand[batching.REQUIRED] = running
     return demand, [r["id"] for r in requests]
 
 
-def read_capacity(instance: dict[str, Any]) -> Capacity:
+def read_machine(instance: dict[str, Any]) -> Machine:
     """Return the instance's hardware; blocks do not grow."""
-    lines = np.array([[k1, 0.0, 0.0, k2, 0.0, b] for k1, k2, b in instance["hw"]["terms"]])
-    return Capacity(
-        lines=lines,
+    hardware = instance["hw"]
+    return Machine(
+        lines=np.array([[k1, 0.0, 0.0, k2, 0.0, b] for k1, k2, b in hardware["terms"]]),
         margin_prefill=1.0,
         margin_decode=1.0,
-        token_budget=instance["hw"].get("max_batch_tokens", 16384),
-        max_seqs=instance["hw"].get("max_batch_seqs") or 1_000_000,
-        block_size=10**15,
+        token_budget=float(hardware.get("max_batch_tokens", 16384)),
+        max_seqs=float(hardware.get("max_batch_seqs") or 1_000_000),
+        block_size=1e15,
         free_blocks=float(instance["mem_free_blocks"]),
+        max_batch_s=math.inf,
         phase_is_gain=instance.get("spec") is not None,
     )
 
 
+def set_lengths(demand: Demand, machine: Machine, acceptance: float, max_verify: int) -> None:
+    """Choose draft lengths per tier. Here s verified tokens are s drafter steps, and the rate is owed."""
+    tiers, group = np.unique(demand[batching.TPOT], return_inverse=True)
+    counts = np.bincount(group, weights=np.where(demand[batching.REQUIRED] > 0, 1.0, 0.5), minlength=len(tiers))
+    verify = draft.lengths(tiers, np.full(len(tiers), acceptance), counts, machine, max_verify, step_offset=0.0)
+    gain = np.array([draft.expected_tokens(acceptance, int(s)) for s in verify])
+    demand[batching.VERIFY] = demand[batching.STEPS] = verify[group]
+    demand[batching.GAIN] = gain[group]
+    demand[batching.DUE] += (gain[group] - 1) * demand[batching.TPOT]
+
+
 def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict[str, Any], float]:
     """Return the plan document and the milliseconds that choosing the promises took."""
-    began = time.perf_counter()
     demand, ids = read_demand(instance)
-    capacity = read_capacity(instance)
-    effort = Effort(work_limit)
+    machine = read_machine(instance)
+    began = time.perf_counter()
     spec = instance.get("spec")
     if spec:
-        demand = draft.with_lengths(demand, capacity, spec["alpha"], spec["max_len"])
-        # tokens come in bursts: what is owed is the rate
-        demand.due = demand.due + (demand.gain - 1) * demand.tpot
-    chosen, trial = admission.select(demand, capacity, instance["now"], effort, name=name, width=200)
+        set_lengths(demand, machine, spec["alpha"], spec["max_len"])
+    chosen, trial = admission.select(machine, demand, instance["now"], Effort(work_limit), name=name, width=200)
     elapsed_ms = (time.perf_counter() - began) * 1e3
-    subset = demand.take(chosen)
-    return write_plan(subset, [ids[i] for i in chosen.tolist()], capacity, instance["now"], trial.kept), elapsed_ms
+    plan = write_plan(demand[:, chosen], [ids[i] for i in chosen.tolist()], machine, instance["now"], kept=trial.kept)
+    return plan, elapsed_ms
 
 
-def write_plan(subset: Demand, ids: list[int], capacity: Capacity, now_s: float, kept: bool) -> dict[str, Any]:
+def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *, kept: bool) -> dict[str, Any]:
     """Unroll the batches of the chosen requests until one second after the last deadline."""
-    finite = subset.deadline[np.isfinite(subset.deadline)]
-    until = float(finite.max(initial=now_s)) + TAIL_S
-    trial = simulate(
-        subset, capacity, now_s, Effort(10**12), eager=False, margin=True, log_batches=4000, until_s=until
-    )
-    left = subset.left.copy()
-    batches = []
+    until = float(batching.last_deadline(demand, now_s)) + TAIL_S
+    trial = simulate(machine, demand, now_s, Effort(10**12), eager=False, log_batches=4000, until_s=until)
+    left = demand[batching.LEFT].copy()
+    batches: list[dict[str, Any]] = []
     begin = now_s
     for tokens, end in zip(trial.log_tokens, trial.log_end.tolist(), strict=True):
         prefill = [[ids[i], int(tokens[i])] for i in np.flatnonzero((tokens > 0) & (left > 0)).tolist()]
@@ -101,17 +102,14 @@ def write_plan(subset: Demand, ids: list[int], capacity: Capacity, now_s: float,
         left = np.where(left > 0, left - tokens, left)
         batches.append({"prefill": prefill, "decode": decode, "start": begin})
         begin = end
-    loop = [[ids[i], int(subset.verify[i])] for i in range(len(ids))]
-    loop_start = None
-    if loop:
-        loop_start = len(batches)
-        batches.append({"prefill": [], "decode": loop})
+    loop = [[request_id, int(verify)] for request_id, verify in zip(ids, demand[batching.VERIFY], strict=True)]
+    batches += [{"prefill": [], "decode": loop}] if loop else []
     return {
         "schema": "slo-plan/1",
-        "feasible": bool(kept),
+        "feasible": kept,
         "admitted": ids,
         "batches": batches,
-        "loop_start": loop_start,
+        "loop_start": len(batches) - 1 if loop else None,
     }
 
 

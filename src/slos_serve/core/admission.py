@@ -24,13 +24,31 @@ time. `planner` therefore checks what is chosen here by simulating executable ba
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.core.batching import KEPT, Capacity, Demand, Effort, Trial, run
+from slos_serve.core.batching import (
+    CONTEXT,
+    DEADLINE,
+    GAIN,
+    HELD,
+    KEPT,
+    LEFT,
+    REQUIRED,
+    START,
+    STEPS,
+    TPOT,
+    VALUE,
+    VERIFY,
+    Demand,
+    Effort,
+    Machine,
+    Trial,
+    last_deadline,
+    run,
+)
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
 
@@ -236,133 +254,125 @@ def value_density(now, deadline, cost, load, value):  # type: ignore[no-untyped-
 
 
 @jit
-def search(  # type: ignore[no-untyped-def]
-    lines, margin_prefill, margin_decode, token_budget, max_seqs, block_size, free_blocks, max_batch_s,
-    phase_is_gain, now, max_work, on, density, finished_at,
-    left, context, deadline, due, tpot, gap, verify, gain, output_left, held, start, required,
-):
-    """Mend `on` until a simulation keeps every deadline, then extend it; return (outcome, work).
+def search(machine, demand, now, max_work, on, density, finished_at):  # type: ignore[no-untyped-def]
+    """Mend `on` until a run of batches keeps every deadline, then extend it; return (outcome, work).
 
     Mend: let go of the candidate with the least value density among those that delayed the one that
     missed. Extend: try the rest by value density, while work is left. `finished_at` receives the prefill
     ends of the final set. `outcome` is KEPT, or why the required requests alone cannot be kept.
     """
-    n = left.shape[0]
+    n = demand.shape[1]
     work = 0
-    trial_at = np.full(n, np.inf)
     order = np.argsort(-density, kind="mergesort")
     position = -1
     kept = False
     no_log = np.zeros((0, 0))
     no_end = np.zeros(0)
+    finished_at[:] = np.inf
     while True:
         index = np.flatnonzero(on)
-        last = now
-        for i in index:
-            if np.isfinite(deadline[i]):
-                last = max(last, deadline[i])
+        part = demand[:, index]
         at = np.full(index.shape[0], np.inf)
-        outcome, missed, _, _, cost = run(
-            lines, margin_prefill, margin_decode, token_budget, max_seqs, block_size, free_blocks, max_batch_s,
-            phase_is_gain, False, now, last, max_work if not kept else max_work - work,
-            left[index], context[index], deadline[index], due[index], tpot[index], gap[index], verify[index],
-            gain[index], output_left[index], held[index], start[index], at, no_log, no_end,
-        )
-        work += cost + 10 * index.shape[0]
+        budget = max_work if not kept else max_work - work
+        outcome, missed, _, cost = run(machine, part, False, now, last_deadline(part, now), budget, at, no_log, no_end)
+        work += cost + 2 * index.shape[0]
         if outcome == KEPT:
             kept = True
-            trial_at[:] = np.inf
-            trial_at[index] = at
+            finished_at[:] = np.inf
+            finished_at[index] = at
         elif kept:
             on[order[position]] = False
         else:
-            limit = np.inf if missed < 0 else deadline[index[missed]]
+            limit = np.inf if missed < 0 else demand[DEADLINE, index[missed]]
             worst = -1
             for turn in range(2):
                 for k in range(index.shape[0]):
                     i = index[k]
-                    if required[i] or (turn == 0 and not (deadline[i] <= limit or k == missed)):
+                    if demand[REQUIRED, i] > 0.0 or (turn == 0 and demand[DEADLINE, i] > limit and k != missed):
                         continue
                     if worst < 0 or density[i] < density[worst]:
                         worst = i
                 if worst >= 0:
                     break
             if worst < 0:
-                finished_at[:] = np.inf
                 return outcome, work
             on[worst] = False
             continue
-        # next candidate to try
         position += 1
-        while position < n and (on[order[position]] or required[order[position]]):
+        while position < n and on[order[position]]:
             position += 1
         if position >= n or work >= max_work:
-            finished_at[:] = trial_at
             return KEPT, work
         on[order[position]] = True
 
 
 def select(
-    everyone: Demand, capacity: Capacity, now_s: float, effort: Effort, *, name: str, width: int
+    machine: Machine, everyone: Demand, now_s: float, effort: Effort, *, name: str, width: int
 ) -> tuple[IntArray, Trial]:
     """Return the positions in `everyone` of the best set found that keeps every deadline, and its trial.
 
     `name` picks the proposal: `dp` or `greedy`. Where even the required requests alone miss a deadline,
     the set is those and the trial says so.
     """
-    arguments = reduced(everyone, capacity)
-    on = propose(arguments, everyone, now_s, effort, name=name, width=width)
-    deadline, cost, load, _, value = arguments[:5]
-    density = value_density(now_s, deadline, cost, load, value)
-    finished_at = np.full(len(everyone), math.inf)
-    outcome, work = search(
-        capacity.lines, capacity.margin_prefill, capacity.margin_decode, capacity.token_budget, capacity.max_seqs,
-        float(capacity.block_size), capacity.free_blocks, capacity.max_batch_s, capacity.phase_is_gain, now_s,
-        effort.left, on, density, finished_at,
-        everyone.left, everyone.context, everyone.deadline, everyone.due, everyone.tpot, everyone.gap, everyone.verify,
-        everyone.gain, everyone.output_left, everyone.held, everyone.start, everyone.required,
-    )  # fmt: skip
+    model = reduced(machine, everyone)
+    required = everyone[REQUIRED] > 0
+    if name == "greedy":
+        on = greedy(now_s, *model)
+    else:
+        beam = max(1, min(width, effort.left // max(1, 4 * everyone.shape[1])))
+        feasible, _, chosen, expanded = choose(now_s, *model, beam)
+        effort.spent += int(expanded)
+        on = chosen if feasible else required
+    density = value_density(now_s, model.deadline, model.cost, model.load, model.value)
+    finished_at = np.empty(everyone.shape[1])
+    outcome, work = search(machine, everyone, now_s, effort.left, on, density, finished_at)
     effort.spent += int(work)
     index = np.flatnonzero(on)
-    return index, Trial(outcome=outcome, missed=-1, finished_at=finished_at[index])
+    return index, Trial(outcome=int(outcome), finished_at=finished_at[index])
 
 
-def propose(
-    arguments: tuple[Any, ...], everyone: Demand, now_s: float, effort: Effort, *, name: str, width: int
-) -> Mask:
-    """Return the mask that the reduced model chooses."""
-    required = everyone.required == 1
-    if name == "greedy":
-        mask: Mask = greedy(now_s, *arguments)
-        return mask
-    width = max(1, min(width, effort.left // max(1, 4 * len(everyone))))
-    feasible, _, chosen, expanded = choose(now_s, *arguments, width)
-    effort.spent += int(expanded)
-    return chosen if feasible else required
+class Reduced(NamedTuple):
+    """The arguments of the reduced model; see `choose`."""
+
+    deadline: FloatArray
+    cost: FloatArray
+    load: FloatArray
+    tier: IntArray
+    value: FloatArray
+    blocks: FloatArray
+    required: Mask
+    rates: FloatArray
+    free_blocks: float
 
 
-def reduced(everyone: Demand, capacity: Capacity) -> tuple[Any, ...]:
-    """Return the arguments of the reduced model: deadlines, costs, tiers, rates and blocks."""
-    lines = capacity.lines
-    periods = everyone.tpot * everyone.gain
+def reduced(machine: Machine, everyone: Demand) -> Reduced:
+    """Return the reduced model of a demand: costs, loads, tiers, rates and blocks."""
+    lines = machine.lines
+    periods = everyone[TPOT] * everyone[GAIN]
     finite = np.isfinite(periods)
     tiers = merge_tiers(periods[finite])
-    tier = np.where(finite, np.searchsorted(tiers, periods, side="right") - 1, len(tiers))
-    steps = float(everyone.verify.max(initial=1.0))
-    slope = max(float(lines[:, 0].max()), 1e-12)
-    load = everyone.verify + (float(lines[:, 1].max()) + float(lines[:, 2].max()) * everyone.context) / slope
-    load = np.where(finite, load / np.where(finite, periods, 1.0), 0.0)
-    pairs = everyone.left * (everyone.context + 0.5 * everyone.left)
-    cost = everyone.left + float(lines[:, 4].max()) * pairs / slope
+    token_s, request_s, read_s, _, pair_s, _ = np.maximum(lines.max(axis=0), 1e-12)
+    per_decode = everyone[VERIFY] + (request_s + read_s * everyone[CONTEXT]) / token_s
+    pairs = everyone[LEFT] * (everyone[CONTEXT] + 0.5 * everyone[LEFT])
+    steps = float(everyone[STEPS].max(initial=0.0))
     rates = np.empty(len(tiers) + 1)
     for t, period in enumerate(tiers.tolist()):
-        room = max_chunk_tokens(lines, period / capacity.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
-        rates[t] = max(0.0, min(room, capacity.token_budget)) / period
-    whole = batch_seconds(lines, float(capacity.token_budget), 1.0, 0.0, 1.0, 0.0)
-    rates[-1] = capacity.token_budget / (whole * capacity.margin_prefill)
-    kept = everyone.required == 1
-    blocks = np.where(kept | (everyone.held > 0), 0.0, everyone.start)
-    return everyone.deadline, cost, load, tier, everyone.value, blocks, kept, rates, capacity.free_blocks
+        room = max_chunk_tokens(lines, period / machine.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
+        rates[t] = max(0.0, min(room, machine.token_budget)) / period
+    whole = batch_seconds(lines, machine.token_budget, 1.0, 0.0, 0.0, 0.0)
+    rates[-1] = machine.token_budget / (whole * machine.margin_prefill)
+    required = everyone[REQUIRED] > 0
+    return Reduced(
+        deadline=everyone[DEADLINE],
+        cost=everyone[LEFT] + pair_s * pairs / token_s,
+        load=np.where(finite, per_decode / np.where(finite, periods, 1.0), 0.0),
+        tier=np.where(finite, np.searchsorted(tiers, periods, side="right") - 1, len(tiers)),
+        value=everyone[VALUE],
+        blocks=np.where(required | (everyone[HELD] > 0), 0.0, everyone[START]),
+        required=required,
+        rates=rates,
+        free_blocks=machine.free_blocks,
+    )
 
 
 def merge_tiers(tpots: FloatArray) -> FloatArray:

@@ -11,83 +11,105 @@ Expected, not guaranteed: accepted tokens come in bursts, so plans hold against 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.perf import FloatArray, batch_seconds
+from slos_serve.core.jit import jit
+from slos_serve.core.perf import FloatArray, max_chunk_tokens
 
 if TYPE_CHECKING:
-    from slos_serve.core.batching import Capacity, Demand
+    from slos_serve.core.batching import Machine
     from slos_serve.core.types import IntArray
 
 # A length changes only when the new rate is better by this share.
 SWITCH_GAIN = 0.02
 
 
-def expected_tokens(acceptance: float, verify: int) -> float:
-    """Return Acc(s), the expected output tokens of verifying `verify` tokens; `ValueError` outside [0, 1)."""
-    if not 0 <= acceptance < 1 or verify < 1:
-        raise ValueError(f"acceptance = {acceptance!r}, verify = {verify!r}: expected 0 <= a < 1 and s >= 1")
-    return float((1 - acceptance**verify) / (1 - acceptance)) if acceptance else 1.0
+@jit
+def expected_tokens(acceptance, verify):  # type: ignore[no-untyped-def]
+    """Return Acc(s), the expected output tokens of verifying `verify` tokens; 0 <= acceptance < 1."""
+    if acceptance <= 0.0:
+        return 1.0
+    return (1.0 - acceptance**verify) / (1.0 - acceptance)
 
 
-def prefill_rate(lines: FloatArray, margin: float, budget: int, period_s: float, verify: IntArray, counts: FloatArray) -> float:
-    """Return the prefill tokens per second left when each group is served once per period of `period_s`."""
-    steps = float(verify[counts > 0].max(initial=1))
-    load = float((counts * verify).sum())
-    low, high = 0.0, float(budget)
-    if batch_seconds(lines, 0.0, 1.0, 0.0, steps, 0.0) * margin > period_s:
-        return -np.inf
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        fits = batch_seconds(lines, middle, float(counts.sum()) + 1.0, 0.0, steps, 0.0) * margin <= period_s
-        low, high = (middle, high) if fits else (low, middle)
-    return (low - load) / period_s
+@jit
+def prefill_rate(lines, margin, budget, period, verify, counts, context, step_offset):  # type: ignore[no-untyped-def]
+    """Return the prefill tokens per second left when each group is served once per `period` seconds."""
+    steps = 0.0
+    load = 0.0
+    requests = 1.0
+    for g in range(counts.shape[0]):
+        if counts[g] > 0.0:
+            steps = max(steps, verify[g] + step_offset)
+            load += counts[g] * verify[g]
+            requests += counts[g]
+    room = max_chunk_tokens(lines, period / margin, load, requests, context, steps, 0.0, 0.0)
+    if room <= 0.0:
+        # how far the tokens alone overrun, so that the least bad length still wins
+        room = max_chunk_tokens(lines, period / margin, 0.0, requests, context, steps, 0.0, 0.0) - load
+    return min(room, budget - load) / period
+
+
+@jit
+def _best_lengths(lines, margin, budget, tpot, acceptance, counts, context, max_verify, step_offset):  # type: ignore[no-untyped-def]
+    groups = tpot.shape[0]
+    best = np.ones(groups, np.int64)
+    verify = np.ones(groups, np.int64)
+    best_rate = -np.inf
+    for leader in range(groups):
+        if counts[leader] <= 0.0 or not math.isfinite(tpot[leader]):
+            continue
+        for s in range(1, max_verify + 1):
+            period = expected_tokens(acceptance[leader], s) * tpot[leader]
+            possible = True
+            for g in range(groups):
+                verify[g] = 1
+                if counts[g] <= 0.0 or not math.isfinite(tpot[g]):
+                    continue
+                while expected_tokens(acceptance[g], verify[g]) * tpot[g] < period - 1e-12:
+                    verify[g] += 1
+                    if verify[g] > max_verify:
+                        possible = False
+                        break
+                if not possible:
+                    break
+            if not possible:
+                continue
+            rate = prefill_rate(lines, margin, budget, period, verify, counts, context, step_offset)
+            if rate - best_rate > 1e-9 * abs(rate):
+                best_rate = rate
+                best[:] = verify
+    return best, best_rate
 
 
 def lengths(
     tpot: FloatArray,
     acceptance: FloatArray,
     counts: FloatArray,
-    capacity: Capacity,
+    machine: Machine,
     max_verify: int,
+    *,
+    context_tokens: float = 0.0,
     current: IntArray | None = None,
+    step_offset: float = -1.0,
 ) -> IntArray:
     """Return the tokens to verify per step for each group of requests with one TPOT and acceptance.
 
-    `current` lengths stay unless others raise the prefill rate by `SWITCH_GAIN`. Shape (groups,).
+    `counts`: live requests per group; `context_tokens`: what their decodes read per step. `current`
+    lengths stay unless others raise the prefill rate by `SWITCH_GAIN`. `step_offset`: drafter steps of s
+    verified tokens, less s. Shape (groups,).
     """
-    present = np.flatnonzero((counts > 0) & np.isfinite(tpot))
-    best = np.ones(len(tpot), np.int64)
-    if max_verify <= 1 or not present.size:
-        return best
-    table = np.array([[expected_tokens(float(a), s) for s in range(1, max_verify + 1)] for a in acceptance])
-    best_rate = -np.inf
-    for leader in present.tolist():
-        for s in range(1, max_verify + 1):
-            period = float(table[leader, s - 1] * tpot[leader])
-            keeps_up = table * tpot[:, None] >= period - 1e-12
-            if not keeps_up[present].any(axis=1).all():
-                continue
-            verify = np.where(counts > 0, keeps_up.argmax(axis=1) + 1, 1)
-            rate = prefill_rate(capacity.lines, capacity.margin_prefill, capacity.token_budget, period, verify, counts)
-            if rate > best_rate * (1 + 1e-9):
-                best, best_rate = verify, rate
-    if current is not None and (current[present] <= max_verify).all():
-        period = float((np.take_along_axis(table, current[:, None] - 1, 1)[:, 0] * tpot)[present].min())
-        rate = prefill_rate(capacity.lines, capacity.margin_prefill, capacity.token_budget, period, current, counts)
-        if rate >= 0 and best_rate < rate * (1 + SWITCH_GAIN):
-            return current
-    return best
-
-
-def with_lengths(demand: Demand, capacity: Capacity, acceptance: float, max_verify: int) -> Demand:
-    """Return the demand with `verify` and `gain` of every request set for one common acceptance rate."""
-    tiers, group = np.unique(demand.tpot, return_inverse=True)
-    weight = np.where(demand.required == 1, 1.0, 0.5)
-    counts = np.bincount(group, weights=weight, minlength=len(tiers))
-    verify = lengths(tiers, np.full(len(tiers), acceptance), counts, capacity, max_verify)
-    gain = np.array([expected_tokens(acceptance, int(s)) for s in verify])
-    return replace(demand, verify=verify[group].astype(np.float64), gain=gain[group])
+    args = (machine.lines, machine.margin_prefill, machine.token_budget)
+    best, best_rate = _best_lengths(*args, tpot, acceptance, counts, context_tokens, max_verify, step_offset)
+    verify: IntArray = best
+    if current is not None and (current <= max_verify).all() and (current != best).any():
+        gains = np.array([expected_tokens(float(a), int(s)) for a, s in zip(acceptance, current, strict=True)])
+        period = float((gains * tpot)[counts > 0].min(initial=math.inf))
+        if math.isfinite(period):
+            rate = prefill_rate(*args, period, current, counts, context_tokens, step_offset)
+            if rate >= 0 and best_rate < rate * (1 + SWITCH_GAIN):
+                return current
+    return verify

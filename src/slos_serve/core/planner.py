@@ -20,14 +20,13 @@ The planner keeps nothing between calls: the same state gives the same plan.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core import admission, batching
-from slos_serve.core.batching import MISSED, Capacity, Demand, Effort, simulate
-from slos_serve.core.deadlines import next_due_s
+from slos_serve.core import admission, batching, draft
+from slos_serve.core.batching import Demand, Effort, Machine, simulate
+from slos_serve.core.deadlines import next_due_s, pace_s
 from slos_serve.core.perf import batch_seconds, max_chunk_tokens
 from slos_serve.core.types import BatchPlan, Plan, Status, Tier, Verdict
 
@@ -35,16 +34,19 @@ if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.types import IntArray, ReplicaState
 
-DEFAULT_PERIOD_S = 0.05
+WAITING, RUNNING = int(Status.WAITING), int(Status.RUNNING)
+PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
+NOBODY: IntArray = np.zeros(0, np.int64)
+MAX_ACCEPTANCE = 0.99
 
 
 class SloPlanner:
     """Plan for the SLOs of every request; see the module's text.
 
-    `batch_fixed_multiple`: a batch with prefill lasts at most this many times the fixed cost of a step,
-    so that a newcomer never waits long behind it. `fill_share`: the share of the tightest live TPOT that
-    a batch filled with work without promises may last. `admission_name`: `dp` (the dynamic programme) or
-    `greedy` (by value density, for comparison). `beam_width`: most labels of the programme.
+    `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step, so that a
+    newcomer never waits long behind it. `fill_share`: the share of the tightest live TPOT that a batch
+    filled with work without promises may last. `admission_name`: `dp` (the dynamic programme) or `greedy`
+    (by value density, for comparison). `beam_width`: most labels of the programme.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class SloPlanner:
             raise ValueError(f"admission_name = {admission_name!r}: expected 'dp' or 'greedy'")
         if not batch_fixed_multiple > 0 or not fill_share > 0 or beam_width < 1:
             raise ValueError("batch_fixed_multiple, fill_share and beam_width: expected positive values")
-        self._batch_fixed_multiple = batch_fixed_multiple
-        self._fill_share = fill_share
-        self._admission_name = admission_name
-        self._beam_width = beam_width
+        self.batch_fixed_multiple = batch_fixed_multiple
+        self.fill_share = fill_share
+        self.admission_name = admission_name
+        self.beam_width = beam_width
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch and what has become known about promises."""
@@ -77,238 +79,249 @@ class _Planning:
         self.state = state
         self.now = state.now_s
         self.effort = Effort(state.limits.work_limit)
+        self.ids = state.requests.request_ids
         limits, model = state.limits, state.perf_model
         rows = self.rows = state.requests.rows
-        self.lines = model.as_array()
-        fixed = max(batch_seconds(self.lines, 1.0, 1.0, 0.0, 1.0, 0.0), 1e-6)
-        block_size = limits.block_size
+        lines = model.as_array()
+        fixed = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
 
         computed = rows["num_computed_tokens"]
-        cached = np.where(computed == 0, rows["num_cached_tokens"], 0)
-        total = rows["num_prompt_tokens"] + rows["num_output_tokens"]
-        remaining = np.maximum(1, total - computed - cached)
-        produced = rows["num_output_tokens"]
+        self.produced = produced = rows["num_output_tokens"]
+        self.running = rows["status"] == RUNNING
+        total = rows["num_prompt_tokens"] + produced
+        done = np.where(computed == 0, rows["num_cached_tokens"], computed)
+        remaining = np.maximum(1, total - done)
         decoding = (produced > 0) & (remaining == 1) & (computed > 0)
-        self.context = (computed + cached).astype(np.float64)
+        self.context = done.astype(np.float64)
         self.left = np.where(decoding, 0, remaining).astype(np.float64)
         self.held = rows["num_kv_blocks"].astype(np.float64)
-        full = np.ceil((total + 1) / block_size)
-        reserved = np.where(rows["status"] == Status.RUNNING, np.maximum(self.held, np.where(decoding, 0, full)), 0.0)
-        self.start = np.maximum(1.0, full)
+        self.start = np.ceil((total + 1) / limits.block_size)
 
-        due = next_due_s(rows, fixed) - limits.guard_s
         # A token that is already late is owed with the next batch, however short that is.
-        soonest = self.now + model.margin_decode * batch_seconds(
-            self.lines, float(decoding.sum()), float(decoding.sum()), float(self.context[decoding].sum()), 1.0, 0.0
-        )
+        due = next_due_s(rows, fixed) - limits.guard_s
+        num_decoding = float(decoding.sum())
+        read = float(self.context[decoding].sum())
+        soonest = self.now + model.margin_decode * batch_seconds(lines, num_decoding, num_decoding, read, 0.0, 0.0)
         self.due = np.where(decoding, np.maximum(due, soonest), math.inf)
-        self.deadline = np.where(decoding, math.inf, due)
-        thinking = (rows["is_thinking"] == 1) & np.isfinite(rows["thinking_tpot_s"])
-        tpot = np.where(thinking, rows["thinking_tpot_s"], rows["tpot_s"])
-        e2e_pace = (rows["e2e_deadline_s"] - due) / np.maximum(1.0, rows["predicted_output_tokens"] - produced)
-        self.tpot = np.where(np.isfinite(e2e_pace), np.minimum(tpot, np.maximum(e2e_pace, fixed)), tpot)
-        self.output_left = np.maximum(1.0, rows["predicted_output_tokens"] - produced)
+        self.deadline = np.where(decoding, -math.inf, due)
+        self.tpot = pace_s(rows)
 
-        has_slo = np.isfinite(due) | np.isfinite(rows["tpot_s"]) | np.isfinite(rows["max_gap_s"])
-        alive = has_slo & (rows["missed"] == 0)
         tier = rows["tier"]
-        self.promised = np.flatnonzero(alive & (tier == Tier.PROMISED))
-        self.candidates = np.flatnonzero(
-            alive
-            & (produced == 0)
-            & ((tier == Tier.PENDING) | ((tier == Tier.BEST_EFFORT) & (self.deadline > self.now)))
-        )
-        self.pending = tier == Tier.PENDING
-        others = rows["status"] == Status.RUNNING
-        others[self.promised] = False
-        self.reclaimable = float(self.held[others].sum())
-        # Blocks that promised prefills under way have been granted but do not hold yet.
-        owed = float((reserved - self.held)[self.promised].clip(min=0).sum())
-        self.capacity = Capacity(
-            lines=self.lines,
+        has_slo = np.isfinite(due) | np.isfinite(self.tpot) | np.isfinite(rows["max_gap_s"])
+        alive = has_slo & (rows["missed"] == 0)
+        self.pending = tier == PENDING
+        self.is_promised = alive & (tier == PROMISED)
+        self.promised = np.flatnonzero(self.is_promised)
+        open_to = alive & (produced == 0) & (self.pending | ((tier == BEST_EFFORT) & (due > self.now)))
+        self.candidates = np.flatnonzero(open_to)
+        # Blocks that promised prefills under way have been granted, though they do not hold them yet.
+        self.granted = np.where(decoding, self.held, np.maximum(self.held, self.start))
+        self.granted[~self.running] = 0.0
+        owed = float((self.granted - self.held)[self.promised].sum())
+        reclaimable = float(self.held[self.running & ~self.is_promised].sum())
+        self.machine = Machine(
+            lines=lines,
             margin_prefill=model.margin_prefill,
             margin_decode=model.margin_decode,
-            token_budget=limits.max_num_batched_tokens,
-            max_seqs=limits.max_num_seqs,
-            block_size=block_size,
-            free_blocks=state.num_free_kv_blocks + self.reclaimable - owed,
-            max_batch_s=options._batch_fixed_multiple * fixed,
+            token_budget=float(limits.max_num_batched_tokens),
+            max_seqs=float(limits.max_num_seqs),
+            block_size=float(limits.block_size),
+            free_blocks=state.num_free_kv_blocks + reclaimable - owed,
+            max_batch_s=options.batch_fixed_multiple * fixed,
         )
-        self.reserved = reserved
+        self.verify = np.ones(len(rows))
+        self.gain = np.ones(len(rows))
+        if limits.max_draft_length > 0:
+            self.choose_lengths(np.flatnonzero(self.is_promised | open_to), read)
 
-    # -- demand -----------------------------------------------------------------------------------
+    def choose_lengths(self, index: IntArray, read: float) -> None:
+        """Set how many tokens the requests at `index` verify per decode, and what that yields."""
+        if not index.size:
+            return
+        state, classes = self.state, self.state.requests.classes
+        acceptance = np.array([min(max(state.acceptance.get(name, 0.0), 0.0), MAX_ACCEPTANCE) for name in classes])
+        current = np.array([1 + state.draft_lengths.get(name, 0) for name in classes])
+        by_class = self.rows["class_index"][index]
+        tpot = self.tpot[index]
+        groups, group = np.unique(np.stack([tpot, by_class.astype(np.float64)]), axis=1, return_inverse=True)
+        group = group.reshape(-1)
+        counts = np.bincount(group, weights=np.where(self.is_promised[index], 1.0, 0.5), minlength=groups.shape[1])
+        class_of = groups[1].astype(np.int64)
+        verify = draft.lengths(
+            groups[0], acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
+            context_tokens=read, current=current[class_of],
+        )  # fmt: skip
+        gains = np.array([draft.expected_tokens(a, s) for a, s in zip(acceptance[class_of], verify, strict=True)])
+        self.verify[index] = verify[group]
+        self.gain[index] = gains[group]
 
-    def demand(self, index: IntArray) -> tuple[Demand, IntArray]:
-        """Return the demand of the given rows in order of deadline, and the rows in that order."""
+    def demand(self, index: IntArray, held: FloatArray) -> Demand:
+        """Return the demand of the given rows, in that order."""
         rows = self.rows
-        order = index[np.lexsort((rows["seq"][index], self.deadline[index]))]
-        ones = np.ones(len(order))
-        kept = np.isin(order, self.promised, assume_unique=True)
-        return (
-            Demand(
-                left=self.left[order],
-                context=self.context[order],
-                deadline=self.deadline[order],
-                due=self.due[order],
-                tpot=self.tpot[order],
-                gap=rows["max_gap_s"][order],
-                verify=ones,
-                gain=ones.copy(),
-                output_left=self.output_left[order],
-                held=np.where(kept, self.reserved[order], 0.0),
-                start=self.start[order],
-                value=rows["weight"][order],
-                required=kept.astype(np.int64),
-            ),
-            order,
-        )
+        demand = np.empty((batching.NUM_COLUMNS, len(index)))
+        demand[batching.LEFT] = self.left[index]
+        demand[batching.CONTEXT] = self.context[index]
+        demand[batching.DEADLINE] = self.deadline[index]
+        demand[batching.DUE] = self.due[index]
+        demand[batching.TPOT] = self.tpot[index]
+        demand[batching.GAP] = rows["max_gap_s"][index]
+        demand[batching.VERIFY] = self.verify[index]
+        demand[batching.GAIN] = self.gain[index]
+        demand[batching.STEPS] = self.verify[index] - 1
+        demand[batching.OUTPUT_LEFT] = np.maximum(1.0, rows["predicted_output_tokens"] - self.produced)[index]
+        demand[batching.HELD] = held[index]
+        demand[batching.START] = self.start[index]
+        demand[batching.VALUE] = rows["weight"][index]
+        demand[batching.REQUIRED] = self.is_promised[index]
+        return demand
+
+    def by_deadline(self, index: IntArray) -> IntArray:
+        """Return rows in the order of a demand."""
+        order: IntArray = index[np.lexsort((self.rows["seq"][index], self.deadline[index]))]
+        return order
 
     # -- the four questions -----------------------------------------------------------------------
 
     def run(self) -> Plan:
         """Answer the four questions and assemble the plan."""
-        at_risk = self.recover()
-        keep = np.setdiff1d(self.promised, at_risk, assume_unique=True) if at_risk.size else self.promised
         verdicts: list[Verdict] = []
-        chosen, eager = self.admit(keep, verdicts)
-        batch = self.batch(np.concatenate([keep, chosen]), at_risk, eager)
-        ids = self.state.requests.request_ids
+        order = self.by_deadline(self.promised)
+        demand = self.demand(order, self.granted)
+        kept = self.recover(demand)
+        at_risk = NOBODY if kept is None else np.delete(order, kept)
+        if kept is not None:
+            order, demand = order[kept], demand[:, kept]
+        candidates = self.servable(verdicts)
+        if candidates.size:
+            order = self.by_deadline(np.concatenate([order, candidates]))
+            demand = self.demand(order, np.where(self.is_promised, self.granted, 0.0))
+        chosen, eager = self.admit(order, demand, verdicts)
+        if chosen is not None:
+            order, demand = order[chosen], demand[:, chosen]
         return Plan(
-            batch=batch,
+            batch=self.batch(order, demand, at_risk, eager=eager),
             verdicts=tuple(verdicts),
-            at_risk=tuple(ids[i] for i in sorted(at_risk.tolist(), key=lambda i: self.rows["seq"][i])),
+            at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
             work=self.effort.spent,
-            headroom_tokens_per_s=self.headroom(np.concatenate([keep, chosen])),
+            headroom_tokens_per_s=self.headroom(demand),
         )
 
-    def recover(self) -> IntArray:
-        """Return the promised rows that have to be let go for the others to be kept."""
-        none = np.zeros(0, np.int64)
-        if not (self.left[self.promised] > 0).any():
-            return none
-        demand, order = self.demand(self.promised)
-        if simulate(demand, self.capacity, self.now, self.effort, eager=False, margin=False).outcome != MISSED:
-            return none
-        mean = replace(self.capacity, margin_prefill=1.0, margin_decode=1.0)
-        candidates = replace(demand, required=np.zeros(len(demand), np.int64))
+    def recover(self, demand: Demand) -> IntArray | None:
+        """Return the positions in `demand` to keep where not all can be; None where all can."""
+        if not (demand[batching.LEFT] > 0).any():
+            return None
+        mean = self.machine._replace(margin_prefill=1.0, margin_decode=1.0)
+        if simulate(mean, demand, self.now, self.effort, eager=False).outcome != batching.MISSED:
+            return None
+        free = demand.copy()
+        free[batching.REQUIRED] = 0
         effort = Effort(max(1, self.effort.left // 2))
-        kept, _ = admission.select(candidates, mean, self.now, effort, name="greedy", width=1)
+        kept, _ = admission.select(mean, free, self.now, effort, name="greedy", width=1)
         self.effort.spent += effort.spent
-        return np.delete(order, kept)
-
-    def admit(self, keep: IntArray, verdicts: list[Verdict]) -> tuple[IntArray, bool]:
-        """Return the rows promised now, and whether decodes may run ahead; appends the verdicts."""
-        options = self.options
-        candidates = self.servable(verdicts)
-        everyone, order = self.demand(np.concatenate([keep, candidates]))
-        if not (everyone.left > 0).any():
-            return candidates, True
-        trial = simulate(everyone, self.capacity, self.now, self.effort, eager=True, margin=True)
-        if trial.kept:
-            chosen = np.arange(len(order))
-            eager = True
-        elif not candidates.size:
-            return candidates, False
-        else:
-            chosen, trial = admission.select(
-                everyone, self.capacity, self.now, self.effort, name=options._admission_name, width=options._beam_width
-            )
-            eager = False
-        ids, arrival = self.state.requests.request_ids, self.rows["arrival_s"]
-        promised = [int(i) for i in chosen.tolist() if not everyone.required[i]]
-        for position, i in enumerate(chosen.tolist()):
-            if everyone.required[i]:
-                continue
-            done = float(trial.finished_at[position])
-            row = int(order[i])
-            deadline = float(everyone.deadline[i])
-            verdicts.append(
-                Verdict(
-                    request_id=ids[row],
-                    promised=True,
-                    slack_s=deadline - done if math.isfinite(deadline) else 0.0,
-                    predicted_ttft_s=done - float(arrival[row]),
-                )
-            )
-        return order[promised] if promised else np.zeros(0, np.int64), eager
+        return kept
 
     def servable(self, verdicts: list[Verdict]) -> IntArray:
-        """Drop the candidates that no plan can serve in time any more, with a verdict where it is news."""
-        keep: list[int] = []
-        ids = self.state.requests.request_ids
-        for i in self.candidates.tolist():
-            reason = ""
-            if self.start[i] > self.state.limits.num_kv_blocks:
-                reason = "memory"
-            elif self.deadline[i] <= self.now:
-                reason = "deadline-passed"
-            else:
-                left, context = float(self.left[i]), float(self.context[i])
-                alone = batch_seconds(self.lines, left, 1.0, 0.0, 0.0, left * (context + 0.5 * left))
-                if self.now + alone > self.deadline[i]:
-                    reason = "compute"
-            if not reason:
-                keep.append(i)
-            elif self.pending[i]:
-                verdicts.append(Verdict(request_id=ids[i], promised=False, reason=reason))
-        # Unpromised requests whose first token is out can no longer be promised.
-        produced = self.rows["num_output_tokens"]
-        for i in np.flatnonzero(self.pending & ((produced > 0) | (self.rows["missed"] == 1))).tolist():
+        """Return the candidates that an idle engine could still serve in time; say so of the others."""
+        started = np.flatnonzero(self.pending & ((self.produced > 0) | (self.rows["missed"] == 1)))
+        for i in started.tolist():
+            # A first token without a promise: it can no longer be promised.
             reason = "deadline-passed" if self.rows["missed"][i] else "compute"
-            verdicts.append(Verdict(request_id=ids[i], promised=False, reason=reason))
-        return np.array(keep, np.int64)
+            verdicts.append(Verdict(request_id=self.ids[i], promised=False, reason=reason))
+        index = self.candidates
+        if not index.size:
+            return index
+        lines, left = self.machine.lines, self.left[index]
+        alone = (
+            lines[:, 0:1] * left
+            + lines[:, 4:5] * (left * (self.context[index] + 0.5 * left))
+            + lines[:, 1:2]
+            + lines[:, 5:6]
+        ).max(axis=0)
+        too_big = self.start[index] > self.state.limits.num_kv_blocks
+        past = self.deadline[index] <= self.now
+        hopeless = too_big | past | (self.now + alone > self.deadline[index])
+        for k in np.flatnonzero(hopeless & self.pending[index]).tolist():
+            reason = "memory" if too_big[k] else "deadline-passed" if past[k] else "compute"
+            verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
+        servable: IntArray = index[~hopeless]
+        return servable
+
+    def admit(self, order: IntArray, demand: Demand, verdicts: list[Verdict]) -> tuple[IntArray | None, bool]:
+        """Return the positions to promise or keep (None: all), and whether decodes may run ahead."""
+        new = demand[batching.REQUIRED] == 0
+        if not (demand[batching.LEFT] > 0).any():
+            return None, True
+        chosen: IntArray | None = None
+        trial = simulate(self.machine, demand, self.now, self.effort, eager=True)
+        eager = trial.kept
+        if not eager:
+            if not new.any():
+                return None, False
+            chosen, trial = admission.select(
+                self.machine, demand, self.now, self.effort,
+                name=self.options.admission_name, width=self.options.beam_width,
+            )  # fmt: skip
+        positions = range(len(order)) if chosen is None else chosen.tolist()
+        for k, i in enumerate(positions):
+            if new[i]:
+                row = int(order[i])
+                done, deadline = float(trial.finished_at[k]), float(demand[batching.DEADLINE, i])
+                verdicts.append(
+                    Verdict(
+                        request_id=self.ids[row],
+                        promised=True,
+                        slack_s=deadline - done if math.isfinite(deadline) else 0.0,
+                        predicted_ttft_s=done - float(self.rows["arrival_s"][row]),
+                    )
+                )
+        return chosen, eager
 
     # -- the batch --------------------------------------------------------------------------------
 
-    def batch(self, served: IntArray, at_risk: IntArray, eager: bool) -> BatchPlan:
+    def batch(self, order: IntArray, demand: Demand, at_risk: IntArray, *, eager: bool) -> BatchPlan:
         """Compose the next batch for the promised rows and fill it up."""
-        demand, order = self.demand(served)
-        capacity, state = self.capacity, self.state
-        tokens, totals = np.zeros(len(order)), np.zeros(7)
-        batching.compose(
-            capacity.lines, capacity.margin_prefill, capacity.margin_decode, capacity.token_budget, capacity.max_seqs,
-            capacity.free_blocks, capacity.max_batch_s, eager, self.now,
-            demand.left, demand.context, demand.deadline, demand.due, demand.tpot, demand.verify, demand.gain,
-            demand.output_left, demand.held, demand.start, tokens, totals,
-        )  # fmt: skip
+        machine = self.machine
+        tokens, totals = np.zeros(len(order)), np.zeros(batching.NUM_TOTALS)
+        batching.compose(machine, demand, machine.free_blocks, eager, self.now, tokens, totals)
         used = tokens > 0
-        rows_in, counts = order[used], tokens[used].astype(np.int64)
-        preempted = self.make_room(rows_in, counts)
-        filled, filled_counts = self.fill(served, rows_in, counts, at_risk, preempted, demand, totals)
-        index = np.concatenate([rows_in, filled])
-        ids = state.requests.request_ids
-        predicted = (
-            batch_seconds(self.lines, totals[0], totals[1], totals[2], totals[3], totals[4]) if totals[0] else 0.0
-        )
+        index, counts = order[used], tokens[used]
+        preempted = NOBODY
+        if len(order) < len(self.rows):
+            preempted = self.make_room(index, counts)
+            rest = np.ones(len(self.rows), np.bool_)
+            rest[order] = False
+            rest[preempted] = False
+            filled, filled_counts = self.fill(np.flatnonzero(rest), index, counts, at_risk, preempted, demand, totals)
+            index, counts = np.concatenate([index, filled]), np.concatenate([counts, filled_counts])
+        drafts = np.where(self.left[index] > 0, 0, self.verify[index] - 1)
+        predicted = batch_seconds(machine.lines, *totals[: batching.HAS_PREFILL]) if totals[batching.TOKENS] else 0.0
         return BatchPlan(
-            request_ids=[ids[i] for i in index.tolist()],
-            num_tokens=np.concatenate([counts, filled_counts]),
-            draft_lengths=np.zeros(len(index), np.int64),
-            preempted=[ids[i] for i in preempted.tolist()],
+            request_ids=[self.ids[i] for i in index.tolist()],
+            num_tokens=(counts - drafts).astype(np.int64),
+            draft_lengths=drafts.astype(np.int64),
+            preempted=[self.ids[i] for i in preempted.tolist()],
             predicted_s=float(predicted),
         )
 
-    def fresh_blocks(self, index: IntArray, counts: IntArray) -> float:
-        """Return the KV blocks that computing `counts` tokens for the rows takes from the free ones."""
-        after = np.ceil((self.context[index] + counts) / self.state.limits.block_size)
-        starting = (self.rows["status"][index] != Status.RUNNING) & (self.left[index] > 0)
+    def fresh_blocks(self, index: IntArray, counts: FloatArray) -> float:
+        """Return the free KV blocks that computing `counts` tokens for the rows takes."""
+        after = np.ceil((self.context[index] + counts) / self.machine.block_size)
+        starting = ~self.running[index] & (self.left[index] > 0)
         after = np.where(starting, self.start[index], after)
         return float((after - self.held[index]).clip(min=0).sum())
 
-    def make_room(self, rows_in: IntArray, counts: IntArray) -> IntArray:
-        """Return the running rows without a promise that give up their blocks or seats, newest first."""
-        running = self.rows["status"] == Status.RUNNING
-        missing = self.fresh_blocks(rows_in, counts) - self.state.num_free_kv_blocks
-        starting = int((~running[rows_in]).sum())
-        seats = int(running.sum()) + starting - self.state.limits.max_num_seqs
-        if missing <= 0 and seats <= 0:
-            return np.zeros(0, np.int64)
-        victims = running.copy()
-        victims[self.promised] = False
-        victims[rows_in] = False
-        index = np.flatnonzero(victims)
+    def make_room(self, index: IntArray, counts: FloatArray) -> IntArray:
+        """Return the running rows without a promise that give up blocks or seats for `index`, newest first."""
+        missing = self.fresh_blocks(index, counts) - self.state.num_free_kv_blocks
+        starting = int((~self.running[index]).sum())
+        seats = int(self.running.sum()) + starting - self.state.limits.max_num_seqs
+        if missing <= 0 and (seats <= 0 or not starting):
+            return NOBODY
+        victims = self.running & ~self.is_promised
+        victims[index] = False
+        candidates = np.flatnonzero(victims)
         taken: list[int] = []
-        for i in index[np.argsort(-self.rows["seq"][index])].tolist():
+        for i in candidates[np.argsort(-self.rows["seq"][candidates])].tolist():
             if missing <= 0 and seats <= 0:
                 break
             taken.append(i)
@@ -318,55 +331,43 @@ class _Planning:
 
     def fill(
         self,
-        served: IntArray,
-        rows_in: IntArray,
-        counts: IntArray,
+        rest: IntArray,
+        index: IntArray,
+        counts: FloatArray,
         at_risk: IntArray,
         preempted: IntArray,
         demand: Demand,
         totals: FloatArray,
-    ) -> tuple[IntArray, IntArray]:
+    ) -> tuple[IntArray, FloatArray]:
         """Return rows without a (keepable) promise that run in what is left, and their token counts."""
-        rows, limits, state = self.rows, self.state.limits, self.state
-        rest = np.ones(len(rows), np.bool_)
-        rest[served] = False
-        rest[preempted] = False
-        index = np.flatnonzero(rest)
-        if not index.size:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        rank = np.where(self.pending[index], 1, 2)
-        rank[np.isin(index, at_risk)] = 0
-        urgency = np.where(rank == 2, rows["arrival_s"][index], np.minimum(self.deadline, self.due)[index])
-        index = index[np.lexsort((rows["seq"][index], urgency, self.left[index] > 0, rank))]
-        live = np.isfinite(demand.tpot)
-        window = self.options._fill_share * float(demand.tpot[live].min()) if live.any() else self.capacity.max_batch_s
-        if not math.isfinite(window):
-            window = DEFAULT_PERIOD_S
-        seconds = min(window, float(totals[6]) - self.now)
-        freed = float(self.held[preempted].sum())
-        free_blocks = state.num_free_kv_blocks + freed - self.fresh_blocks(rows_in, counts)
-        running = rows["status"] == Status.RUNNING
-        seats = limits.max_num_seqs - int(running.sum()) + len(preempted) - int((~running[rows_in]).sum())
-        tokens = np.zeros(len(index))
-        batching.fill(
-            self.lines, self.capacity.margin_prefill, self.capacity.margin_decode, limits.max_num_batched_tokens,
-            seats, free_blocks, float(limits.block_size), seconds,
-            self.left[index], self.context[index], np.ones(len(index)), self.held[index], tokens, totals,
-        )  # fmt: skip
+        state, machine, rows = self.state, self.machine, self.rows
+        rank = np.where(self.pending[rest], 1, 2)
+        rank[np.isin(rest, at_risk)] = 0
+        urgency = np.where(rank == 2, rows["arrival_s"][rest], np.minimum(self.deadline, self.due)[rest])
+        rest = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
+        window = min(float(demand[batching.TPOT].min(initial=math.inf)) * self.options.fill_share, machine.max_batch_s)
+        seconds = min(window, float(totals[batching.LIMIT]) - self.now)
+        free_blocks = state.num_free_kv_blocks + float(self.held[preempted].sum()) - self.fresh_blocks(index, counts)
+        starting = int((~self.running[index]).sum())
+        seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
+        tokens = np.zeros(len(rest))
+        batching.fill(machine, self.demand(rest, self.held), seats, free_blocks, seconds, tokens, totals)
         used = tokens > 0
-        return index[used], tokens[used].astype(np.int64)
+        return rest[used], tokens[used]
 
-    def headroom(self, served: IntArray) -> float:
+    def headroom(self, demand: Demand) -> float:
         """Return the prefill rate that the promised decodes leave, in tokens per second."""
-        live = served[np.isfinite(self.tpot[served])]
-        capacity = self.capacity
-        if not live.size:
-            whole = batch_seconds(self.lines, float(capacity.token_budget), 1.0, 0.0, 1.0, 0.0)
-            return float(capacity.token_budget / (whole * capacity.margin_prefill))
-        period = float(self.tpot[live].min())
-        share = period / self.tpot[live]
-        context = float((self.context[live] * share).sum())
-        room = max_chunk_tokens(
-            self.lines, period / capacity.margin_prefill, float(share.sum()), float(share.sum()), context, 1.0, 0.0, 0.0
-        )
-        return max(0.0, float(min(room, capacity.token_budget))) / period
+        machine = self.machine
+        periods = demand[batching.TPOT] * demand[batching.GAIN]
+        live = np.isfinite(periods)
+        if not live.any():
+            whole = batch_seconds(machine.lines, machine.token_budget, 1.0, 0.0, 0.0, 0.0)
+            return float(machine.token_budget / (whole * machine.margin_prefill))
+        period = float(periods[live].min())
+        share = period / periods[live]
+        load = float((share * demand[batching.VERIFY][live]).sum())
+        read = float((share * demand[batching.CONTEXT][live]).sum())
+        steps = float(demand[batching.STEPS].max())
+        seconds = period / machine.margin_prefill
+        room = max_chunk_tokens(machine.lines, seconds, load, float(share.sum()), read, steps, 0.0, 0.0)
+        return max(0.0, float(min(room, machine.token_budget - load))) / period
