@@ -98,6 +98,11 @@ def _wait_for_records(path: Path, start: int) -> list[dict[str, Any]]:
     return read_records(path, start=start) if size > start else []
 
 
+async def warm_up(base_url: str, model: str, *, budget_s: float, api_key: str | None = None) -> None:
+    """Send one round of shapes, or as much of it as fits the time, to any server."""
+    await _drive(base_url, model, api_key=api_key, seed=1, budget_s=budget_s, on_progress=None, max_rounds=1)
+
+
 async def _drive(
     base_url: str,
     model: str,
@@ -106,11 +111,12 @@ async def _drive(
     seed: int,
     budget_s: float,
     on_progress: Callable[[float], None] | None,
+    max_rounds: int = MAX_ROUNDS,
 ) -> _Driver:
     length = await max_model_length(base_url, api_key=api_key)
     async with Client(base_url, model, slo_form="none", api_key=api_key) as client:
         driver = _Driver(client=client, rng=np.random.default_rng(seed), max_model_len=length)
-        await driver.run(budget_s, on_progress)
+        await driver.run(budget_s, on_progress, max_rounds)
         return driver
 
 
@@ -125,20 +131,20 @@ class _Driver:
     seconds_of: dict[str, float] = field(default_factory=dict)
     num_sent: int = 0
 
-    async def run(self, budget_s: float, on_progress: Callable[[float], None] | None) -> None:
+    async def run(self, budget_s: float, on_progress: Callable[[float], None] | None, max_rounds: int) -> None:
         """Warm up, find out how long a prompt may be, then do rounds until the time is used up."""
         started = time.perf_counter()
         await self.prompt(32)()
         longest = await self._find_longest(budget_s / 8)
         items = self._items(longest)
-        for round_number in range(MAX_ROUNDS):
+        for round_number in range(max_rounds):
             for index in self.rng.permutation(len(items)).tolist():
                 name, item = items[index]
                 used = time.perf_counter() - started
                 left = budget_s - used
                 if on_progress is not None:
                     on_progress(min(1.0, used / budget_s))
-                if self.seconds_of.get(name, 0.0) > left or (left <= 0 and round_number):
+                if self.seconds_of.get(name, 0.0) > left or (left <= 0 and (round_number or max_rounds == 1)):
                     continue
                 before = time.perf_counter()
                 await item()

@@ -1,0 +1,205 @@
+"""What a comparison found, for a terminal and as one self-contained page.
+
+The page holds its figures as SVG that takes its ink from the page, so that it reads in light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slos_serve.bench import plots
+
+Entry = Mapping[str, Any]
+Document = Mapping[str, Any]
+
+NAMES = plots.SYSTEM_NAMES
+
+EXPLANATION = """
+<p><b>SLO attainment</b> is the share of offered requests whose every promise held: the first token by its deadline, and
+tokens 10, 20, … and the last no later than the promised pace allows, counted from the moment the request was sent to
+the moment its bytes came back. Requests that a server refuses, fails or demotes count as misses.</p>
+<p><b>Promised</b> requests are those that slos-serve told the client it would serve in time, and <b>kept</b> are those
+that then were. Requests that nobody could have served in time are told so at once and served with what is left: a miss
+here, but one that the client knows of. Plain vLLM promises nothing.</p>
+<p>Both sides served the same requests, with the same lengths, at the same moments, whatever was still running; they
+ran one at a time on this machine. The promises are fixed multiples of what the idle engine needs, measured once,
+before any load.</p>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2129; --soft: #5b6472; --line: #d9dde3; --card: #f6f7f9; --page: #ffffff;
+  --ours: #1767b8; --stock: #b8531a; --good: #1c7a4f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #9aa3b0; --line: #333a45; --card: #1b2028;
+  --page: #12151a; --ours: #62aef5; --stock: #f0935a; --good: #56c993; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+.lead { font-size: 1.1rem; margin: .2rem 0 1rem; } .soft, footer { color: var(--soft); font-size: .9rem; }
+.figures { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1.2rem 0; }
+.figure { background: var(--card); border-radius: 10px; padding: .8rem 1.1rem; flex: 1 1 12rem; }
+.figure b { display: block; font-size: 1.6rem; line-height: 1.2; }
+.ours { color: var(--ours); } .stock { color: var(--stock); } .good { color: var(--good); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); font-size: .85rem; } th:first-child, td:first-child { text-align: left; }
+tr.all td { font-weight: 600; } tr.rate td { text-align: left; padding-top: 1rem; font-weight: 600; }
+svg { display: block; height: auto; color: var(--soft); } code { font-size: .9em; }
+"""
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage, a dash where there is none."""
+    return "–" if value is None else f"{value * 100:.0f} %"
+
+
+def entry_at(entries: Sequence[Entry], rate_rps: float) -> Entry | None:
+    """Return the entry at a rate."""
+    return next((entry for entry in entries if math.isclose(entry["rate_rps"], rate_rps)), None)
+
+
+def rates_of(systems: Mapping[str, Sequence[Entry]]) -> list[float]:
+    """Return every rate, ascending."""
+    return sorted({entry["rate_rps"] for entries in systems.values() for entry in entries})
+
+
+def comparison_rows(systems: Mapping[str, Sequence[Entry]], rate_rps: float) -> list[dict[str, Any]]:
+    """Return one row per class (and "all" first): offered, and each system's part of the entry."""
+    entries = {name: entry_at(rows, rate_rps) for name, rows in systems.items()}
+    present = {name: entry for name, entry in entries.items() if entry is not None}
+    classes = sorted({name for entry in present.values() for name in entry["by_class"]})
+    rows = []
+    for name in ("", *classes):
+        parts = {system: (entry if not name else entry["by_class"].get(name)) for system, entry in present.items()}
+        known = [part for part in parts.values() if part is not None]
+        rows.append({"name": name or "all", "offered": known[0]["num_requests"], "parts": parts})
+    return rows
+
+
+def text_table(systems: Mapping[str, Sequence[Entry]], *, labels: Mapping[str, str] | None = None) -> str:
+    """Return the comparison as a table for a terminal: attainment by class and rate, and promises kept."""
+    names = {**NAMES, **(labels or {})}
+    width = max(len(names.get(name, name)) for name in systems) + 2
+    promising = [name for name in systems if any(entry["promised"] for entry in systems[name])]
+    lines = []
+    for rate in rates_of(systems):
+        lines.append(f"{rate:.2f} requests per second")
+        header = f"  {'class':<15}{'offered':>8}" + "".join(f"{names.get(name, name):>{width}}" for name in systems)
+        lines.append(header + ("   promises kept" if promising else ""))
+        for row in comparison_rows(systems, rate):
+            cells = "".join(
+                f"{percent(part['attainment'] if (part := row['parts'].get(name)) else None):>{width}}"
+                for name in systems
+            )
+            kept = [f"{part['kept']} of {part['promised']}" for name in promising if (part := row["parts"].get(name))]
+            lines.append(f"  {row['name']:<15}{row['offered']:>8}{cells}" + "".join(f"{text:>16}" for text in kept))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def html_table(systems: Mapping[str, Sequence[Entry]]) -> str:
+    """Return the comparison as an HTML table."""
+    promising = [name for name in systems if any(entry["promised"] for entry in systems[name])]
+    head = "".join(f"<th>{_text(NAMES.get(name, name))}</th>" for name in systems)
+    head += "".join(f"<th>{_text(title)}</th>" for _ in promising for title in ("promised", "kept", "declined"))
+    body = []
+    columns = 2 + len(systems) + 3 * len(promising)
+    for rate in rates_of(systems):
+        body.append(f'<tr class="rate"><td colspan="{columns}">{rate:.2f} requests per second</td></tr>')
+        for row in comparison_rows(systems, rate):
+            cells = [f"<td>{_text(row['name'])}</td><td>{row['offered']}</td>"]
+            for name in systems:
+                part = row["parts"].get(name)
+                style = ' class="ours"' if name == "slos-serve" else ""
+                cells.append(f"<td{style}>{percent(part['attainment'] if part else None)}</td>")
+            for name in promising:
+                part = row["parts"].get(name) or {}
+                cells += [f"<td>{part.get(key, '–')}</td>" for key in ("promised", "kept", "declined")]
+            body.append(f'<tr class="{"all" if row["name"] == "all" else ""}">{"".join(cells)}</tr>')
+    return (
+        f'<div class="scroll"><table><thead><tr><th>class</th><th>offered</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def latency_table(systems: Mapping[str, Sequence[Entry]]) -> str:
+    """Return time to first token and time per token, median and 99 %, by rate and system."""
+    rows = []
+    for rate in rates_of(systems):
+        for name, entries in systems.items():
+            entry = entry_at(entries, rate)
+            if entry is None:
+                continue
+            cells = [_seconds(entry[key][rank]) for key in ("ttft_s", "tpot_s") for rank in ("p50", "p99")]
+            numbers = "".join(f"<td>{cell}</td>" for cell in cells)
+            goodput = f"<td>{entry['goodput_rps']:.2f}</td>"
+            rows.append(f"<tr><td>{rate:.2f}/s, {_text(NAMES.get(name, name))}</td>{numbers}{goodput}</tr>")
+    return (
+        '<div class="scroll"><table><thead><tr><th></th><th>TTFT p50</th><th>p99</th><th>per token p50</th>'
+        f"<th>p99</th><th>met per second</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value * 1e3:.0f} ms" if value < 10 else f"{value:.1f} s"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def inline(figure: Any) -> str:
+    """Return a figure as SVG whose ink is the page's."""
+    return plots.svg(figure).replace(plots.INK, "currentColor")
+
+
+def facts(items: Mapping[str, object]) -> str:
+    """Return names and values as a table."""
+    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in items.items())
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
+
+
+def page(*, title: str, lead: str, tiles: Sequence[tuple[str, str, str]], sections: Sequence[tuple[str, str]]) -> str:
+    """Return a whole page. Tiles are (big text, what it is, class); sections are (heading, HTML)."""
+    shown = "".join(
+        f'<div class="figure"><b class="{style}">{_text(big)}</b>{_text(what)}</div>' for big, what, style in tiles
+    )
+    body = "".join(f"<section><h2>{_text(heading)}</h2>{content}</section>" for heading, content in sections)
+    return (
+        "<!doctype html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><main><h1>{_text(title)}</h1>"
+        f'<p class="lead">{lead}</p><div class="figures">{shown}</div>{body}</main></body></html>\n'
+    )
+
+
+def busiest_window(rows: Sequence[Mapping[str, Any]], width_s: float) -> tuple[float, float]:
+    """Return the window of `width_s` that the most requests arrive in, a little before its first one on."""
+    times = sorted(row["sent_s"] for row in rows)
+    if not times:
+        return 0.0, width_s
+    counts = [sum(start <= at < start + width_s for at in times) for start in times]
+    start = max(0.0, times[counts.index(max(counts))] - 0.05 * width_s)
+    return start, start + width_s
+
+
+def comparison_sections(
+    systems: Mapping[str, Sequence[Entry]], *, timeline: Mapping[str, Sequence[Mapping[str, Any]]] | None, rate: str
+) -> list[tuple[str, str]]:
+    """Return the sections that every comparison has. `timeline[system]`: the requests of one run at `rate`."""
+    sections = [
+        ("Attainment by class", html_table(systems)),
+        ("Attainment by rate", inline(plots.attainment_figure(systems))),
+    ]
+    if timeline:
+        start_s, end_s = 0.0, max(row["sent_s"] for rows in timeline.values() for row in rows) + 0.5
+        figure = plots.timeline_figure(timeline, start_s=start_s, end_s=end_s)
+        sections.append((f"Through the bursts, at {rate}", inline(figure)))
+    sections += [("Latency", latency_table(systems)), ("What the numbers mean", EXPLANATION)]
+    return sections

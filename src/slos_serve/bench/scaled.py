@@ -1,0 +1,137 @@
+"""A published workload at the size of the engine at hand: lengths, promises, budgets and rates from its profile.
+
+The demo's engine is a small model on one CPU core. What makes SLOs hard is kept the same as on a GPU:
+
+- *Promises.* One unloaded decode step of a 7B model on an A100 takes 12.5 ms, so that 50 and 100 ms per
+  token are 4 and 8 steps. Here they are 4 and 8 of this engine's own steps; the floor and the allowance of
+  TTFT are stretched by the same factor, and its slowdowns (3x, 5x of the unloaded prefill) stay.
+- *Prompts.* A prompt token costs about an eighth of the decode steps there that it costs here, so prompts
+  are an eighth of the published traces': medians of Azure's 2023 conversation and code traces and of arXiv
+  summarization. Outputs are a third or a quarter (code's, which are short, are kept).
+- *Rates* are shares of what the engine could serve if every step were as long as the tightest promise
+  allows and full (`service_capacity_rps`), which the profile alone decides.
+
+Everything here is fixed before any system is measured under load, and is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slos_serve.bench.client import BenchRequest
+from slos_serve.bench.profile_file import Profile
+from slos_serve.bench.workload import Lengths, build_requests, synthetic_trace
+from slos_serve.config import SloClass, SloConfig, default_classes
+
+GPU_DECODE_STEP_S = 0.0125  # 7B, A100-80G, one request: the engine on which 50 and 100 ms are tight and loose
+MIX = {"chat": 0.5, "coding": 0.3, "summarization": 0.2}
+LENGTHS = {
+    "chat": Lengths(
+        prompt_median=128, prompt_sigma=0.8, prompt_range=(16, 512),
+        output_median=43, output_sigma=0.8, output_range=(4, 160), max_tokens=256,
+    ),
+    "coding": Lengths(
+        prompt_median=184, prompt_sigma=0.8, prompt_range=(32, 800),
+        output_median=16, output_sigma=0.8, output_range=(4, 80), max_tokens=256,
+    ),
+    "summarization": Lengths(
+        prompt_median=341, prompt_sigma=0.5, prompt_range=(100, 800),
+        output_median=42, output_sigma=0.6, output_range=(8, 128), max_tokens=256,
+    ),
+}  # fmt: skip
+ARRIVALS = "gamma:3"
+TIGHTEST_STEPS, LOOSEST_STEPS = 4, 8
+VLLM_DEFAULT_BUDGET = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """A workload fitted to one profile."""
+
+    profile: Profile
+
+    @property
+    def factor(self) -> float:
+        """How much longer a decode step takes here than on the GPU that the classes are written for."""
+        return self.profile.decode_step_s / GPU_DECODE_STEP_S
+
+    @property
+    def config(self) -> SloConfig:
+        """The shipped classes of the mix with their milliseconds stretched."""
+        shipped = default_classes()
+        classes = {name: self._stretched(shipped[name]) for name in MIX} | {"best-effort": shipped["best-effort"]}
+        base = SloConfig()
+        return SloConfig(
+            classes=classes,
+            ttft_floor_ms=base.ttft_floor_ms * self.factor,
+            ttft_allowance_ms=base.ttft_allowance_ms * self.factor,
+        )
+
+    def _stretched(self, slo_class: SloClass) -> SloClass:
+        assert slo_class.tpot_ms is not None
+        return SloClass(
+            name=slo_class.name,
+            ttft_slowdown=slo_class.ttft_slowdown,
+            tpot_ms=slo_class.tpot_ms * self.factor,
+        )
+
+    @property
+    def tightest_tpot_s(self) -> float:
+        """The tightest promise per token, in seconds."""
+        return TIGHTEST_STEPS * self.profile.decode_step_s
+
+    @property
+    def budgets(self) -> tuple[int, int, int]:
+        """Token budgets for stock vLLM: its default, and those whose full step takes the loosest and tightest TPOT."""
+        loosest = LOOSEST_STEPS * self.profile.decode_step_s
+        fitted = (max(32, self.profile.largest_chunk_tokens(tpot)) for tpot in (loosest, self.tightest_tpot_s))
+        middle, small = (round(tokens / 16) * 16 for tokens in fitted)
+        return VLLM_DEFAULT_BUDGET, middle, small
+
+    @property
+    def service_capacity_rps(self) -> float:
+        """Requests per second if every step were full and as long as the tightest promise allows."""
+        model, step_s = self.profile.perf_model, self.tightest_tpot_s
+        num_decodes = 8
+        base = model.seconds(num_decodes, num_decodes, context_tokens=num_decodes * 256)
+        chunk = self.profile.largest_chunk_tokens(step_s, num_decodes=num_decodes)
+        prefill_token_s = max(step_s - base, 1e-9) / max(chunk, 1)
+        decode_token_s = (base - model.seconds(1, 1, context_tokens=256)) / (num_decodes - 1)
+        work_s = 0.0
+        for name, share in MIX.items():
+            prompt, output = LENGTHS[name].mean_tokens()
+            work_s += share * (prompt * prefill_token_s + output * decode_token_s)
+        fixed_share = (base - num_decodes * decode_token_s) / step_s
+        return max(0.0, 1 - fixed_share) / work_s
+
+    def requests(self, *, rate_rps: float, duration_s: float, seed: int) -> list[BenchRequest]:
+        """Return the requests of one run; the same for every system."""
+        rng = np.random.default_rng(seed)
+        trace = synthetic_trace(LENGTHS, MIX, process=ARRIVALS, rate_rps=rate_rps, duration_s=duration_s, rng=rng)
+        limits = {name: lengths.max_tokens for name, lengths in LENGTHS.items()}
+        return build_requests(
+            trace, config=self.config, reference=self.profile.reference_s, rng=rng, limits=limits, id_prefix=f"s{seed}-"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of the workload for a report."""
+        return {
+            "arrivals": ARRIVALS,
+            "mix": dict(MIX),
+            "mean_tokens": {name: [round(x, 1) for x in lengths.mean_tokens()] for name, lengths in LENGTHS.items()},
+            "decode_step_s": self.profile.decode_step_s,
+            "gpu_decode_step_s": GPU_DECODE_STEP_S,
+            "slo_stretch": self.factor,
+            "classes": _described(self.config),
+            "ttft_floor_ms": self.config.ttft_floor_ms,
+            "ttft_allowance_ms": self.config.ttft_allowance_ms,
+            "service_capacity_rps": self.service_capacity_rps,
+        }
+
+
+def _described(config: SloConfig) -> Mapping[str, Any]:
+    return {name: slo_class.to_json() for name, slo_class in config.classes.items() if slo_class.promises}
