@@ -124,7 +124,7 @@ def test_a_broken_table_does_not_stop_the_engine(build, monkeypatch) -> None:
         raise RuntimeError("table")
 
     monkeypatch.setattr(scheduler.slo.tracker, "sync", explode)
-    monkeypatch.setattr(scheduler.slo.tracker, "take_output", explode)
+    monkeypatch.setattr(scheduler.slo.tracker, "take_outputs", explode)
     engine.run()
     assert len(engine.finished) == 4
     assert scheduler.slo.faults["sync"] > 0

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.core.perf import batch_seconds, max_chunk_tokens
+from slos_serve.core.perf import max_chunk_tokens
 from slos_serve.core.types import BatchPlan, Plan, Status
 
 if TYPE_CHECKING:
@@ -138,20 +138,6 @@ def _admit_waiting(
     batch.budget -= taken_tokens
 
 
-def predicted_seconds(state: ReplicaState, batch_rows: IntArray, tokens: IntArray, drafts: IntArray) -> float:
-    """Return the perf model's time of a batch, without margin, in seconds."""
-    if not len(batch_rows):
-        return 0.0
-    rows = state.requests.rows[batch_rows]
-    start = np.where(rows["num_computed_tokens"] == 0, rows["num_cached_tokens"], rows["num_computed_tokens"])
-    decodes = tokens_needed(rows) == 1
-    context = float((start * decodes).sum())
-    pairs = float(((tokens * (start + 0.5 * tokens)) * ~decodes).sum())
-    total = float(tokens.sum() + drafts.sum())
-    lines = state.perf_model.as_array()
-    return float(batch_seconds(lines, total, float(len(rows)), context, float(drafts.max()), pairs))
-
-
 def _to_plan(state: ReplicaState, batch: _Batch) -> Plan:
     """Name the rows of a finished batch."""
     ids = state.requests.request_ids
@@ -161,7 +147,6 @@ def _to_plan(state: ReplicaState, batch: _Batch) -> Plan:
             num_tokens=batch.tokens,
             draft_lengths=batch.drafts,
             preempted=[ids[i] for i in batch.preempted.tolist()],
-            predicted_s=predicted_seconds(state, batch.rows, batch.tokens, batch.drafts),
         ),
         work=len(ids),
     )

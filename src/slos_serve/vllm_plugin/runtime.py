@@ -403,15 +403,8 @@ class SloRuntime:
 
     def _note_update(self, outputs: dict[int, Any], started: float) -> None:
         now = self.clock.now()
-        tracker = self.tracker
-        touched: list[int] = []
         for batch in outputs.values():
-            for output in batch.outputs:
-                row = tracker.take_output(output.request_id, output.new_token_ids, now)
-                if row >= 0:
-                    touched.append(row)
-        if touched:
-            tracker.table.rows["last_token_s"][touched] = now
+            self.tracker.take_outputs(batch.outputs, now)
         if self._freed:
             self._finish_freed(now, outputs)
         if self._done is not None:

@@ -28,13 +28,19 @@ class SloMixin:
         self.slo = SloRuntime(self, is_async=isinstance(self, AsyncScheduler))
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Cap a request's share at what the plan gives it; 0 holds it."""
-        share: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
+        """Cap a request's share at what the plan gives it; 0 holds it.
+
+        Called for every request of every batch, so it is short: what vLLM's own version does beyond
+        `max(0, ...)` is for multi-module MTP, which is never steered (see `view.unsupported`).
+        """
         caps = self._slo_caps
         if caps is None:
+            share: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
             return share
         cap = caps.get(request.request_id, 0)
-        return min(cap, share)
+        if num_new_tokens > cap:
+            return cap
+        return num_new_tokens if num_new_tokens > 0 else 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Run vLLM's `schedule()`, steered where there is a plan to carry out."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.types import Status
 from slos_serve.vllm_plugin.record import BatchShape
 
 if TYPE_CHECKING:
@@ -16,26 +15,22 @@ if TYPE_CHECKING:
 
 
 def batch_shape(tracker: Tracker, output: SchedulerOutput) -> BatchShape:
-    """Measure a batch right after `schedule()`, while the table still holds what was known before it.
+    """Measure a batch right after `schedule()`, while the tracker still holds what was known before it.
 
     A request decodes where exactly one token was left to compute (drafts beside it do not change that);
     everything else is a prefill chunk. Requests without a row count by their share alone.
     """
     shares = output.num_scheduled_tokens
     table = tracker.table
-    ids = shares if not tracker.stock else [i for i in shares if i in table]
-    index = np.array([table.index(i) for i in ids], dtype=np.int64)
-    counts = np.array([shares[i] for i in ids] if tracker.stock else list(shares.values()), dtype=np.int64)
-    rows = table.rows
-    starts = rows["num_computed_tokens"][index]
-    total = rows["num_prompt_tokens"][index] + rows["num_output_tokens"][index]
-    waited = np.flatnonzero(rows["status"][index] == Status.WAITING)
-    if waited.size:  # admitted in this step: what the prefix cache held is known only now
-        names = list(ids)
-        live = tracker.live
-        for position in waited.tolist():
-            name = names[position]
-            starts[position] = live[name].request.num_computed_tokens - shares[name]
+    ids = [i for i in shares if i in table] if tracker.stock else list(shares)
+    index = np.fromiter(map(table.index, ids), np.int64, len(ids))
+    counts = np.fromiter(map(shares.__getitem__, ids), np.int64, len(ids))
+    starts = tracker.computed[index]
+    total = tracker.total[index]
+    # admitted in this step: what the prefix cache held is known only now
+    for position in np.flatnonzero(~tracker.running[index]).tolist():
+        name = ids[position]
+        starts[position] = tracker.live[name].request.num_computed_tokens - shares[name]
     decodes = (total - starts) == 1
     prefills = ~decodes
     chunks, befores = counts[prefills], starts[prefills]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,11 @@ class Tracker:
         self._rows_live: list[Live] = []  # in row order
         self._rows_requests: list[Request] = []
         self._lookups: deque[str] = deque()
+        # as of the last sync, in row order: which run, tokens computed, tokens known
+        self.running = np.zeros(0, np.bool_)
+        self.computed = self.total = np.zeros(0, np.int64)
         self._steps = 0
+        self._last_output_s = clock.now()
         self._block_size = int(scheduler.block_size)
 
     # -- arrival ----------------------------------------------------------------------------------
@@ -276,15 +280,21 @@ class Tracker:
             self._promote()
         requests = self._rows_requests
         if not requests:
+            self.running = np.zeros(0, np.bool_)
+            self.computed = self.total = np.zeros(0, np.int64)
             return
         rows = self.table.rows
         computed = view.computed_tokens(requests)
         produced = view.output_tokens(requests, with_placeholders=self._is_async)
         running = view.is_running(requests)
+        moved = produced > rows["num_output_tokens"]
+        if moved.any():  # what came since the last step came with the last output
+            rows["last_token_s"][moved] = self._last_output_s
         rows["status"] = running
         rows["num_computed_tokens"] = computed
         rows["num_output_tokens"] = produced
         rows["num_kv_blocks"] = -(-computed // self._block_size)
+        self.running, self.computed, self.total = running, computed, rows["num_prompt_tokens"] + produced
         predicted = rows["predicted_output_tokens"]
         over = np.flatnonzero((produced >= predicted) & (produced < rows["max_output_tokens"]))
         for index in over.tolist():
@@ -329,35 +339,43 @@ class Tracker:
     def runnable_waiting(self) -> dict[str, Request]:
         """Return the waiting requests that have a row, by id."""
         requests = self._rows_requests
-        waiting = np.flatnonzero(self.table.rows["status"] == Status.WAITING).tolist()
-        return {requests[index].request_id: requests[index] for index in waiting}
+        return {requests[index].request_id: requests[index] for index in np.flatnonzero(~self.running).tolist()}
 
     # -- output -----------------------------------------------------------------------------------
 
-    def take_output(self, request_id: str, token_ids: list[int], now_s: float) -> int:
-        """Grade one chunk of output that leaves the engine now; returns its row, -1 without one."""
-        live = self.live.get(request_id)
-        count = len(token_ids)
-        if live is None or not count:
-            return -1
-        index = self.table.index(request_id) if live.has_row else -1
-        thinking = self._take_thinking(live, token_ids, index) if live.is_thinking else 0
-        if not live.num_output_tokens:
-            live.first_token_s = now_s
-            if index >= 0:
-                self.table.rows["first_token_s"][index] = now_s
-        live.num_output_tokens += count
-        live.last_token_s = now_s
-        grader = live.grader
-        if grader is not None:
-            grader.feed(now_s, count, thinking)
-            if grader.missed and not live.missed:
-                live.missed = True
-                if index >= 0:
-                    self.table.rows["missed"][index] = 1
-        return index
+    def take_outputs(self, outputs: Iterable[Any], now_s: float) -> None:
+        """Grade the chunks of output (vLLM's per-request outputs) that leave the engine now.
 
-    def _take_thinking(self, live: Live, token_ids: list[int], index: int) -> int:
+        One pass with little in it: it runs for every token.
+        """
+        self._last_output_s = now_s
+        find = self.live.get
+        for output in outputs:
+            count = len(output.new_token_ids)
+            live = find(output.request_id)
+            if live is None or not count:
+                continue
+            thinking = 0
+            if live.is_thinking:
+                thinking = self._take_thinking(live, output.new_token_ids)
+            if not live.num_output_tokens:
+                self._take_first(live, now_s)
+            live.num_output_tokens += count
+            live.last_token_s = now_s
+            grader = live.grader
+            if grader is not None:
+                grader.feed(now_s, count, thinking)
+                if grader.missed and not live.missed:
+                    live.missed = True
+                    if live.has_row:
+                        self.table.rows["missed"][self.table.index(live.request_id)] = 1
+
+    def _take_first(self, live: Live, now_s: float) -> None:
+        live.first_token_s = now_s
+        if live.has_row:
+            self.table.rows["first_token_s"][self.table.index(live.request_id)] = now_s
+
+    def _take_thinking(self, live: Live, token_ids: list[int]) -> int:
         """Count the thinking tokens of a chunk, the end mark included."""
         thinking = len(token_ids)
         for position, token in enumerate(token_ids, 1):
@@ -365,8 +383,8 @@ class Tracker:
                 thinking, live.is_thinking = position, False
                 break
         live.num_thinking_tokens += thinking
-        if index >= 0:
-            rows = self.table.rows
+        if live.has_row:
+            rows, index = self.table.rows, self.table.index(live.request_id)
             rows["num_thinking_tokens"][index] = live.num_thinking_tokens
             rows["is_thinking"][index] = int(live.is_thinking)
         return thinking
