@@ -37,6 +37,16 @@ async def test_a_verdict_from_another_thread_wakes_the_request(hub, say):
     assert hub.num_waiting == 0
 
 
+async def test_every_waiter_is_woken(hub, say):
+    waits = [asyncio.create_task(hub.wait_verdict("a", 5)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waits[0].cancel()
+    await asyncio.sleep(0)
+    hub.feed({"verdicts": [say.verdict("a")]})
+    assert [(await wait)["verdict"] for wait in waits[1:]] == ["promised"] * 2
+    assert hub.num_waiting == 0
+
+
 async def test_a_verdict_that_came_first_is_returned_at_once(hub, say):
     hub.feed({"verdicts": [say.verdict("a", "best-effort", "memory")]})
     assert (await hub.wait_verdict("a", 0))["reason"] == "memory"
@@ -55,7 +65,7 @@ async def test_waiting_ends_with_the_timeout_or_the_client_and_leaves_nothing_be
 
 def test_a_verdict_for_a_closed_event_loop_is_kept_anyway(hub, say):
     async def leave():
-        hub._waiters["a"] = (asyncio.get_running_loop(), asyncio.get_running_loop().create_future())
+        hub._waiters["a"] = [asyncio.get_running_loop().create_future()]
 
     asyncio.run(leave())
     hub.feed({"verdicts": [say.verdict("a")]})

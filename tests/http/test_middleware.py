@@ -13,6 +13,7 @@ from slos_serve.http.middleware import SloMiddleware
 
 CHAT = "/v1/chat/completions"
 VOICE = SloClass(name="voice", ttft_ms=300, on_unattainable="reject")
+IMPATIENT = SloClass(name="voice", ttft_ms=1, on_unattainable="reject")
 REJECTING = {"config": SloConfig(classes={**SloConfig().classes, "voice": VOICE}, max_best_effort_queue=2).to_json()}
 BUSY = {
     "effective_mode": "enforce",
@@ -548,3 +549,12 @@ def test_a_verdict_that_is_slower_than_its_tokens_still_makes_the_end_of_the_res
     response = client.post(CHAT, json=body(slo={"class": "chat"}, stream=stream))
     last = events(response.text)[-1] if stream else response.json()
     assert (last["slo"]["verdict"], last["service_tier"]) == ("promised", "default")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_no_that_is_slower_than_the_first_token_still_refuses(client, vllm, hub, say, stream):
+    hub.configure(slo={"config": SloConfig(classes={**SloConfig().classes, "voice": IMPATIENT}).to_json()})
+    hub.feed({"snapshot": {"effective_mode": "enforce"}})
+    threading_feed(hub, say, "best-effort", "deadline-passed")
+    response = client.post(CHAT, json=body(slo={"class": "voice"}, stream=stream))
+    assert (response.status_code, response.headers["x-slo-reason"]) == (429, "deadline-passed")

@@ -127,7 +127,7 @@ def test_the_operator_overrides_the_client(read):
 
 def test_a_class_may_ask_to_be_rejected(read):
     request = read({"slo": {"class": "voice"}})
-    assert (request.rejects, request.hold_s) == (True, 0.3)
+    assert (request.rejects, request.hold_s) == (True, 10)
     assert read({"vllm_xargs": {"slo_class": "voice"}}).rejects
     assert not read({"vllm_xargs": {"slo_class": ["voice"]}}).rejects
 

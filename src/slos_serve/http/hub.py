@@ -56,7 +56,7 @@ class Hub:
         self._lock = threading.Lock()
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._aliases: dict[str, str] = {}
-        self._waiters: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = {}
+        self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._snapshot: Mapping[str, Any] | None = None
         self._snapshot_s = -math.inf
         self._worked_s = -math.inf
@@ -109,9 +109,9 @@ class Hub:
             # One HTTP request can be several in the engine (n > 1, many prompts): it is as good as its worst.
             worst = next((part for part in parts.values() if part["verdict"] == "best-effort"), None)
             record.update(worst or parts[item.get("request_id")])
-            waiter = self._waiters.pop(slo_id, None)
-        if waiter is not None:
-            _wake(*waiter)
+            waiters = self._waiters.pop(slo_id, ())
+        for waiter in waiters:
+            _wake(waiter)
 
     def _take_finished(self, item: Mapping[str, Any]) -> None:
         label, outcome = self._label(item["slo_class"]), item["outcome"]
@@ -155,17 +155,19 @@ class Hub:
             record = self._records.get(slo_id)
             if record is not None and record["verdict"] != "pending":
                 return public(record)
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
-            self._waiters[slo_id] = (loop, future)
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(slo_id, []).append(future)
         try:
             await asyncio.wait_for(future, max(0.0, timeout_s))
         except TimeoutError:
             return None
         finally:
             with self._lock:
-                if self._waiters.get(slo_id, (None, None))[1] is future:
-                    del self._waiters[slo_id]
+                left = self._waiters.get(slo_id, [])
+                if future in left:
+                    left.remove(future)
+                if not left:
+                    self._waiters.pop(slo_id, None)
         return self.find(slo_id)
 
     def find(self, request_id: str) -> Record | None:
@@ -242,7 +244,7 @@ class Hub:
     @property
     def num_waiting(self) -> int:
         """How many requests wait for a verdict."""
-        return len(self._waiters)
+        return sum(map(len, self._waiters.values()))
 
     # Records, under the lock.
 
@@ -281,13 +283,13 @@ def public(record: Record) -> Record:
     return {key: value for key, value in record.items() if not key.startswith("_")}
 
 
-def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+def _wake(future: asyncio.Future[None]) -> None:
     def done() -> None:
         if not future.done():
             future.set_result(None)
 
     with contextlib.suppress(RuntimeError):  # the server is shutting down and its loop is closed
-        loop.call_soon_threadsafe(done)
+        future.get_loop().call_soon_threadsafe(done)
 
 
 HUB = Hub(SloMetrics())

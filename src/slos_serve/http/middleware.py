@@ -224,9 +224,9 @@ class _Exchange:
             data = write_into(b"".join(self._document), self._extra())
             await self._begin(content_length=len(data))
         elif self._tail is not None:
-            await self._begin()
-            if DONE in data:
+            if DONE in data or (self._request.rejects and not self._is_started):
                 await self._settle()
+            await self._begin()
             data = self._tail.feed(data)
             if not more:
                 data += self._tail.close()
@@ -238,8 +238,12 @@ class _Exchange:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _settle(self) -> None:
-        """Wait a moment for a verdict that is on its way, so that the end of a response never lacks it."""
-        if self._hub.is_heard:
+        """Wait a moment for a verdict that is on its way, where it cannot be told or acted on later."""
+        if not self._hub.is_heard:
+            return
+        if self._watch is not None and not self._watch.done():
+            await asyncio.wait((self._watch,), timeout=LAST_WAIT_S)
+        else:
             await self._hub.wait_verdict(self._slo_id, LAST_WAIT_S)
 
     async def _begin(self, content_length: int | None = None) -> None:

@@ -48,7 +48,8 @@ class SloRequest:
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
     client nor the operator said anything: such a request is served as on any other server. `keeps_own`: the
     client's own `slo_*` keys in `vllm_xargs` stay (form 4). `hold_s` bounds how long after arrival the
-    response's headers wait for a verdict.
+    response's headers wait for a verdict: until the first token is due, where that is known, but a class that
+    wants to be rejected rather than served late waits for its verdict.
     """
 
     slo_class: str
@@ -103,15 +104,16 @@ class Operator:
             xargs |= {"slo_" + key: value for key, value in overrides.items()}
             xargs["slo_stage"] = stage
         base = self.config.classes.get(class_name or self.config.default_class)
+        rejects = base is not None and base.on_unattainable == "reject" and label != BEST_EFFORT
         return SloRequest(
             slo_class=label,
             xargs=xargs,
             asked=asked,
             best_effort=label == BEST_EFFORT,
-            rejects=base is not None and base.on_unattainable == "reject" and label != BEST_EFFORT,
+            rejects=rejects,
             tenant=tenant,
             tier=body.get("service_tier") if isinstance(body.get("service_tier"), str) else None,
-            hold_s=_hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base and not overrides else None)),
+            hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
         )
 
     def _form_4(self, own: Mapping[str, Any], xargs: dict[str, str | float], tenant: str, tier: Any) -> SloRequest:
