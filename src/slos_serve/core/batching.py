@@ -393,11 +393,12 @@ def simulate(
 
 
 @jit
-def fill(machine, demand, free_seqs, free_blocks, seconds, tokens, totals):  # type: ignore[no-untyped-def]
+def fill(machine, demand, free_seqs, free_blocks, reserve, seconds, tokens, totals):  # type: ignore[no-untyped-def]
     """Fill what a composed batch leaves with requests that hold no promise, in the order given.
 
     `seconds`: how long the whole batch may take, margin included. Here `HELD` is exactly what is held,
-    and `free_blocks` and `free_seqs` are free now. Adds to `totals` and writes `tokens`.
+    and `free_blocks` and `free_seqs` are free now; a new prompt starts only where `reserve` blocks remain
+    for those that run. Adds to `totals` and writes `tokens`.
     """
     for i in range(demand.shape[1]):
         tokens[i] = 0.0
@@ -410,7 +411,7 @@ def fill(machine, demand, free_seqs, free_blocks, seconds, tokens, totals):  # t
         # vLLM starts a prompt only where all of it has room
         after = demand[CONTEXT, i] + (demand[LEFT, i] + 1.0 if prefill else demand[VERIFY, i])
         need = max(0.0, math.ceil(after / machine.block_size) - demand[HELD, i])
-        if need > free_blocks or (new and free_seqs < 1):
+        if need > free_blocks or (new and (free_seqs < 1 or need + reserve > free_blocks)):
             continue
         if prefill:
             chunk = _room(machine, demand, i, limit, totals)

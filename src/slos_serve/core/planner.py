@@ -311,21 +311,25 @@ class _Planning:
         return float((after - self.held[index]).clip(min=0).sum())
 
     def make_room(self, index: IntArray, counts: FloatArray) -> IntArray:
-        """Return the running rows without a promise that give up blocks or seats for `index`, newest first."""
-        missing = self.fresh_blocks(index, counts) - self.state.num_free_kv_blocks
+        """Return the running rows without a promise that give up blocks or seats, newest first.
+
+        Room is needed for `index` and for the next token of every other running request: where all wait
+        for a block that another holds, nobody ends.
+        """
+        others = self.running & ~self.is_promised
+        others[index] = False
+        rows = np.flatnonzero(others)
+        growth = np.ceil((self.context[rows] + self.verify[rows]) / self.machine.block_size) - self.held[rows]
+        growth = np.where(self.left[rows] > 0, 0.0, growth.clip(min=0))
+        missing = self.fresh_blocks(index, counts) + float(growth.sum()) - self.state.num_free_kv_blocks
         starting = int((~self.running[index]).sum())
-        seats = int(self.running.sum()) + starting - self.state.limits.max_num_seqs
-        if missing <= 0 and (seats <= 0 or not starting):
-            return NOBODY
-        victims = self.running & ~self.is_promised
-        victims[index] = False
-        candidates = np.flatnonzero(victims)
+        seats = int(self.running.sum()) + starting - self.state.limits.max_num_seqs if starting else 0
         taken: list[int] = []
-        for i in candidates[np.argsort(-self.rows["seq"][candidates])].tolist():
+        for k in np.argsort(-self.rows["seq"][rows]).tolist():
             if missing <= 0 and seats <= 0:
                 break
-            taken.append(i)
-            missing -= float(self.held[i])
+            taken.append(int(rows[k]))
+            missing -= float(self.held[rows[k]] + growth[k])
             seats -= 1
         return np.array(taken, np.int64)
 
@@ -351,7 +355,16 @@ class _Planning:
         starting = int((~self.running[index]).sum())
         seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
         tokens = np.zeros(len(rest))
-        batching.fill(machine, self.demand(rest, self.held), seats, free_blocks, seconds, tokens, totals)
+        batching.fill(
+            machine,
+            self.demand(rest, self.held),
+            seats,
+            free_blocks,
+            float(self.running.sum()),
+            seconds,
+            tokens,
+            totals,
+        )
         used = tokens > 0
         return rest[used], tokens[used]
 
