@@ -17,35 +17,41 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slos_serve.core.summary import drain_seconds
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 from slos_serve.sim.scenarios import Offer, find_scenario
 from slos_serve.sim.systems import find_system
 
+if TYPE_CHECKING:
+    from slos_serve.sim.hardware import Hardware
+    from slos_serve.sim.run import RunResult
+    from slos_serve.sim.workload import Workload
+
 TARGETS = (0.90, 0.95, 0.99)
 MAX_DRAIN_S = 20.0
-STEP = 1.6
+STEP = 1.4
 LOWEST_RPS, HIGHEST_RPS = 0.01, 500.0
 BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One system, with settings, on one seed of a scenario. `guess_rps`: where the search starts, per GPU."""
+    """One system, with settings, on some seeds of a scenario, pooled. `guess_rps`: where the search starts, per GPU."""
 
     scenario: str
     system: str
     hardware: str
     data: str
     part: str
-    seed: int
+    seeds: tuple[int, ...]
     settings: tuple[tuple[str, Any], ...] = ()
     targets: tuple[float, ...] = TARGETS
     tolerance: float = 0.03
@@ -54,38 +60,52 @@ class Task:
     known_lengths: bool = False
 
     def run(self, rate_rps: float) -> dict[float, bool]:
-        """Simulate at `rate_rps` per GPU and return which targets it passes."""
+        """Simulate every seed at `rate_rps` per GPU and return which targets they pass together."""
         hardware = load_hardware(self.hardware)
-        scenario, system = find_scenario(self.scenario), find_system(self.system)
-        offered_rps = rate_rps * hardware.num_gpus
-        offer = Offer(
-            data=Path(self.data), hardware=hardware, rate_rps=offered_rps, part=self.part, seed=self.seed
-        )
-        workload = scenario.offer(offer)
-        counts = Counter(sim.request.slo_class for sim in workload.arrivals)
-        counts.update(sim.request.slo_class for _, sim in workload.following.values())
-        lowest = min(self.targets)
-        result = run_workload(
+        scenario = find_scenario(self.scenario)
+        offers = [
+            Offer(
+                data=Path(self.data),
+                hardware=hardware,
+                rate_rps=rate_rps * hardware.num_gpus,
+                part=self.part,
+                seed=seed,
+            )
+            for seed in self.seeds
+        ]
+        workloads = [scenario.offer(offer) for offer in offers]
+        counts = sum((workload.num_by_class() for workload in workloads), Counter[str]())
+        budget = {name: int((1 - min(self.targets)) * count + 1e-9) for name, count in counts.items()}
+        met: Counter[str] = Counter()
+        for seed, workload in zip(self.seeds, workloads, strict=True):
+            result = self._simulate(workload, hardware, seed, budget)
+            if result.stopped or drain_seconds(result.graded) >= MAX_DRAIN_S:
+                return dict.fromkeys(self.targets, False)
+            for grade in result.graded:
+                if grade.outcome == "met":
+                    met[grade.slo_class] += 1
+                else:
+                    budget[grade.slo_class] -= 1
+        worst = min(met[name] / count for name, count in counts.items())
+        return {target: worst >= target for target in self.targets}
+
+    def _simulate(self, workload: Workload, hardware: Hardware, seed: int, budget: Mapping[str, int]) -> RunResult:
+        system = find_system(self.system)
+        return run_workload(
             workload,
             system.build(**dict(self.settings)),
             hardware,
-            seed=self.seed,
+            seed=seed,
             options=ReplicaOptions(
                 acceptance={"": self.acceptance},
                 exact_windows=False,
                 known_lengths=self.known_lengths,
                 makes_promises=system.makes_promises,
             ),
-            max_model_len=scenario.max_model_len(hardware),
+            max_model_len=find_scenario(self.scenario).max_model_len(hardware),
             max_draft_length=system.max_draft_length,
-            miss_budget={name: int((1 - lowest) * count + 1e-9) for name, count in counts.items()},
+            miss_budget=budget,
         )
-        if result.stopped:
-            return dict.fromkeys(self.targets, False)
-        entry = result.entry(system=self.system, wall_s=0.0)
-        worst = min(group["attainment"] for group in entry["by_class"].values())
-        drained = entry["drain_s"] < MAX_DRAIN_S
-        return {target: bool(drained and worst >= target) for target in self.targets}
 
 
 def find_capacity(
@@ -138,6 +158,24 @@ def _bracket(
 def solve(task: Task) -> dict[float, float]:
     """Return one task's capacity by target, in requests per second and GPU."""
     return find_capacity(task.run, task.targets, guess_rps=task.guess_rps, tolerance=task.tolerance)
+
+
+def tune(tasks: Sequence[Task]) -> tuple[Task, float]:
+    """Return the task (setting) with the highest capacity at its lowest target, and that capacity.
+
+    Settings race: one that does not pass a little above the best so far is out after one run.
+    """
+    best, most = tasks[0], 0.0
+    for task in tasks:
+        target = min(task.targets)
+        bar = most * (1 + task.tolerance)
+        if most > 0 and not task.run(bar)[target]:
+            continue
+        one = replace(task, targets=(target,), guess_rps=bar or task.guess_rps)
+        capacity = solve(one)[target]
+        if capacity > most:
+            best, most = task, capacity
+    return best, most
 
 
 def solve_all(

@@ -212,7 +212,7 @@ class Replica:
         seconds = step.shape["seconds"]
         self.kernel.schedule(now_s + seconds, Priority.STEP_END, lambda: self._complete(step))
         if self.options.async_lag:
-            self._next_plan = self._plan(now_s + max(plan.batch.predicted_s, 0.0))
+            self._next_plan = self._plan(now_s + self._expected_s(step.shape))
 
     # ---------------------------------------------------------------- executing
 
@@ -361,6 +361,16 @@ class Replica:
             "planned_s": None,
             "predicted_s": predicted_s,
         }
+
+    def _expected_s(self, shape: Mapping[str, Any]) -> float:
+        """Return how long the planner's model thinks a step takes."""
+        return self.plan_model.seconds(
+            shape["num_tokens"],
+            shape["num_requests"],
+            context_tokens=shape["context_tokens"],
+            draft_steps=shape["draft_steps"],
+            attention_pairs=shape["attention_pairs"],
+        )
 
     # ---------------------------------------------------------------- results
 

@@ -124,8 +124,7 @@ def run_workload(
 def _grade_the_rest(workload: Workload, replica: Replica, graded: list[GradedRequest]) -> None:
     """Count what a stopped run left unfinished, unborn or never issued as missed."""
     replica.abandon()
-    missing = Counter(sim.request.slo_class for sim in workload.arrivals)
-    missing.update(sim.request.slo_class for _, sim in workload.following.values())
+    missing = workload.num_by_class()
     missing.subtract(grade.slo_class for grade in graded)
     for slo_class, count in sorted(missing.items()):
         graded.extend(GradedRequest(slo_class=slo_class, outcome="missed") for _ in range(count))

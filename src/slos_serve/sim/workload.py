@@ -10,6 +10,7 @@ seen before: the length model starts from them, never from the window itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -50,6 +51,12 @@ class Workload:
     def num_requests(self) -> int:
         """Requests offered, later rounds included."""
         return len(self.arrivals) + len(self.following)
+
+    def num_by_class(self) -> Counter[str]:
+        """Return offered requests by class, later rounds included."""
+        counts = Counter(sim.request.slo_class for sim in self.arrivals)
+        counts.update(sim.request.slo_class for _, sim in self.following.values())
+        return counts
 
     @property
     def rate_rps(self) -> float:
