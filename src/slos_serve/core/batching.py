@@ -193,6 +193,43 @@ def _owed_early(demand, decoding, tokens, limit, period, capacity):  # type: ign
 
 
 @jit
+def _join_by_due(machine, demand, decoding, wanted, seconds, tokens, totals):  # type: ignore[no-untyped-def]
+    """Put decodes into the batch, earliest due first, until `wanted` tokens or no room; return how many."""
+    if wanted <= 0.0:
+        return 0
+    n = tokens.shape[0]
+    rest = np.empty(n, np.int64)
+    count = 0
+    for i in range(n):
+        if decoding[i] and tokens[i] == 0.0:
+            rest[count] = i
+            count += 1
+    rest = rest[:count]
+    if count > 1:
+        # where all fit their order does not matter, and sorting costs more than the rest of a batch
+        num_tokens = totals[TOKENS]
+        read = totals[READ]
+        drafts = totals[DRAFTS]
+        for i in rest:
+            num_tokens += demand[VERIFY, i]
+            read += demand[CONTEXT, i]
+            drafts = max(drafts, demand[STEPS, i])
+        all_fit = num_tokens <= machine.token_budget and seconds >= batch_seconds(
+            machine.lines, num_tokens, totals[REQUESTS] + count, read, drafts, totals[PAIRS]
+        )
+        if not all_fit or wanted < math.inf:
+            rest = rest[np.argsort(demand[DUE][rest], kind="mergesort")]
+    joined = 0
+    for i in rest:
+        if wanted <= 0.0 or not _has_room(machine, demand, i, seconds, totals):
+            break
+        _join(demand, i, tokens, totals)
+        wanted -= demand[VERIFY, i]
+        joined += 1
+    return joined
+
+
+@jit
 def compose(machine, demand, free_blocks, eager, now, tokens, totals):  # type: ignore[no-untyped-def]
     """Fill `tokens` (new tokens by request, 0 = not in the batch) and `totals`; return when it ends."""
     n = demand.shape[1]
@@ -234,49 +271,33 @@ def compose(machine, demand, free_blocks, eager, now, tokens, totals):  # type: 
         ):
             _join(demand, i, tokens, totals)
             waiting -= 1
-    by_due = np.empty(0, np.int64)
-    position = 0
-    if waiting > 0:
-        by_due = np.argsort(demand[DUE])
-        if math.isfinite(period) and math.isfinite(limit):
-            hold = max_chunk_tokens(machine.lines, period / margin, 0.0, 0.0, totals[READ], totals[DRAFTS], 0.0, 0.0)
-            hold = max(1.0, min(hold, machine.token_budget))
-            early = 0.0
-            if owed_tokens > hold:
-                early = _owed_early(demand, decoding, tokens, limit, period, hold)
-            while early > 0.0 and position < n:
-                i = by_due[position]
-                if decoding[i] and tokens[i] == 0.0:
-                    if not _has_room(machine, demand, i, seconds, totals):
-                        break
-                    _join(demand, i, tokens, totals)
-                    waiting -= 1
-                    early -= demand[VERIFY, i]
-                position += 1
+    if waiting > 0 and owed_tokens > 0.0 and math.isfinite(period) and math.isfinite(limit):
+        hold = max_chunk_tokens(machine.lines, period / margin, 0.0, 0.0, totals[READ], totals[DRAFTS], 0.0, 0.0)
+        hold = max(1.0, min(hold, machine.token_budget))
+        if owed_tokens > hold:
+            early = _owed_early(demand, decoding, tokens, limit, period, hold)
+            waiting -= _join_by_due(machine, demand, decoding, early, seconds, tokens, totals)
 
+    room_left = True
     for turn in range(2):
         if (turn == 0) == eager:
             # 3. decodes where room is free
-            while waiting > 0 and position < n:
-                i = by_due[position]
-                if decoding[i] and tokens[i] == 0.0:
-                    if not _has_room(machine, demand, i, seconds, totals):
-                        break
-                    _join(demand, i, tokens, totals)
-                    waiting -= 1
-                position += 1
+            if waiting > 0 and room_left:
+                waiting -= _join_by_due(machine, demand, decoding, math.inf, seconds, tokens, totals)
         elif any_prefill:
             # 2. prefill chunks, earliest deadline first
             for i in range(n):
                 if demand[LEFT, i] <= 0.0:
                     continue
                 if totals[TOKENS] >= machine.token_budget:
+                    room_left = False
                     break
                 new = demand[HELD, i] == 0.0
                 if new and (demand[START, i] > free_blocks or num_started >= machine.max_seqs):
                     continue
                 chunk = _room(machine, demand, i, seconds, totals)
                 if chunk < 1.0:
+                    room_left = False
                     break
                 _prefill(demand, i, chunk, tokens, totals)
                 if new:
