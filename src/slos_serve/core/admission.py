@@ -24,6 +24,7 @@ time. `planner` therefore checks what is chosen here by simulating executable ba
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,7 @@ IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 EPS_TOKENS = 1e-6
 MAX_TIERS = 8
+CAUTION = (1.0, 0.95, 0.9, 0.8)
 
 
 @jit
@@ -316,19 +318,29 @@ def select(
     """
     model = reduced(machine, everyone)
     required = everyone[REQUIRED] > 0
-    if name == "greedy":
-        on = greedy(now_s, *model)
-    else:
-        beam = max(1, min(width, effort.left // max(1, 4 * everyone.shape[1])))
-        feasible, _, chosen, expanded = choose(now_s, *model, beam)
-        effort.spent += int(expanded)
-        on = chosen if feasible else required
     density = value_density(now_s, model.deadline, model.cost, model.load, model.value)
     finished_at = np.empty(everyone.shape[1])
-    outcome, work = search(machine, everyone, now_s, effort.left, on, density, finished_at)
-    effort.spent += int(work)
-    index = np.flatnonzero(on)
-    return index, Trial(outcome=int(outcome), finished_at=finished_at[index])
+    best: tuple[float, Mask, Trial] | None = None
+    for caution in (1.0,) if name == "greedy" else CAUTION:
+        careful = model._replace(rates=model.rates * caution)
+        if name == "greedy":
+            on, value = greedy(now_s, *careful), math.inf
+        else:
+            beam = max(1, min(width, effort.left // max(1, 4 * everyone.shape[1])))
+            feasible, value, on, expanded = choose(now_s, *careful, beam)
+            effort.spent += int(expanded)
+            on = on if feasible else required.copy()
+        if best is not None and value <= best[0] + 1e-9:
+            break
+        outcome, work = search(machine, everyone, now_s, effort.left, on, density, finished_at)
+        effort.spent += int(work)
+        reached = float(everyone[VALUE][on & ~required].sum())
+        if best is None or reached > best[0]:
+            best = reached, on, Trial(outcome=int(outcome), finished_at=finished_at[on])
+        if outcome != KEPT or reached >= value or effort.left == 0:
+            break
+    assert best is not None
+    return np.flatnonzero(best[1]), best[2]
 
 
 class Reduced(NamedTuple):
