@@ -34,6 +34,7 @@ def build(tmp_path, perf):
             "profile": str(profile),
             "safety": {"is_enabled": False},
             "fault_dir": str(tmp_path / "faults"),
+            "always_plan": True,
             "planner": "slos_serve.core.baselines.VllmPlanner",
             **(slo or {}),
         }

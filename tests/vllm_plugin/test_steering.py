@@ -241,3 +241,18 @@ def test_observing_schedules_exactly_what_stock_vllm_schedules(build, tmp_path, 
     assert watched.batches == plain.batches
     assert watched.outputs == plain.outputs
     assert len(watched.scheduler.slo.planner.plans) > 10
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_without_slo_traffic_an_enforcing_scheduler_is_stock_vllm(build, tmp_path, policy) -> None:
+    ours = Engine(build(RandomPlanner(0), slo={"always_plan": False}, policy=policy, num_blocks=60))
+    plain = Engine(make_scheduler(tmp_path, cls=Scheduler, policy=policy, num_blocks=60))
+    for engine in (ours, plain):
+        for i in range(30):
+            engine.scheduler.add_request(make_request(f"r{i}", prompt_tokens=10 + 7 * i, max_tokens=20, arrival_s=1.0))
+        engine.run()
+    assert ours.batches == plain.batches
+    assert not ours.scheduler.slo.planner.plans
+    ours.scheduler.add_request(make_request("r", args={"slo_ttft_ms": 5000}))
+    ours.run()
+    assert ours.scheduler.slo.planner.plans

@@ -11,7 +11,6 @@ from typing import Any
 
 logger = logging.getLogger("vllm.slos_serve")
 
-FLUSH_EVERY = 100
 MAX_BUFFERED = 10_000
 
 
@@ -69,11 +68,6 @@ class StepRecorder:
                 "predicted_s": None if predicted_s is None else round(predicted_s, 7),
             }
         )
-
-    @property
-    def is_due(self) -> bool:
-        """Tell whether enough is buffered to be worth a write."""
-        return len(self._buffer) >= FLUSH_EVERY
 
     def flush(self) -> None:
         """Write what is buffered."""

@@ -44,7 +44,7 @@ STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own 
 MAX_DUMPS = 5
 PUBLISH_EVERY_S = 0.25
 HEARTBEAT_S = 1.0
-TICK_S = 0.25
+TICK_S = 0.5
 
 
 @dataclass(slots=True)
@@ -104,11 +104,13 @@ class SloRuntime:
         self._freed: list[Request] = []
         self._verdicts: list[dict[str, Any]] = []
         self._finished: list[dict[str, Any]] = []
+        self._samples: dict[str, list[float]] = {"plan_s": [], "step_error_s": []}
+        self._engine_index = int(config.parallel_config.data_parallel_index)
         self._snapshot: dict[str, Any] = {}
         self._snapshot_at = 0.0
         self._sent_at = 0.0
         self._per_unit = view.blocks_per_unit(scheduler)
-        self.publisher = Publisher(address(config.instance_id, config.parallel_config.data_parallel_index))
+        self.publisher = Publisher(address(config.instance_id, self._engine_index))
         self._stop = threading.Event()
         self._report_at = time.monotonic() + settings.report_s
         self._thread = threading.Thread(target=self._keep_house, name="slos-serve", daemon=True)
@@ -241,8 +243,8 @@ class SloRuntime:
         tracker = self.tracker
         tracker.sync()
         model = self.learner.model
-        if model is None or not len(tracker.table):
-            return None
+        if model is None or not (tracker.num_with_slo or (self.settings.always_plan and len(tracker.table))):
+            return None  # nothing is promised to anybody: vLLM's own order serves best
         enforcing = self.is_enforcing
         if enforcing and not self._was_enforcing:
             tracker.reopen()
@@ -259,7 +261,9 @@ class SloRuntime:
         self._phase = "plan"
         started = time.perf_counter()
         plan = self.planner.plan(state)
-        self.plan_times.add(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        self.plan_times.add(took)
+        self._samples["plan_s"].append(round(took, 7))
         self._phase = "apply"
         if plan.verdicts:
             self._apply_verdicts(plan, now, enforcing=enforcing)
@@ -294,7 +298,8 @@ class SloRuntime:
         """Pin the reference and let slowdown SLOs mean something."""
         reference = self.learner.reference
         assert reference is not None
-        budget = self.limits.max_num_batched_tokens
+        # graders read the same document: the budget it was measured with defines the reference
+        budget = int((self.learner.profile or {}).get("max_num_batched_tokens") or self.limits.max_num_batched_tokens)
         for live in self.tracker.set_reference(lambda tokens: reference.prefill_seconds(tokens, budget)):
             live.verdict = ""
         logger.info("SLO scheduler: performance model ready, effective mode %s", self.effective_mode)
@@ -419,6 +424,8 @@ class SloRuntime:
 
     def _learn(self, entry: InFlight, seconds: float, overhead: float, now: float) -> None:
         self.learner.observe(entry.shape, seconds, entry.predicted_s)
+        if entry.predicted_s is not None:
+            self._samples["step_error_s"].append(round(seconds - entry.predicted_s, 7))
         self.recorder.add(self.num_steps, now, entry.shape, seconds, entry.planned_s, entry.predicted_s)
         self.safety.add_step(seconds, overhead)
         self.safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
@@ -481,12 +488,15 @@ class SloRuntime:
             self._snapshot, self._snapshot_at = self.snapshot(), now
         if not (is_due or self._verdicts or self._finished):
             return
-        verdicts, self._verdicts = self._verdicts, []
-        finished, self._finished = self._finished, []
+        message = self._message(now, verdicts=self._verdicts, finished=self._finished, **self._samples)
+        self._verdicts, self._finished = [], []
+        self._samples = {"plan_s": [], "step_error_s": []}
         self._sent_at = time.monotonic()
-        self.publisher.send(
-            {"v": 1, "t": now, "verdicts": verdicts, "finished": finished, "snapshot": self._snapshot or self.snapshot()}
-        )
+        self.publisher.send(message)
+
+    def _message(self, now: float, **parts: Any) -> dict[str, Any]:
+        snapshot = {**(self._snapshot or self.snapshot()), **self._mode_facts()}
+        return {"v": 1, "engine": self._engine_index, "t": now, "verdicts": [], "finished": [], **parts, "snapshot": snapshot}
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state of the replica as the channel carries it."""
@@ -547,14 +557,10 @@ class SloRuntime:
     def _tick(self) -> None:
         self.learner.poll()
         now = time.monotonic()
-        if self.recorder.is_due or now - self._sent_at > HEARTBEAT_S:
-            self.recorder.flush()
+        self.recorder.flush()
         if now - self._sent_at > HEARTBEAT_S:
             self._sent_at = now
-            snapshot = {**(self._snapshot or self.snapshot()), **self._mode_facts()}
-            self.publisher.send(
-                {"v": 1, "t": self.clock.peek(), "verdicts": [], "finished": [], "snapshot": snapshot}
-            )
+            self.publisher.send(self._message(self.clock.peek()))
         if now >= self._report_at and self.settings.report_s:
             self._report_at = now + self.settings.report_s
             if self.tally.is_news:

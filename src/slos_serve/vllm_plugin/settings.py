@@ -22,10 +22,11 @@ class Settings:
     """The plug-in's settings; `mode` is None where the operator left it to the platform.
 
     `profile` and `record` are file paths. `guard_s`: from the end of a step to the client seeing its
-    token. `planner` is a dotted class name and `planner_options` its keyword arguments. `report_s`: how
-    often the attainment of each class is written to the log. `thinking_end` are the token ids (or one
-    text, looked up in the tokenizer) that end a thinking span. `fault_dir` is where the states of
-    planner faults are written (`None`: the temporary folder).
+    token. `planner` is a dotted class name and `planner_options` its keyword arguments. `always_plan`:
+    plan even while no request has an SLO (to compare planners). `report_s`: how often the attainment of
+    each class is written to the log. `thinking_end` are the token ids (or one text, looked up in the
+    tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
+    (`None`: the temporary folder).
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -36,6 +37,7 @@ class Settings:
     guard_s: float = 0.01
     planner: str = "slos_serve.core.planner.SloPlanner"
     planner_options: Mapping[str, Any] = field(default_factory=dict)
+    always_plan: bool = False
     report_s: float = 60.0
     thinking_end: str | tuple[int, ...] = "</think>"
     fault_dir: Path | None = None

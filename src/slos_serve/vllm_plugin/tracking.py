@@ -116,6 +116,7 @@ class Tracker:
         self.live: dict[str, Live] = {}
         self.blocked: dict[str, Live] = {}
         self.stock: dict[str, Request] = {}
+        self.num_with_slo = 0  # rows with a promise in their name
         self.lengths = LengthModel(
             {name: c.output_tokens_hint for name, c in config.classes.items() if c.output_tokens_hint}
         )
@@ -205,6 +206,7 @@ class Tracker:
             if live.has_slo:
                 resolved.append(live)
             if live.has_row:
+                self.num_with_slo += live.has_slo
                 self._rewrite_row(live)
         self._unresolved.clear()
         return resolved
@@ -235,6 +237,7 @@ class Tracker:
         self._rows_live.append(live)
         self._rows_requests.append(live.request)
         live.has_row = True
+        self.num_with_slo += live.has_slo
         self._lookups.append(live.request_id)
 
     def _rewrite_row(self, live: Live) -> None:
@@ -264,6 +267,7 @@ class Tracker:
         self.stock.pop(request_id, None)
         self._unresolved.pop(request_id, None)
         if live.has_row:
+            self.num_with_slo -= live.has_slo
             index = self.table.index(request_id)
             self.table.remove(request_id)
             last_live, last_request = self._rows_live.pop(), self._rows_requests.pop()
