@@ -59,14 +59,14 @@ async def test_the_true_length_goes_to_the_engine_and_the_class_limit_beside_it(
         await offer(url, "fake", make(1, slo=Slo(ttft_s=0.4, tpot_s=0.05), slo_class="coding"))
     (body,) = engine.bodies
     assert (body["max_tokens"], body["ignore_eos"]) == (12, True)
-    assert body["vllm_xargs"] == {"slo_hidden_max_tokens": 256}
+    assert body["vllm_xargs"] == {"hidden_max_tokens": 256}
     assert body["slo"] == {"class": "coding", "ttft_ms": 400.0, "tpot_ms": 50.0}
 
 
 def test_without_a_middleware_the_slo_travels_in_xargs():
     (request,) = make(1, slo=Slo(tpot_s=0.05), slo_class="coding")
     body = request_body(request, "m", "completions", "xargs")
-    assert body["vllm_xargs"] == {"slo_class": "coding", "slo_tpot_ms": 50.0, "slo_hidden_max_tokens": 256}
+    assert body["vllm_xargs"] == {"slo_class": "coding", "slo_tpot_ms": 50.0, "hidden_max_tokens": 256}
     assert "slo" not in body
     assert "vllm_xargs" not in request_body(request, "m", "completions", "none")
 

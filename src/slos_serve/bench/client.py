@@ -2,7 +2,7 @@
 
 Lengths are exact. A prompt goes out as token ids (`/v1/completions`), and an output has its intended length
 because the engine is told `ignore_eos` and `max_tokens`. `max_tokens` would then give the true length away,
-which no client knows, so each request also carries `vllm_xargs: {"slo_hidden_max_tokens": N}`, the limit
+which no client knows, so each request also carries `vllm_xargs: {"hidden_max_tokens": N}`, the limit
 that a client of its class would have set. A scheduler that plans with lengths must read that instead of
 `max_tokens`; ours does, and stock vLLM reads neither while it schedules.
 
@@ -123,7 +123,7 @@ def request_body(request: BenchRequest, model: str, endpoint: str, slo_form: str
         body["prompt"] = list(request.prompt_token_ids)
     asked: dict[str, Any] = {"class": request.slo_class}
     asked |= {f"{name.removesuffix('_s')}_ms": seconds * 1e3 for name, seconds in request.slo.items() if seconds}
-    hidden = {"slo_hidden_max_tokens": request.hidden_max_tokens}
+    hidden = {"hidden_max_tokens": request.hidden_max_tokens}
     if slo_form == "body":
         body |= {"slo": asked, "vllm_xargs": hidden}
     elif slo_form == "xargs":
