@@ -1,0 +1,106 @@
+"""A real server for contract tests: SmolLM2-135M on vLLM, steered, started once for a module."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_S = 240
+MAX_MODEL_LEN = 1024
+# The shape of the demo model on one CPU thread, so that promises are given without measuring first.
+PROFILE = {
+    "schema": "slos-serve-profile/1",
+    "key": "test",
+    "perf_model": {"lines": [{"per_token_s": 1e-3, "per_request_s": 1e-3, "fixed_s": 40e-3}]},
+}
+CLASSES = """
+priority_class: chat
+classes:
+  impossible: {ttft_ms: 1, tpot_ms: 1, on_unattainable: reject}
+  relaxed: {ttft_ms: 60000, tpot_ms: 5000}
+"""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. `log` grows while it lives."""
+
+    base_url: str
+    model: str
+    log: Path
+
+    def client(self, **options) -> httpx.Client:
+        return httpx.Client(base_url=self.base_url, timeout=120, trust_env=False, **options)
+
+    def complete(self, **body) -> httpx.Response:
+        with self.client() as client:
+            return client.post("/v1/chat/completions", json={"model": self.model, **body})
+
+    def slo_status(self) -> dict:
+        with self.client() as client:
+            return client.get("/v1/slo/status").json()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    pytest.importorskip("vllm")
+    from slos_serve.bench.model import ensure_demo_model
+
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "profile.json").write_text(json.dumps(PROFILE))
+    (folder / "classes.yaml").write_text(CLASSES)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    slo = {"safety": {"is_enabled": False}, "fault_dir": str(folder)}
+    command = [sys.executable, "-m", "slos_serve.cli", "serve", str(ensure_demo_model()), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--slo-mode", "enforce", "--slo-config", str(folder / "classes.yaml")]
+    command += ["--profile", str(folder / "profile.json"), "--served-model-name", "demo", "--enforce-eager"]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
+    command += ["--kv-cache-memory-bytes", str(256 << 20), "--additional-config", json.dumps({"slo": slo})]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
+        try:
+            server = Server(base_url=f"http://127.0.0.1:{port}", model="demo", log=log)
+            wait_until_ready(server, process)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_ready(server: Server, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_S
+    with server.client() as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if client.get("/health").status_code == 200 and enforces(server):
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+    pytest.fail(f"the server did not get ready:\n{server.log.read_text(errors='replace')[-4000:]}")
+
+
+def enforces(server: Server) -> bool:
+    """Tell whether the engine is heard and has taken up the profile, which it does with its first step."""
+    if server.slo_status()["effective_mode"] == "enforce":
+        return True
+    server.complete(messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
+    return False
