@@ -276,7 +276,8 @@ def _profile(plan: Launch, out: Path, record: Path) -> None:
     from slos_serve.bench.profiling import profile_server  # noqa: PLC0415
 
     _say("measuring how long steps take (once for this model, machine and flags) ...")
-    profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key)
+    show = _show_progress if sys.stderr.isatty() else None
+    profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key, on_progress=show)
     read_profile(out)
     if record.name == "steps.jsonl" and record.parent.name.startswith("slos-serve-"):
         # Nobody asked for this record: keep what was measured, let the rest of it go nowhere.
@@ -284,6 +285,10 @@ def _profile(plan: Launch, out: Path, record: Path) -> None:
         link = record.with_name("null")
         link.symlink_to(os.devnull)
         link.replace(record)
+
+
+def _show_progress(share: float) -> None:
+    print(f"\rslos-serve: measured {share:4.0%} ", end="", file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:
