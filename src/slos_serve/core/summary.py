@@ -58,7 +58,9 @@ def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(known):
         return {f"p{rank}": None for rank in PERCENTILES}
-    return {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, np.percentile(known, PERCENTILES), strict=True)}
+    return {
+        f"p{rank}": float(value) for rank, value in zip(PERCENTILES, np.percentile(known, PERCENTILES), strict=True)
+    }
 
 
 def drain_seconds(graded: Sequence[GradedRequest]) -> float:

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
     parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
     parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}; needs --data")
-    parser.add_argument("--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)")
+    parser.add_argument(
+        "--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)"
+    )
     parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
     parser.add_argument("--system", metavar="NAME", default="slos-serve", help=f"one of {', '.join(SYSTEMS)}")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of the system, such as token_budget=512"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the system, such as token_budget=512",
     )
     parser.add_argument(
         "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
@@ -48,7 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
-    parser.add_argument("--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)")
+    parser.add_argument(
+        "--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)"
+    )
     parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
     parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="window of a scenario, and all chance (0)")
@@ -141,7 +151,7 @@ def simulate(
         known_lengths=args.known_lengths,
         makes_promises=system.makes_promises,
     )
-    with _StepFile(args.record) as steps:
+    with _step_writer(args.record) as on_step:
         start = time.perf_counter()
         result: RunResult = run_workload(
             workload,
@@ -153,7 +163,7 @@ def simulate(
             max_model_len=max_model_len,
             max_draft_length=system.max_draft_length,
             plan_clock=time.perf_counter,
-            on_step=steps.write if args.record else None,
+            on_step=on_step,
         )
         wall_s = time.perf_counter() - start
     entry = result.entry(system=system.name, wall_s=wall_s)
@@ -163,22 +173,14 @@ def simulate(
     return entry
 
 
-class _StepFile:
-    """Write step records as lines of JSON; nothing without a path."""
-
-    def __init__(self, path: str | None) -> None:
-        self._file = None if path is None else Path(path).open("w", encoding="utf-8")
-
-    def __enter__(self) -> _StepFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
+@contextmanager
+def _step_writer(path: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """Yield what writes step records as lines of JSON; None without a path."""
+    if path is None:
+        yield None
+        return
+    with Path(path).open("w", encoding="utf-8") as file:
+        yield lambda record: print(json.dumps(record), file=file)
 
 
 def as_text(entry: dict[str, Any]) -> str:

@@ -128,7 +128,9 @@ def parse_hardware(document: object, *, where: str) -> Hardware:
         raise ConfigError(where=where, key="kv_tokens", value=values["kv_tokens"], expected="room for one KV block")
     for key, source in values.get("provenance", {}).items():
         if not isinstance(source, Mapping) or source.get("kind") not in KINDS:
-            raise ConfigError(where=where, key=f"provenance.{key}.kind", value=source, expected=f"one of {', '.join(KINDS)}")
+            raise ConfigError(
+                where=where, key=f"provenance.{key}.kind", value=source, expected=f"one of {', '.join(KINDS)}"
+            )
     try:
         values["perf_model"] = PerfModel.from_json(values["perf_model"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:

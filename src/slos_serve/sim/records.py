@@ -37,7 +37,7 @@ class SimRequest:
 class Record:
     """One live request: its truth, its grader, and when it was promised (`inf` if it was not)."""
 
-    __slots__ = ("fed_tokens", "grader", "num_preemptions", "promised_s", "sim")
+    __slots__ = ("fed_tokens", "grader", "promised_s", "sim")
 
     def __init__(self, sim: SimRequest) -> None:
         request = sim.request
@@ -45,7 +45,6 @@ class Record:
         self.grader = StreamGrader(request.arrival_s, request.slo, request.thinks)
         self.fed_tokens = 0
         self.promised_s = math.inf
-        self.num_preemptions = 0
 
     def feed(self, now_s: float, num_output_tokens: int) -> None:
         """Tell the grader that `num_output_tokens` are out now."""
@@ -77,9 +76,7 @@ class Record:
         request = self.sim.request
         slo = request.slo
         first_s = self.grader.first_token_s if self.grader.num_output_tokens else request.arrival_s
-        last_due_s = due_s(
-            self.sim.num_output_tokens, request.arrival_s, first_s, slo, self.sim.num_thinking_tokens
-        )
+        last_due_s = due_s(self.sim.num_output_tokens, request.arrival_s, first_s, slo, self.sim.num_thinking_tokens)
         if slo.e2e_s is not None:
             last_due_s = min(last_due_s, request.arrival_s + slo.e2e_s)
         return GradedRequest(

@@ -43,7 +43,7 @@ class RunResult:
             rate_rps=self.workload.rate_rps if rate_rps is None else rate_rps,
         )
         plan_s = np.array(replica.plan_s or [0.0])
-        used_blocks = replica.pool.num_blocks - replica.pool.lowest_free
+        used_blocks = replica.engine.pool.num_blocks - replica.engine.pool.lowest_free
         return {
             **document,
             "num_steps": replica.num_steps,
@@ -54,9 +54,9 @@ class RunResult:
                 "p99": float(np.percentile(plan_s, 99)),
                 "max": float(plan_s.max()),
             },
-            "kv_peak_tokens": used_blocks * replica.pool.block_size,
-            "num_preemptions": replica.num_preemptions,
-            "num_cut_plans": replica.num_cut_plans,
+            "kv_peak_tokens": used_blocks * replica.engine.pool.block_size,
+            "num_preemptions": replica.engine.num_preemptions,
+            "num_cut_plans": replica.engine.num_cut_plans,
             "num_dropped": self.workload.num_dropped,
         }
 
@@ -113,7 +113,7 @@ def run_workload(
     for sim in workload.arrivals:
         arrive(sim)
     kernel.run()
-    check_table(replica.table, replica.pool, replica.limits, kernel.now_s)
+    check_table(replica.table, replica.engine.pool, replica.limits, kernel.now_s)
     stopped = len(graded) < workload.num_requests
     if stopped:
         _grade_the_rest(workload, replica, graded)

@@ -107,7 +107,10 @@ def tool_sessions(
 def _redraw(calls: list[Call], rng: np.random.Generator) -> list[Call]:
     first = int(np.exp(rng.normal(FIRST_PROMPT_LOG_MEAN, FIRST_PROMPT_LOG_SIGMA)))
     shift = max(first, 16) - calls[0][0]
-    return [(prompt + shift, output, max(0, cached + shift) if turn else 0) for turn, (prompt, output, cached) in enumerate(calls)]
+    return [
+        (prompt + shift, output, max(0, cached + shift) if turn else 0)
+        for turn, (prompt, output, cached) in enumerate(calls)
+    ]
 
 
 def _that_fit(calls: list[Call], max_model_len: int) -> list[Call]:

@@ -44,7 +44,7 @@ def _drafts(budgets: Sequence[int]) -> tuple[Settings, ...]:
 
 def slo_planner(**settings: Any) -> Planner:
     """Return our planner; it is compiled on import, which other systems need not wait for."""
-    from slos_serve.core.planner import SloPlanner
+    from slos_serve.core.planner import SloPlanner  # noqa: PLC0415
 
     return SloPlanner(**settings)
 
