@@ -169,3 +169,33 @@ def test_a_ring_forgets_what_is_old() -> None:
     for value in (100.0, 1.0, 2.0, 3.0, 4.0):
         ring.add(value)
     assert ring.quantiles()["p50"] == 2.5
+
+
+def test_acceptance_is_measured_by_class_and_forgotten_in_time() -> None:
+    from slos_serve.vllm_plugin.drafting import PRIOR, DraftWatch
+
+    watch = DraftWatch()
+    for _ in range(200):
+        watch.observe("chat", 4, 5)  # all four accepted
+        watch.observe("coding", 4, 1)  # none
+        watch.observe("none", 0, 1)  # the drafter had nothing
+    known = watch.known(["chat", "coding", "none", "new"])
+    assert known["chat"] > 0.97
+    assert known["coding"] < 0.07
+    assert known["none"] < 0.07
+    assert known["new"] == PRIOR
+    for _ in range(5000):
+        watch.fade()
+    assert watch.acceptance["coding"] == pytest.approx(PRIOR, abs=0.01)
+
+
+def test_the_next_draft_length_is_what_the_longest_class_verifies() -> None:
+    from slos_serve.vllm_plugin.drafting import DraftWatch
+
+    watch = DraftWatch()
+    watch.note_plan({"chat": 2, "coding": 0})
+    assert (watch.next_length, watch.lengths) == (2, {"chat": 2, "coding": 0})
+    watch.note_plan({})  # prefills only: the drafter goes on as before
+    assert watch.next_length == 2
+    watch.note_plan({"chat": 0})
+    assert watch.next_length == 0

@@ -24,6 +24,7 @@ from slos_serve.core.types import Plan, ReplicaState, Status, Tier
 from slos_serve.vllm_plugin import view
 from slos_serve.vllm_plugin.channel import Publisher, address
 from slos_serve.vllm_plugin.clock import Clock
+from slos_serve.vllm_plugin.drafting import DraftWatch
 from slos_serve.vllm_plugin.learning import Learner
 from slos_serve.vllm_plugin.record import BatchShape, StepRecorder
 from slos_serve.vllm_plugin.report import Ring, Tally
@@ -80,6 +81,7 @@ class SloRuntime:
         self.safety = StepDown(settings.safety)
         self.tally = Tally()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=100_000)
+        self.drafts = DraftWatch() if self.limits.max_draft_length else None
         self.planner = settings.make_planner()
         self.faults: Counter[str] = Counter()
         self._warm_up()
@@ -257,6 +259,7 @@ class SloRuntime:
             num_free_kv_blocks=view.free_units(self.scheduler, self._per_unit),
             limits=self.limits,
             perf_model=model,
+            **self._draft_state(),
         )
         self._phase = "plan"
         started = time.perf_counter()
@@ -287,12 +290,37 @@ class SloRuntime:
             batch,
             waiting=tracker.runnable_waiting(),
             stock=tracker.stock,
-            next_draft_length=int(batch.draft_lengths.max(initial=0)),
+            next_draft_length=self._note_drafts(plan),
         )
         for request in steering.preempted:
             self.num_preempted += 1
             tracker.note_preempted(request.request_id)
         return steering
+
+    def _draft_state(self) -> dict[str, Any]:
+        drafts = self.drafts
+        if drafts is None:
+            return {}
+        classes = self.tracker.table.classes
+        default = self.limits.max_draft_length
+        lengths = {name: drafts.lengths.get(name, default) for name in classes}
+        return {"acceptance": drafts.known(classes), "draft_lengths": lengths}
+
+    def _note_drafts(self, plan: Plan) -> int | None:
+        """Return the draft length to make for the next step: the longest that this plan's decodes verify."""
+        if self.drafts is None:
+            return None
+        table, batch = self.tracker.table, plan.batch
+        index = [table.index(request_id) for request_id in batch.request_ids]
+        classes = table.rows["class_index"][index].tolist()
+        produced = table.rows["num_output_tokens"][index].tolist()
+        lengths: dict[str, int] = {}
+        for i, count in enumerate(batch.draft_lengths.tolist()):
+            if produced[i]:
+                name = table.classes[classes[i]]
+                lengths[name] = max(count, lengths.get(name, 0))
+        self.drafts.note_plan(lengths)
+        return self.drafts.next_length
 
     def _start_model(self) -> None:
         """Pin the reference and let slowdown SLOs mean something."""
@@ -339,8 +367,7 @@ class SloRuntime:
                 word = "best-effort"
                 if live.verdict == word:
                     continue
-                if not live.was_promised and not live.num_output_tokens:
-                    live.is_declined = True
+                live.is_declined = not live.was_promised
             live.verdict, live.reason = word, verdict.reason
             self._tell(live, word, verdict.reason, verdict.slack_s, verdict.predicted_ttft_s)
 
@@ -409,6 +436,9 @@ class SloRuntime:
     def _note_update(self, outputs: dict[int, Any], started: float) -> None:
         now = self.clock.now()
         for batch in outputs.values():
+            if self.drafts is not None and self._done is not None:
+                scheduled = self._done[0].output.scheduled_spec_decode_tokens
+                self.drafts.observe_outputs(self.tracker.live, scheduled, batch.outputs)
             self.tracker.take_outputs(batch.outputs, now)
         if self._freed:
             self._finish_freed(now, outputs)
@@ -483,7 +513,7 @@ class SloRuntime:
     # -- publishing -------------------------------------------------------------------------------
 
     def _publish(self, now: float) -> None:
-        is_due = now - self._snapshot_at >= PUBLISH_EVERY_S
+        is_due = now - self._snapshot_at >= PUBLISH_EVERY_S or not self.tracker.live
         if is_due:
             self._snapshot, self._snapshot_at = self.snapshot(), now
         if not (is_due or self._verdicts or self._finished):
@@ -529,6 +559,8 @@ class SloRuntime:
             "model_error": {"mape": self.learner.mape},
             "invalid": sum(self.tracker.invalid.values()),
             "would_be": dict(self.would_be),
+            "draft_lengths": dict(self.drafts.lengths) if self.drafts is not None else {},
+            "acceptance": self.drafts.acceptance if self.drafts is not None else {},
             "step_downs": self.safety.num_step_downs,
         }
 

@@ -6,9 +6,11 @@ vLLM constructs it in every API process once this package is installed (entry po
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -42,9 +44,10 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and remove the socket's file: vLLM may kill the engine before it can."""
         self._stop.set()
         self._thread.join(timeout=5)
+        Path(self.where.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _listen(self) -> None:
         import msgspec  # noqa: PLC0415 - only where our scheduler runs
@@ -84,6 +87,7 @@ class SloStatLogger(StatLoggerBase):
         slo = additional.get("slo") if isinstance(additional, dict) else None
         HUB.configure(slo=slo or {}, model=vllm_config.model_config.served_model_name or vllm_config.model_config.model)
         self.listener = Listener(address(vllm_config.instance_id, engine_index), HUB.feed)
+        atexit.register(self.listener.close)
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Take nothing from vLLM's own statistics."""

@@ -335,10 +335,14 @@ class Tracker:
         self._lookups.append(request_id)
 
     def reopen(self) -> None:
-        """Forget verdicts of plans that were not carried out, when plans begin to be."""
+        """Forget verdicts of plans that were not carried out, when plans begin to be.
+
+        A request whose first token is out was never asked about: it is served and graded, nothing more.
+        """
+        tiers = self.table.rows["tier"]
         for index, live in enumerate(self._rows_live):
-            if live.has_slo and not live.was_promised and live.verdict != "best-effort":
-                self.table.rows["tier"][index] = Tier.PENDING
+            if live.has_slo and not live.verdict:
+                tiers[index] = Tier.BEST_EFFORT if live.num_output_tokens else Tier.PENDING
 
     def runnable_waiting(self) -> dict[str, Request]:
         """Return the waiting requests that have a row, by id."""
