@@ -150,7 +150,7 @@ def _bracket(
     while not np.isfinite(high):
         rate = low * STEP
         if rate > HIGHEST_RPS:
-            return low, rate
+            return low, low
         low, high = (rate, high) if passes(rate, target) else (low, rate)
     return low, high
 

@@ -37,6 +37,7 @@ ARXIV, REASONING = "lengths/arxiv_summarization_4k_llama2.csv.gz", "lengths/reas
 CONV_LEAD_S = 77.3  # the conversation trace starts this long before the coding trace
 WINDOW_S = 300.0
 TOOL_WINDOW_S = 100.0
+MAX_REASONING = 300  # requests, of 1,000 that are there
 SUMMARIZATION_SHARE = 0.1  # of the requests of `mixed`
 
 CONV_WINDOWS = {
@@ -220,13 +221,13 @@ def _mixed(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 
 
 def _reasoning(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
-    count = 300
+    times = offer.read(CONV).window(offer.start_s(CONV_WINDOWS), WINDOW_S).arrived_at_s[:MAX_REASONING]
+    count = len(times)
     lengths, _ = offer.lengths(REASONING).limited_to(longest)
     order = offer.rng().permutation(len(lengths))
     chosen, others = (np.zeros(len(lengths), np.bool_) for _ in range(2))
     chosen[order[:count]] = True
     others[order[count:]] = True
-    times = offer.read(CONV).window(offer.start_s(CONV_WINDOWS), WINDOW_S).arrived_at_s
     drawn = lengths.select(chosen)
     return trace_workload(
         drawn.with_arrivals(times[: len(drawn)]),

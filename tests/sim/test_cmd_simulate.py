@@ -1,0 +1,106 @@
+"""`slos-serve simulate` answers with the documented keys, the same bytes for the same seed, and clear refusals."""
+
+import json
+
+import pytest
+
+from slos_serve.cli import main
+from slos_serve.core.deadlines import OUTCOMES
+
+KEYS = {
+    *("system", "scenario", "rate_rps", "num_requests", "met", "missed", "declined", "rejected", "failed", "cancelled"),
+    *("promised", "kept", "attainment", "attainment_mean_tpot", "attainment_window", "goodput_rps", "ttft_s", "tpot_s"),
+    *("drain_s", "by_class", "num_steps", "simulated_s", "wall_s", "plan_s", "kv_peak_tokens"),
+}
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = [f"{0.2 * i:.1f},{50 + 7 * (i % 40)},{5 + i % 20},{'coding' if i % 3 else 'chat'}" for i in range(60)]
+    path.write_text("\n".join(["arrived_at_s,prompt_tokens,output_tokens,slo_class", *rows]) + "\n")
+    return str(path)
+
+
+def simulate(capsys, *arguments):
+    status = main(["simulate", *arguments])
+    return status, capsys.readouterr()
+
+
+def entry_of(capsys, *arguments):
+    status, captured = simulate(capsys, *arguments, "--json")
+    assert status == 0
+    return json.loads(captured.out)
+
+
+@pytest.mark.parametrize(
+    "system", ["vllm", "vllm-spec", "vllm-priority", "vllm-capped", "vllm-legacy", "sarathi-serve", "edf"]
+)
+def test_the_answer_has_the_documented_keys_and_outcomes_add_up(capsys, trace, system):
+    entry = entry_of(capsys, "--trace", trace, "--system", system, "--rate", "3")
+    assert set(entry) >= KEYS
+    assert sum(entry[name] for name in OUTCOMES if name != "none") == entry["num_requests"] == 60
+    assert set(entry["by_class"]) == {"chat", "coding"}
+    assert entry["rate_rps"] == pytest.approx(3.0)
+    assert entry["system"] == system
+
+
+def test_our_own_system_makes_promises(capsys, trace):
+    entry = entry_of(capsys, "--trace", trace, "--system", "slos-serve")
+    assert entry["promised"] > 50
+    assert entry["kept"] == entry["promised"]
+
+
+def test_the_same_seed_gives_the_same_bytes_wall_time_aside(capsys, trace):
+    arguments = ("--trace", trace, "--system", "vllm-spec", "--noise", "0.1", "--seed", "3")
+    first, second = entry_of(capsys, *arguments), entry_of(capsys, *arguments)
+    for entry in (first, second):
+        del entry["wall_s"], entry["plan_s"]
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_without_arguments_the_shipped_trace_is_served(capsys):
+    status, captured = simulate(capsys, "--system", "vllm")
+    assert status == 0
+    assert "requests/s" in captured.out
+    assert "summarization" in captured.out
+
+
+def test_steps_are_recorded_one_json_document_a_line(capsys, trace, tmp_path):
+    path = tmp_path / "steps.jsonl"
+    entry = entry_of(capsys, "--trace", trace, "--system", "vllm", "--record", str(path))
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(steps) == entry["num_steps"]
+    assert {"num_tokens", "num_requests", "context_tokens", "attention_pairs", "seconds"} <= set(steps[0])
+
+
+def test_a_setting_of_the_system_can_be_given(capsys, trace):
+    entry = entry_of(capsys, "--trace", trace, "--system", "vllm", "--set", "token_budget=64")
+    assert entry["settings"] == {"token_budget": 64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--system", "orca"), "system"),
+        (("--hardware", "abacus"), "hardware"),
+        (("--scenario", "chatbot"), "data"),
+        (("--scenario", "chatbot", "--trace", "x"), "trace"),
+        (("--rate", "-1"), "rate"),
+        (("--acceptance", "1.5"), "acceptance"),
+        (("--kv-tokens", "0"), "kv_tokens"),
+        (("--replicas", "4"), "replicas"),
+        (("--seed", "-1"), "seed"),
+        (("--system", "vllm", "--set", "token_budget"), "set"),
+        (("--system", "vllm", "--set", "colour=1"), "colour"),
+        (("--trace", "/nowhere.csv"), "nowhere"),
+        (("--slo-class", "poetry", "--trace", "TRACE"), "poetry"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(capsys, tmp_path, arguments, words):
+    path = tmp_path / "t.csv"
+    path.write_text("arrived_at_s,prompt_tokens,output_tokens\n0,10,5\n1,10,5\n")
+    status, captured = simulate(capsys, *(str(path) if word == "TRACE" else word for word in arguments))
+    assert status == 2
+    assert words in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
