@@ -69,6 +69,13 @@ def test_the_clients_own_xargs_pass_even_when_they_make_no_sense(client, vllm):
     assert xargs["slo_arrival_s"] != 1
 
 
+def test_a_tenant_alone_is_told_to_the_engine_and_changes_no_answer(client, vllm, hub):
+    response = client.post(CHAT, json=body(), headers={"x-slo-tenant": "acme"})
+    assert set(vllm.seen[0]["vllm_xargs"]) == {"slo_tenant", "slo_id", "slo_arrival_s"}
+    assert response.json() == vllm.document
+    assert not [name for name in response.headers if name.startswith("x-slo")]
+
+
 @pytest.mark.parametrize("xargs", ["slo_class", [1], 5])
 def test_xargs_that_are_not_an_object_are_left_for_vllm_to_refuse(client, vllm, xargs):
     client.post(CHAT, json=body(slo={"class": "chat"}, vllm_xargs=xargs))

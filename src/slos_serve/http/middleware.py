@@ -165,9 +165,10 @@ class _Exchange:
         if not isinstance(own, dict) or not (request.asked or request.xargs):
             return body
         keep = own if request.keeps_own else {key: own[key] for key in own if not key.startswith("slo_")}
-        xargs = {**keep, **request.xargs, "slo_arrival_s": self._arrival_s}
+        slo_id = uuid.uuid4().hex
+        xargs = {**keep, **request.xargs, "slo_id": slo_id, "slo_arrival_s": self._arrival_s}
         if request.asked:
-            self._slo_id = xargs["slo_id"] = uuid.uuid4().hex
+            self._slo_id = slo_id
             hub.open(
                 self._slo_id,
                 slo_class=request.slo_class,
