@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from slos_serve.core.batching import (
     CONTEXT,
+    CUT_OFF,
     DEADLINE,
     GAIN,
     HELD,
@@ -275,8 +276,9 @@ def search(machine, demand, now, max_work, on, density, finished_at):  # type: i
         index = np.flatnonzero(on)
         part = demand[:, index]
         at = np.full(index.shape[0], np.inf)
-        budget = max_work if not kept else max_work - work
-        outcome, missed, _, cost = run(machine, part, False, now, last_deadline(part, now), budget, at, no_log, no_end)
+        outcome, missed, _, cost = run(
+            machine, part, False, now, last_deadline(part, now), max_work - work, at, no_log, no_end
+        )
         work += cost + 2 * index.shape[0]
         if outcome == KEPT:
             kept = True
@@ -284,6 +286,11 @@ def search(machine, demand, now, max_work, on, density, finished_at):  # type: i
             finished_at[index] = at
         elif kept:
             on[order[position]] = False
+        elif outcome == CUT_OFF:
+            # no time to look: promise nothing new
+            for i in range(n):
+                on[i] = demand[REQUIRED, i] > 0.0
+            return outcome, work
         else:
             limit = np.inf if missed < 0 else demand[DEADLINE, index[missed]]
             worst = -1
@@ -367,12 +374,14 @@ def reduced(machine: Machine, everyone: Demand) -> Reduced:
     per_decode = everyone[VERIFY] + (request_s + read_s * everyone[CONTEXT]) / token_s
     pairs = everyone[LEFT] * (everyone[CONTEXT] + 0.5 * everyone[LEFT])
     steps = float(everyone[STEPS].max(initial=0.0))
+    whole = machine.margin_prefill * batch_seconds(lines, machine.token_budget, 1.0, 0.0, steps, 0.0)
     rates = np.empty(len(tiers) + 1)
     for t, period in enumerate(tiers.tolist()):
-        room = max_chunk_tokens(lines, period / machine.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
-        rates[t] = max(0.0, min(room, machine.token_budget)) / period
-    whole = batch_seconds(lines, machine.token_budget, 1.0, 0.0, 0.0, 0.0)
-    rates[-1] = machine.token_budget / (whole * machine.margin_prefill)
+        # where the token budget binds before the period ends, shorter batches follow one another
+        length = min(period, whole)
+        room = max_chunk_tokens(lines, length / machine.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
+        rates[t] = max(0.0, min(room, machine.token_budget)) / length
+    rates[-1] = machine.token_budget / whole
     required = everyone[REQUIRED] > 0
     return Reduced(
         deadline=everyone[DEADLINE],

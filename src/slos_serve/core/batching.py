@@ -307,10 +307,40 @@ def compose(machine, demand, free_blocks, eager, now, tokens, totals):  # type: 
 
 
 @jit
+def sustainable(machine, demand, now):  # type: ignore[no-untyped-def]
+    """Tell whether the live decodes can all keep their pace from `now` on, nothing else running.
+
+    A request that is ahead of schedule may go slower: it needs its predicted rest by the time that the
+    last token of it is due.
+    """
+    period = math.inf
+    for i in range(demand.shape[1]):
+        if demand[LEFT, i] == 0.0 and demand[OUTPUT_LEFT, i] > 0.0:
+            period = min(period, demand[GAIN, i] * demand[TPOT, i])
+    if not math.isfinite(period):
+        return True
+    num_tokens = 0.0
+    requests = 0.0
+    read = 0.0
+    drafts = 0.0
+    for i in range(demand.shape[1]):
+        if demand[LEFT, i] == 0.0 and demand[OUTPUT_LEFT, i] > 0.0 and math.isfinite(demand[TPOT, i]):
+            rest = max(1.0, demand[OUTPUT_LEFT, i])
+            ahead = max(0.0, demand[DUE, i] - now - demand[TPOT, i])
+            share = period / (demand[GAIN, i] * (demand[TPOT, i] + ahead / rest))
+            num_tokens += share * demand[VERIFY, i]
+            requests += share
+            read += share * demand[CONTEXT, i]
+            drafts = max(drafts, demand[STEPS, i])
+    seconds = batch_seconds(machine.lines, num_tokens, requests, read, drafts, 0.0)
+    return num_tokens <= machine.token_budget and machine.margin_decode * seconds <= period + EPS_S
+
+
+@jit
 def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, log_end):  # type: ignore[no-untyped-def]
     """Run batches until every prefill is done and `until` is past, or a deadline is missed.
 
-    `demand` is a working copy and is changed. Returns (outcome, request that missed, batches, work).
+    What decodes then must be sustainable. `demand` is a working copy and is changed. Returns (outcome, request that missed, batches, work).
     `finished_at` receives the time each prefill ends. With room in `log_tokens` (batches, requests) and
     `log_end` the batches are written down.
     """
@@ -333,7 +363,7 @@ def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, l
             for i in range(n):
                 if demand[LEFT, i] > 0.0:
                     return STUCK, i, batch, work
-            return KEPT, -1, batch, work
+            break
         if batch < log_end.shape[0]:
             log_tokens[batch, :] = tokens
             log_end[batch] = end
@@ -360,12 +390,14 @@ def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, l
                     return MISSED, i, batch, work
                 if tokens[i] == 0.0:
                     continue
+                blocks = math.ceil((demand[CONTEXT, i] + demand[VERIFY, i]) / machine.block_size)
+                if blocks > demand[HELD, i]:
+                    free -= blocks - demand[HELD, i]
+                    demand[HELD, i] = blocks
                 gain = demand[GAIN, i]
                 demand[DUE, i] = min(demand[DUE, i] + gain * demand[TPOT, i], end + demand[GAP, i])
                 demand[CONTEXT, i] += gain
                 demand[OUTPUT_LEFT, i] -= gain
-                demand[HELD, i] += gain / machine.block_size
-                free -= gain / machine.block_size
             else:
                 continue
             if demand[OUTPUT_LEFT, i] <= 0.0:
@@ -376,6 +408,8 @@ def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, l
             return FULL, -1, batch, work
         now = end
         batch += 1
+    if not sustainable(machine, demand, now):
+        return MISSED, -1, batch, work
     return KEPT, -1, batch, work
 
 

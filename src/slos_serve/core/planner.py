@@ -38,6 +38,8 @@ WAITING, RUNNING = int(Status.WAITING), int(Status.RUNNING)
 PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
 NOBODY: IntArray = np.zeros(0, np.int64)
 MAX_ACCEPTANCE = 0.99
+# More candidates than this are looked at in order of urgency.
+MAX_CANDIDATES = 256
 
 
 class SloPlanner:
@@ -185,11 +187,13 @@ class _Planning:
     def run(self) -> Plan:
         """Answer the four questions and assemble the plan."""
         verdicts: list[Verdict] = []
-        order = self.by_deadline(self.promised)
+        crowded_out = self.crowded_out()
+        order = self.by_deadline(np.setdiff1d(self.promised, crowded_out) if crowded_out.size else self.promised)
         demand = self.demand(order, self.granted)
         kept = self.recover(demand)
-        at_risk = NOBODY if kept is None else np.delete(order, kept)
+        at_risk = crowded_out
         if kept is not None:
+            at_risk = np.concatenate([crowded_out, np.delete(order, kept)])
             order, demand = order[kept], demand[:, kept]
         candidates = self.servable(verdicts)
         if candidates.size:
@@ -199,19 +203,45 @@ class _Planning:
         if chosen is not None:
             order, demand = order[chosen], demand[:, chosen]
         return Plan(
-            batch=self.batch(order, demand, at_risk, eager=eager),
+            batch=self.batch(order, demand, at_risk, crowded_out, eager=eager),
             verdicts=tuple(verdicts),
             at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
             work=self.effort.spent,
             headroom_tokens_per_s=self.headroom(demand),
         )
 
+    def growth(self, index: IntArray) -> FloatArray:
+        """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
+        after = np.ceil((self.context[index] + self.verify[index]) / self.machine.block_size)
+        return np.where(self.left[index] > 0, 0.0, (after - self.held[index]).clip(min=0))
+
+    def crowded_out(self) -> IntArray:
+        """Return the promised rows whose blocks the others need to go on: the cheapest, newest first.
+
+        Output lengths are predictions. Where they were too short and nothing else can give way, a promise
+        must be broken on purpose, or the engine breaks one by chance.
+        """
+        index = self.promised
+        missing = float(self.growth(index).sum()) - self.state.num_free_kv_blocks
+        if missing <= 0:
+            return NOBODY
+        missing -= float(self.held[self.running & ~self.is_promised].sum())
+        running = index[self.running[index]]
+        gone: list[int] = []
+        for i in running[np.lexsort((-self.rows["seq"][running], self.rows["weight"][running]))].tolist():
+            if missing <= 0:
+                break
+            gone.append(i)
+            missing -= float(self.held[i] + self.growth(np.array([i]))[0])
+        return np.array(gone, np.int64)
+
     def recover(self, demand: Demand) -> IntArray | None:
         """Return the positions in `demand` to keep where not all can be; None where all can."""
-        if not (demand[batching.LEFT] > 0).any():
-            return None
         mean = self.machine._replace(margin_prefill=1.0, margin_decode=1.0)
-        if simulate(mean, demand, self.now, self.effort, eager=False).outcome != batching.MISSED:
+        outcome = simulate(mean, demand, self.now, self.effort, eager=False).outcome
+        if outcome not in (batching.MISSED, batching.STUCK):
+            return None
+        if simulate(mean, demand, self.now, self.effort, eager=True).kept:
             return None
         free = demand.copy()
         free[batching.REQUIRED] = 0
@@ -243,8 +273,7 @@ class _Planning:
         for k in np.flatnonzero(hopeless & self.pending[index]).tolist():
             reason = "memory" if too_big[k] else "deadline-passed" if past[k] else "compute"
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
-        servable: IntArray = index[~hopeless]
-        return servable
+        return self.by_deadline(index[~hopeless])[:MAX_CANDIDATES]
 
     def admit(self, order: IntArray, demand: Demand, verdicts: list[Verdict]) -> tuple[IntArray | None, bool]:
         """Return the positions to promise or keep (None: all), and whether decodes may run ahead."""
@@ -261,6 +290,10 @@ class _Planning:
                 self.machine, demand, self.now, self.effort,
                 name=self.options.admission_name, width=self.options.beam_width,
             )  # fmt: skip
+            if not trial.kept:
+                # The promises made so far may hold only with decodes running ahead.
+                chosen = np.flatnonzero(~new)
+                eager = simulate(self.machine, demand[:, chosen], self.now, self.effort, eager=True).kept
         positions = range(len(order)) if chosen is None else chosen.tolist()
         for k, i in enumerate(positions):
             if new[i]:
@@ -278,7 +311,9 @@ class _Planning:
 
     # -- the batch --------------------------------------------------------------------------------
 
-    def batch(self, order: IntArray, demand: Demand, at_risk: IntArray, *, eager: bool) -> BatchPlan:
+    def batch(
+        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool
+    ) -> BatchPlan:
         """Compose the next batch for the promised rows and fill it up."""
         machine = self.machine
         tokens, totals = np.zeros(len(order)), np.zeros(batching.NUM_TOTALS)
@@ -287,7 +322,7 @@ class _Planning:
         index, counts = order[used], tokens[used]
         preempted = NOBODY
         if len(order) < len(self.rows):
-            preempted = self.make_room(index, counts)
+            preempted = self.make_room(order, index, counts, crowded_out)
             rest = np.ones(len(self.rows), np.bool_)
             rest[order] = False
             rest[preempted] = False
@@ -310,22 +345,25 @@ class _Planning:
         after = np.where(starting, self.start[index], after)
         return float((after - self.held[index]).clip(min=0).sum())
 
-    def make_room(self, index: IntArray, counts: FloatArray) -> IntArray:
-        """Return the running rows without a promise that give up blocks or seats, newest first.
+    def make_room(self, order: IntArray, index: IntArray, counts: FloatArray, crowded_out: IntArray) -> IntArray:
+        """Return the running rows outside `order` that give up blocks or seats, newest first.
 
         Room is needed for `index` and for the next token of every other running request: where all wait
         for a block that another holds, nobody ends.
         """
-        others = self.running & ~self.is_promised
-        others[index] = False
+        others = self.running.copy()
+        others[order] = False
+        others[crowded_out] = False
         rows = np.flatnonzero(others)
-        growth = np.ceil((self.context[rows] + self.verify[rows]) / self.machine.block_size) - self.held[rows]
-        growth = np.where(self.left[rows] > 0, 0.0, growth.clip(min=0))
-        missing = self.fresh_blocks(index, counts) + float(growth.sum()) - self.state.num_free_kv_blocks
+        growth = self.growth(rows)
+        held = float(self.held[crowded_out].sum())
+        missing = self.fresh_blocks(index, counts) + float(growth.sum()) - self.state.num_free_kv_blocks - held
         starting = int((~self.running[index]).sum())
-        seats = int(self.running.sum()) + starting - self.state.limits.max_num_seqs if starting else 0
-        taken: list[int] = []
-        for k in np.argsort(-self.rows["seq"][rows]).tolist():
+        seats = (
+            int(self.running.sum()) - len(crowded_out) + starting - self.state.limits.max_num_seqs if starting else 0
+        )
+        taken = crowded_out.tolist()
+        for k in np.lexsort((-self.rows["seq"][rows], self.is_promised[rows])).tolist():
             if missing <= 0 and seats <= 0:
                 break
             taken.append(int(rows[k]))
@@ -373,10 +411,10 @@ class _Planning:
         machine = self.machine
         periods = demand[batching.TPOT] * demand[batching.GAIN]
         live = np.isfinite(periods)
+        whole = machine.margin_prefill * batch_seconds(machine.lines, machine.token_budget, 1.0, 0.0, 0.0, 0.0)
         if not live.any():
-            whole = batch_seconds(machine.lines, machine.token_budget, 1.0, 0.0, 0.0, 0.0)
-            return float(machine.token_budget / (whole * machine.margin_prefill))
-        period = float(periods[live].min())
+            return float(machine.token_budget / whole)
+        period = min(float(periods[live].min()), whole)
         share = period / periods[live]
         load = float((share * demand[batching.VERIFY][live]).sum())
         read = float((share * demand[batching.CONTEXT][live]).sum())
