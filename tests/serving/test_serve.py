@@ -109,7 +109,7 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
         *(model, "--port", free_port, "--profile", profile, "--record", tmp_path / "steps.jsonl"),
         *("--max-model-len", "2048", "--additional-config", '{"other": 1, "slo": {"guard_ms": 5}}'),
     )
-    plan = verb.prepare(args, verb.find_engine(), tmp_path, {})
+    plan = verb.prepare(args, verb.find_engine(), {})
     command = plan.command
     additional = json.loads(command[command.index("--additional-config") + 1])
     assert command.count("--additional-config") == 1
@@ -128,18 +128,21 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, free_port, monkeypatch):
+    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(verb, "available_memory", lambda: 1 << 33)
-    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo"), verb.find_engine(), tmp_path, {})
-    with_slos = verb.prepare(parse(model, "--port", free_port), verb.find_engine(), tmp_path, {})
+    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo"), verb.find_engine(), {})
+    with_slos = verb.prepare(parse(model, "--port", free_port), verb.find_engine(), {})
     assert not any("slos_serve" in token for token in plan.command)
     assert plan.env == with_slos.env
     assert set(plan.command) < set(with_slos.command)
 
 
 @pytest.mark.usefixtures("fake_vllm")
-def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, tmp_path, free_port):
+def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, tmp_path, free_port, monkeypatch):
+    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+
     def profile(*arguments):
-        return verb.prepare(parse(model, *arguments), verb.find_engine(), tmp_path, {}).profile
+        return verb.prepare(parse(model, *arguments), verb.find_engine(), {}).profile
 
     assert profile("--port", free_port) == profile("--served-model-name", "x")
     assert profile() != profile("--max-num-batched-tokens", "512")

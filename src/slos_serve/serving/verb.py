@@ -41,6 +41,7 @@ TAKES_UNKNOWN = True
 SCHEDULER = "slos_serve.vllm_plugin.scheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 ACCEPT_PROFILE_S = 60.0
+POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("config.json", "params.json", "*.gguf")
 
@@ -84,6 +85,7 @@ class Launch:
     profile: Path | None = None
     must_profile: bool = False
     record: Path | None = None
+    scratch: Path | None = None
     key: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -92,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to end; return vLLM's own exit status."""
     check(args)
     engine = find_engine()
-    scratch = Path(tempfile.mkdtemp(prefix="slos-serve-"))
+    plan = prepare(args, engine, os.environ)
     try:
-        plan = prepare(args, engine, scratch, os.environ)
         for note in plan.notes:
             _say(note)
         return _serve(plan, as_json=args.json)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if plan.scratch is not None:
+            shutil.rmtree(plan.scratch, ignore_errors=True)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -164,8 +166,8 @@ def find_engine() -> Engine:
     return engines[0]
 
 
-def prepare(args: argparse.Namespace, engine: Engine, scratch: Path, environ: Mapping[str, str]) -> Launch:
-    """Work out the whole launch from the arguments; starts nothing, writes nothing but cache folders."""
+def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]) -> Launch:
+    """Work out the whole launch from the arguments; starts nothing, makes nothing but folders."""
     arguments = EngineArguments(args.extra)
     env: dict[str, str] = {}
     flags: list[str] = []
@@ -201,6 +203,7 @@ def prepare(args: argparse.Namespace, engine: Engine, scratch: Path, environ: Ma
     key = profile_key(model, engine, shaping, {**environ, **env})
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
     record: Path | None = args.record.resolve() if args.record else None
+    scratch: Path | None = None
     if must_profile and (tls or arguments.has("uds", "headless")):
         notes.append("no profile yet, and none can be measured over TLS, a Unix socket or headless: observing only")
         must_profile = False
@@ -208,6 +211,7 @@ def prepare(args: argparse.Namespace, engine: Engine, scratch: Path, environ: Ma
         slo["profile"] = str(profile)
         slo["profile_key"] = "" if args.profile else json.dumps(key, sort_keys=True)
         if must_profile and record is None:
+            scratch = Path(tempfile.mkdtemp(prefix="slos-serve-steps-"))
             record = scratch / "steps.jsonl"
     if record is not None:
         slo["record"] = str(record)
@@ -223,6 +227,7 @@ def prepare(args: argparse.Namespace, engine: Engine, scratch: Path, environ: Ma
         profile=profile,
         must_profile=must_profile,
         record=record,
+        scratch=scratch,
         key=key,
         notes=tuple(notes),
         **common,
@@ -278,13 +283,22 @@ def _profile(plan: Launch, out: Path, record: Path) -> None:
     _say("measuring how long steps take (once for this model, machine and flags) ...")
     show = _show_progress if sys.stderr.isatty() else None
     profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key, on_progress=show)
-    read_profile(out)
-    if record.name == "steps.jsonl" and record.parent.name.startswith("slos-serve-"):
+    _judge(read_profile(out))
+    if plan.scratch is not None:
         # Nobody asked for this record: keep what was measured, let the rest of it go nowhere.
         shutil.copyfile(record, out.with_suffix(".steps.jsonl"))
         link = record.with_name("null")
         link.symlink_to(os.devnull)
         link.replace(record)
+
+
+def _judge(profile: Mapping[str, Any]) -> None:
+    """Say how good a fresh profile is: one made beside other load would be used for a long time."""
+    error = profile.get("mape_heldout")
+    if not isinstance(error, float):
+        return
+    advice = "; something else kept the machine busy, so measure again with --reprofile" if error > POOR_PROFILE else ""
+    _say(f"measured {profile.get('num_steps')} steps, error on held-out ones {error:.0%}{advice}")
 
 
 def _show_progress(share: float) -> None:
