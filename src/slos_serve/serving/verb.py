@@ -195,6 +195,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         expected = "none: serve brings its own (--no-slo keeps yours)"
         raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
 
+    additional = arguments.take_additional_config()
     mode = args.slo_mode or ("enforce" if engine.is_cpu else "observe")
     slo: dict[str, Any] = {"mode": mode}
     if args.slo_config:
@@ -215,7 +216,6 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
             record = scratch / "steps.jsonl"
     if record is not None:
         slo["record"] = str(record)
-    additional = arguments.take_additional_config()
     merge(slo, additional.get("slo") or {})
     additional["slo"] = slo
     name = "AsyncSloScheduler" if uses_async_scheduling(engine, arguments) else "SloScheduler"
