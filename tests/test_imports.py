@@ -101,7 +101,7 @@ def breaches(module: str) -> Iterator[str]:
             inner = name.removeprefix("slos_serve").removeprefix(".")
             if inner and not any(is_under(inner, prefix) for prefix in allowed.ours):
                 yield f"{where}: its package may not"
-            if inner.split(".")[0] in COMMANDS and module.split(".")[0] not in COMMANDS:
+            if inner.partition(".")[0] in COMMANDS and module.partition(".")[0] not in COMMANDS:
                 yield f"{where}: commands are imported by nobody"
         elif root in sys.stdlib_module_names:
             if root in allowed.forbidden:
