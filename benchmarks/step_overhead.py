@@ -59,6 +59,7 @@ class Timed(Engine):
             self.scheduler.add_request(request)
 
     def timed_step(self) -> None:
+        """Run one step and keep its time."""
         started = time.thread_time()
         output = self.scheduler.schedule()
         scheduled = time.thread_time()
@@ -105,7 +106,7 @@ def measure(root: Path, size: int, steps: int, warm: int, waiting: int) -> dict[
         row[name]["added_p50"] = row[name]["p50"] - row["stock"]["p50"]
         row[name]["added_p99"] = row[name]["p99"] - row["stock"]["p99"]
         row[name]["plan"] = {key: value * 1e6 for key, value in slo.plan_times.quantiles().items()}
-        row[name]["faults"] = dict(slo.faults)
+        row[name]["faults"] = dict(slo.faults.counts)
         row[name]["divergences"] = dict(slo.divergences)
         slo.shutdown()
     return row
@@ -113,7 +114,8 @@ def measure(root: Path, size: int, steps: int, warm: int, waiting: int) -> dict[
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as text, microseconds of thread CPU time."""
-    lines = ["running  waiting   stock p50/p99      observe added p50/p99   enforce added p50/p99   planner wall p50/p99"]
+    added = "observe added p50/p99   enforce added p50/p99"
+    lines = [f"running  waiting   stock p50/p99      {added}   planner wall p50/p99"]
     for row in rows:
         stock, observe, enforce = row["stock"], row["observe"], row["enforce"]
         lines.append(

@@ -83,28 +83,47 @@ def generate(model: str, **options: Any) -> tuple[list[tuple[int, ...]], list[An
     return tokens, reasons, scheduler
 
 
-def test_greedy_outputs_equal_those_of_stock_vllm(model: str, tmp_path: Path) -> None:
+@pytest.fixture
+def slo(tmp_path: Path) -> dict[str, Any]:
     profile = tmp_path / "profile.json"
     line = {"per_token_s": 1e-3, "per_request_s": 1e-3, "fixed_s": 40e-3}
     document = {"schema": "slos-serve-profile/1", "key": "test", "perf_model": {"lines": [line]}}
     profile.write_text(json.dumps(document))
-    record = tmp_path / "steps.jsonl"
-    slo = {
+    return {
         "mode": "enforce",
         "profile": str(profile),
-        "record": str(record),
+        "record": str(tmp_path / "steps.jsonl"),
         "safety": {"is_enabled": False},
         "fault_dir": str(tmp_path),
     }
-    stock, no_reasons, _ = generate(model)
+
+
+@pytest.fixture(scope="module")
+def stock(model: str) -> list[tuple[int, ...]]:
+    tokens, reasons, _ = generate(model)
+    assert set(reasons) == {None}
+    return tokens
+
+
+def test_greedy_outputs_equal_those_of_stock_vllm(model: str, stock, slo, tmp_path: Path) -> None:
     steered, reasons, scheduler = generate(model, scheduler_cls=SYNC, additional_config={"slo": slo})
     snapshot = scheduler.slo.snapshot()
     assert snapshot["effective_mode"] == "enforce"
     assert not snapshot["planner_faults"], snapshot["planner_faults"]
     assert steered == stock
-    assert set(no_reasons) == {None}
     asked = [args is not None for args in classes()]
     assert [reason is not None for reason in reasons] == asked
-    steps = [json.loads(text) for text in record.read_text().splitlines()]
+    steps = [json.loads(text) for text in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert len(steps) > 20
-    assert all(step["seconds"] > 0 and step["planned_s"] is not None for step in steps)
+    assert all(step["seconds"] > 0 for step in steps)
+
+
+def test_greedy_outputs_with_drafts_equal_those_without(model: str, stock, slo) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    steered, _, scheduler = generate(
+        model, scheduler_cls=SYNC, additional_config={"slo": slo}, speculative_config=drafts
+    )
+    snapshot = scheduler.slo.snapshot()
+    assert not snapshot["planner_faults"], snapshot["planner_faults"]
+    assert snapshot["acceptance"]
+    assert steered == stock

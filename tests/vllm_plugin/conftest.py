@@ -27,7 +27,9 @@ def build(tmp_path, perf):
 
     made = []
 
-    def _build(planner: Planner | None = None, *, slo: dict | None = None, ready: bool = True, cls=SloScheduler, **options):
+    def _build(
+        planner: Planner | None = None, *, slo: dict | None = None, ready: bool = True, cls=SloScheduler, **options
+    ):
         profile = write_profile(tmp_path / "profile.json", perf)
         document = {
             "mode": "enforce",
@@ -38,7 +40,9 @@ def build(tmp_path, perf):
             "planner": "slos_serve.core.baselines.VllmPlanner",
             **(slo or {}),
         }
-        scheduler = make_scheduler(tmp_path, cls=cls, slo={k: v for k, v in document.items() if v is not None}, **options)
+        scheduler = make_scheduler(
+            tmp_path, cls=cls, slo={k: v for k, v in document.items() if v is not None}, **options
+        )
         made.append(scheduler)
         if planner is not None:
             scheduler.slo.planner = planner

@@ -63,12 +63,14 @@ def test_every_request_finishes_when_the_planner_raises(build, share, cls, depth
     scheduler = build(Faulty(share), cls=cls)
     engine = Engine(scheduler, depth=depth)
     for i in range(60):
-        scheduler.add_request(make_request(f"r{i}", prompt_tokens=10 + 3 * i, max_tokens=30, args={"slo_class": "chat"}))
+        scheduler.add_request(
+            make_request(f"r{i}", prompt_tokens=10 + 3 * i, max_tokens=30, args={"slo_class": "chat"})
+        )
     engine.run()
     assert len(engine.finished) == 60
     assert all(len(tokens) == 30 for tokens in engine.outputs.values())
-    assert scheduler.slo.faults["plan"] > 0
-    assert set(scheduler.slo.faults) == {"plan"}
+    assert scheduler.slo.faults.counts["plan"] > 0
+    assert set(scheduler.slo.faults.counts) == {"plan"}
 
 
 @pytest.mark.parametrize("name", WRONG_PLANS)
@@ -83,7 +85,7 @@ def test_a_plan_that_makes_no_sense_is_a_fault_and_changes_nothing(build, name) 
         scheduler.add_request(make_request(f"r{i}"))
     engine.run()
     assert len(engine.finished) == 5
-    assert sum(scheduler.slo.faults.values()) > 0
+    assert sum(scheduler.slo.faults.counts.values()) > 0
 
 
 def test_the_first_fault_of_a_kind_leaves_a_state_that_replays(build, tmp_path) -> None:
@@ -109,7 +111,7 @@ def test_plans_that_stay_empty_give_way_to_vllms_own_order(build) -> None:
         scheduler.add_request(make_request(f"r{i}", max_tokens=5))
     steps = engine.run()
     assert len(engine.finished) == 3
-    assert scheduler.slo.faults["starved"] >= 5
+    assert scheduler.slo.faults.counts["starved"] >= 5
     assert steps <= 4 * 8
 
 
@@ -127,8 +129,8 @@ def test_a_broken_table_does_not_stop_the_engine(build, monkeypatch) -> None:
     monkeypatch.setattr(scheduler.slo.tracker, "take_outputs", explode)
     engine.run()
     assert len(engine.finished) == 4
-    assert scheduler.slo.faults["sync"] > 0
-    assert scheduler.slo.faults["update"] > 0
+    assert scheduler.slo.faults.counts["sync"] > 0
+    assert scheduler.slo.faults.counts["update"] > 0
 
 
 BAD_ARGS = [
@@ -157,18 +159,20 @@ def test_bad_values_are_best_effort_and_never_raise(build, args) -> None:
     assert not live.has_slo
     engine.run()
     assert engine.finished["r"].stop_reason == "slo:best-effort:invalid"
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
     assert scheduler.slo.snapshot()["invalid"] == 1
 
 
-@pytest.mark.parametrize("args", [{"slo_arrival_s": math.inf}, {"slo_arrival_s": "x"}, {"slo_arrival_s": 1e300}, {5: 1}, {}])
+@pytest.mark.parametrize(
+    "args", [{"slo_arrival_s": math.inf}, {"slo_arrival_s": "x"}, {"slo_arrival_s": 1e300}, {5: 1}, {}]
+)
 def test_odd_but_harmless_arguments_are_ignored(build, args) -> None:
     scheduler = build(VllmPlanner())
     engine = Engine(scheduler)
     scheduler.add_request(make_request("r", args=args))
     engine.run()
     assert set(engine.finished) == {"r"}
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
 
 
 @pytest.mark.parametrize("state", ["waiting", "running", "preempted", "in flight", "grammar"])
@@ -198,8 +202,8 @@ def test_an_abort_in_any_state_leaves_nothing_behind(build, state, cls, depth) -
     assert not slo.tracker.live
     assert not len(slo.tracker.table)
     assert not slo.tracker.blocked
-    assert not slo.faults
-    assert slo.tally.classes["chat"].outcomes == {"cancelled": 1}
+    assert not slo.faults.counts
+    assert slo.promises.tally.classes["chat"].outcomes == {"cancelled": 1}
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == slo.limits.num_kv_blocks
 
 
@@ -210,4 +214,4 @@ def test_an_abort_with_stop_strings_is_how_vllm_ends_a_request(build) -> None:
     for _ in range(4):
         engine.step()
     engine.abort("r")
-    assert scheduler.slo.tally.classes["custom"].outcomes == {"met": 1}
+    assert scheduler.slo.promises.tally.classes["custom"].outcomes == {"met": 1}

@@ -51,9 +51,9 @@ class Messages(list):
 @pytest.fixture
 def listen():
     def _listen(scheduler) -> Messages:
-        scheduler.slo.publisher.close()
-        scheduler.slo.publisher = Messages()
-        return scheduler.slo.publisher
+        scheduler.slo.outbox.publisher.close()
+        scheduler.slo.outbox.publisher = Messages()
+        return scheduler.slo.outbox.publisher
 
     return _listen
 
@@ -78,7 +78,7 @@ def test_without_its_profile_it_observes_and_slowdown_promises_wait_for_it(build
     assert live.slo.ttft_s == pytest.approx(wanted)
     assert live.was_promised
     engine.run()
-    assert scheduler.slo.tally.classes["chat"].outcomes == {"met": 1, "none": 1}
+    assert scheduler.slo.promises.tally.classes["chat"].outcomes == {"met": 1, "none": 1}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_corrupt_profile_is_ignored(build, tmp_path, text) -> None:
     scheduler.add_request(make_request("r", args={"slo_class": "chat"}))
     engine.run()
     assert scheduler.slo.effective_mode == "observe"
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
 
 
 def test_a_profile_of_another_engine_is_ignored_until_it_is_replaced(build, tmp_path, perf) -> None:
@@ -109,9 +109,13 @@ def test_bare_use_observes_learns_from_live_steps_and_says_so(tmp_path) -> None:
     try:
         engine = Engine(scheduler)
         plain = engine.execute
-        engine.execute = lambda output: (time.sleep(0.0005 + 1e-6 * output.total_num_scheduled_tokens), plain(output))[1]
+        engine.execute = lambda output: (time.sleep(0.0005 + 1e-6 * output.total_num_scheduled_tokens), plain(output))[
+            1
+        ]
         for i in range(60):
-            scheduler.add_request(make_request(f"r{i}", prompt_tokens=20 + 9 * i, max_tokens=60, args={"slo_class": "chat"}))
+            scheduler.add_request(
+                make_request(f"r{i}", prompt_tokens=20 + 9 * i, max_tokens=60, args={"slo_class": "chat"})
+            )
         engine.run()
         assert scheduler.slo.num_steps > FIT_STEPS
         scheduler.slo.learner.poll()
@@ -122,8 +126,8 @@ def test_bare_use_observes_learns_from_live_steps_and_says_so(tmp_path) -> None:
         assert snapshot["profile"]["key"] == "live"
         assert snapshot["profile"]["num_steps"] > 100
         assert sum(snapshot["would_be"].values()) == 1
-        assert scheduler.slo.tally.classes["chat"].outcomes["met"] == 1
-        assert not scheduler.slo.faults
+        assert scheduler.slo.promises.tally.classes["chat"].outcomes["met"] == 1
+        assert not scheduler.slo.faults.counts
     finally:
         scheduler.shutdown()
 
@@ -172,7 +176,10 @@ def test_a_promotion_before_the_first_token_counts_as_a_promise(build, listen) -
     class Promote(Says):
         def plan(self, state):
             plan = super().plan(state)
-            return Plan(batch=plan.batch, verdicts=tuple(Verdict(request_id=i, promised=True) for i in state.requests.request_ids))
+            return Plan(
+                batch=plan.batch,
+                verdicts=tuple(Verdict(request_id=i, promised=True) for i in state.requests.request_ids),
+            )
 
     scheduler.slo.planner = Promote(promised=True)
     engine.run()
@@ -266,7 +273,7 @@ def test_the_columns_are_what_vllm_knows(build) -> None:
         scheduler.add_request(make_request(f"r{i}", prompt_tokens=7 * (i + 1), max_tokens=3 * i + 1))
     engine.run()
     assert len(seen) > 20
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
 
 
 def test_a_state_recorded_from_vllm_replays_to_the_same_plan(build) -> None:
@@ -287,7 +294,7 @@ def test_a_state_recorded_from_vllm_replays_to_the_same_plan(build) -> None:
         scheduler.add_request(make_request(f"r{i}", prompt_tokens=20 + 10 * i, max_tokens=10, args=args))
     engine.run()
     assert len(engine.finished) == 30
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
     assert not scheduler.slo.divergences
     for text, plan in pairs:
         again = SloPlanner().plan(ReplicaState.from_json(text))

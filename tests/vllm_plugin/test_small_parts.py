@@ -151,10 +151,18 @@ def test_the_stat_logger_is_inert_for_other_schedulers(tmp_path) -> None:
 
 def test_counts_by_class_read_as_text() -> None:
     tally = Tally()
-    for outcome, promised in (("met", True), ("met", True), ("missed", True), ("declined", False), ("cancelled", False)):
+    for outcome, promised in (
+        ("met", True),
+        ("met", True),
+        ("missed", True),
+        ("declined", False),
+        ("cancelled", False),
+    ):
         tally.add("chat", outcome, promised=promised)
     tally.add("best-effort", "none", promised=False)
-    text = tally.text({"effective_mode": "enforce", "steps": 12, "plan_s": {"p99": 0.0021}, "model_error": {"mape": 0.05}})
+    text = tally.text(
+        {"effective_mode": "enforce", "steps": 12, "plan_s": {"p99": 0.0021}, "model_error": {"mape": 0.05}}
+    )
     assert text.splitlines() == [
         "SLO report: mode enforce, 12 steps, step times predicted within 5%, planning p99 2.10 ms",
         "  chat: 1 cancelled, 1 declined, 2 met, 1 missed; attained 50.0%; kept 2 of 3 promises",

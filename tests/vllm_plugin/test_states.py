@@ -50,7 +50,7 @@ def test_a_request_that_waits_for_its_grammar_blocks_nobody_and_runs_once_it_is_
     assert "json" in scheduler.slo.tracker.table
     engine.run()
     assert "json" in engine.finished
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
     assert not scheduler.slo.divergences
 
 
@@ -63,9 +63,9 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_request_alone(build) -> Non
     broken.structured_output_request.grammar = ValueError("no such schema")
     engine.run()
     assert engine.finished["json"].finish_reason.name == "ERROR"
-    assert scheduler.slo.tally.classes["chat"].outcomes == {"failed": 1}
+    assert scheduler.slo.promises.tally.classes["chat"].outcomes == {"failed": 1}
     assert not scheduler.slo.tracker.live
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
@@ -79,11 +79,13 @@ def test_requests_with_rules_of_their_own_run_beside_full_plans(build, monkeypat
     for i in range(20):
         scheduler.add_request(make_request(f"r{i}", prompt_tokens=100, max_tokens=10))
         if i % 5 == 0:
-            scheduler.add_request(make_request(f"image{i}", prompt_tokens=100, max_tokens=10, args={"slo_class": "chat"}))
+            scheduler.add_request(
+                make_request(f"image{i}", prompt_tokens=100, max_tokens=10, args={"slo_class": "chat"})
+            )
     engine.run()
     assert len(engine.finished) == 24
-    assert scheduler.slo.tally.classes["chat"].outcomes.total() == 4
-    assert not scheduler.slo.faults
+    assert scheduler.slo.promises.tally.classes["chat"].outcomes.total() == 4
+    assert not scheduler.slo.faults.counts
     assert not scheduler.slo.tracker.stock
 
 
@@ -107,7 +109,7 @@ def test_streamed_input_keeps_working_beside_plans(build) -> None:
     scheduler.add_request(last)
     engine.run()
     assert "r" in engine.finished
-    assert not scheduler.slo.faults
+    assert not scheduler.slo.faults.counts
     assert not scheduler.slo.tracker.live
 
 
@@ -116,7 +118,9 @@ def test_a_request_set_aside_by_vllm_itself_is_kept_where_vllm_puts_it(build, mo
         def plan(self, state):
             ids = state.requests.request_ids[::-1]
             count = len(ids)
-            return Plan(batch=BatchPlan(request_ids=ids, num_tokens=np.full(count, 8), draft_lengths=np.zeros(count, np.int64)))
+            return Plan(
+                batch=BatchPlan(request_ids=ids, num_tokens=np.full(count, 8), draft_lengths=np.zeros(count, np.int64))
+            )
 
     scheduler = build(LatestFirst())
     for i in range(4):

@@ -32,7 +32,9 @@ class RandomPlanner:
         free = state.num_free_kv_blocks if self.heeds_memory else 10**9
         order, tokens = [], []
         # vLLM serves what runs first, so running rows come first in an exact plan
-        sequence = rng.permutation(np.flatnonzero(running)).tolist() + rng.permutation(np.flatnonzero(~running)).tolist()
+        sequence = (
+            rng.permutation(np.flatnonzero(running)).tolist() + rng.permutation(np.flatnonzero(~running)).tolist()
+        )
         for i in sequence:
             if i in preempted or rng.random() < 0.3 or budget <= 0:
                 continue
@@ -90,7 +92,7 @@ def check_clean(scheduler, engine, names) -> None:
     assert not scheduler.waiting
     assert not scheduler.skipped_waiting
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == slo.limits.num_kv_blocks
-    assert not slo.faults, slo.faults
+    assert not slo.faults.counts, slo.faults.counts
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
@@ -106,7 +108,7 @@ def test_every_batch_is_the_planned_one(build, seed, policy) -> None:
         if not scheduler.slo._num_empty and len(batch.request_ids):
             assert output.num_scheduled_tokens == dict(zip(batch.request_ids, batch.num_tokens.tolist(), strict=True))
         assert output.preempted_req_ids >= set(batch.preempted)
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names)
     assert not scheduler.slo.divergences
     assert sum(len(plan.batch.preempted) for plan in planner.plans) > 0
@@ -119,7 +121,7 @@ def test_plans_are_carried_out_one_step_ahead_under_async_scheduling(build, seed
     engine = Engine(scheduler, depth=2)
     names = feed(scheduler, 30, np.random.default_rng(seed))
     engine.run()
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names)
     assert set(scheduler.slo.divergences) <= {"missing", "extra"}  # a request whose last token is in flight is skipped
     assert not scheduler.slo.divergences["extra"]
@@ -130,7 +132,7 @@ def test_preemptions_under_async_scheduling_lose_no_request(build) -> None:
     engine = Engine(scheduler, depth=2)
     names = feed(scheduler, 30, np.random.default_rng(5))
     engine.run()
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names)
 
 
@@ -147,7 +149,7 @@ def test_prefix_hits_are_known_to_the_planner_and_shrink_no_plan_wrongly(build, 
     engine.step()
     assert max(planner_rows := scheduler.slo.tracker.table.rows["num_cached_tokens"].tolist()) > 0, planner_rows
     engine.run()
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names + later)
     assert set(scheduler.slo.divergences) <= {"short"}  # a longer hit than was known at the look-up
 
@@ -171,7 +173,7 @@ def test_draft_lengths_are_capped_per_request(build, seed) -> None:
         for request in scheduler.running:
             if not request.is_prefill_chunk:
                 request.spec_token_ids = [5] * int(rng.integers(0, 4))
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names)
     assert not scheduler.slo.divergences
 
@@ -181,7 +183,7 @@ def test_a_plan_that_ignores_memory_evicts_as_vllm_would_and_every_request_finis
     engine = Engine(scheduler)
     names = feed(scheduler, 30, np.random.default_rng(1))
     engine.run()
-    scheduler.slo.faults.pop("starved", None)
+    scheduler.slo.faults.counts.pop("starved", None)
     check_clean(scheduler, engine, names)
     assert scheduler.slo.divergences
 
@@ -191,7 +193,11 @@ def test_waiting_requests_that_are_not_planned_keep_their_order(build, policy) -
     class OnlyTheFourth:
         def plan(self, state):
             ids = [i for i in state.requests.request_ids if i == "r4"]
-            return Plan(batch=BatchPlan(request_ids=ids, num_tokens=np.ones(len(ids), np.int64), draft_lengths=np.zeros(len(ids), np.int64)))
+            return Plan(
+                batch=BatchPlan(
+                    request_ids=ids, num_tokens=np.ones(len(ids), np.int64), draft_lengths=np.zeros(len(ids), np.int64)
+                )
+            )
 
     scheduler = build(OnlyTheFourth(), policy=policy)
     for i in range(8):
@@ -213,7 +219,11 @@ def test_holding_every_running_request_keeps_blocks_and_order(build) -> None:
         def plan(self, state):
             ids = [] if self.on else list(state.requests.request_ids)
             count = len(ids)
-            return Plan(batch=BatchPlan(request_ids=ids[::-1], num_tokens=np.full(count, 8), draft_lengths=np.zeros(count, np.int64)))
+            return Plan(
+                batch=BatchPlan(
+                    request_ids=ids[::-1], num_tokens=np.full(count, 8), draft_lengths=np.zeros(count, np.int64)
+                )
+            )
 
     planner = Hold()
     scheduler = build(planner)
@@ -230,10 +240,14 @@ def test_holding_every_running_request_keeps_blocks_and_order(build) -> None:
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
-@pytest.mark.parametrize(("ours", "stock", "depth"), [(SloScheduler, Scheduler, 1), (AsyncSloScheduler, AsyncScheduler, 2)])
+@pytest.mark.parametrize(
+    ("ours", "stock", "depth"), [(SloScheduler, Scheduler, 1), (AsyncSloScheduler, AsyncScheduler, 2)]
+)
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_observing_schedules_exactly_what_stock_vllm_schedules(build, tmp_path, ours, stock, depth, policy) -> None:
-    watched = Engine(build(RandomPlanner(0), cls=ours, slo={"mode": "observe"}, policy=policy, num_blocks=60), depth=depth)
+    watched = Engine(
+        build(RandomPlanner(0), cls=ours, slo={"mode": "observe"}, policy=policy, num_blocks=60), depth=depth
+    )
     plain = Engine(make_scheduler(tmp_path, cls=stock, policy=policy, num_blocks=60), depth=depth)
     for engine in (watched, plain):
         feed(engine.scheduler, 30, np.random.default_rng(7), arrival_s=1.0)

@@ -32,7 +32,7 @@ class ThirdQueue(Scheduler):
 class OneCall(Scheduler):
     def schedule(self, throttle_prefills=False):
         num_new_tokens = self._reserve_prefill_lookahead(None, 0, 0)
-        return num_new_tokens
+        return [num_new_tokens]
 
 
 class OwnAsyncSchedule(AsyncScheduler):

@@ -8,8 +8,11 @@ drafts were given up is tried again after a while.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slos_serve.core.types import BatchPlan, RequestTable
 
 PRIOR = 0.6
 PRIOR_TOKENS = 20.0
@@ -49,6 +52,24 @@ class DraftWatch:
         tested = min(accepted + 1, num_drafts) if num_drafts else 1
         self._accepted[slo_class] = self._accepted.get(slo_class, 0.0) + accepted
         self._tested[slo_class] = self._tested.get(slo_class, 0.0) + tested
+
+    def state(self, classes: Sequence[str], longest: int) -> dict[str, dict[str, Any]]:
+        """Return what the planner is told: acceptance and present draft length by class."""
+        lengths = {name: self.lengths.get(name, longest) for name in classes}
+        return {"acceptance": self.known(classes), "draft_lengths": lengths}
+
+    def take_plan(self, batch: BatchPlan, table: RequestTable) -> int | None:
+        """Note a plan's draft lengths; return the length to draft for the next step, None for the engine's own."""
+        index = [table.index(request_id) for request_id in batch.request_ids]
+        classes = table.rows["class_index"][index].tolist()
+        decodes = (table.rows["num_output_tokens"][index] > 0).tolist()
+        lengths: dict[str, int] = {}
+        for decode, class_index, length in zip(decodes, classes, batch.draft_lengths.tolist(), strict=True):
+            if decode:
+                name = table.classes[class_index]
+                lengths[name] = max(length, lengths.get(name, 0))
+        self.note_plan(lengths)
+        return self.next_length
 
     def note_plan(self, lengths: Mapping[str, int]) -> None:
         """Remember the draft lengths that a plan gave to decodes, by class; empty where it had none."""

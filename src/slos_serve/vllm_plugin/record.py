@@ -38,7 +38,7 @@ class StepRecorder:
         self._buffer: deque[dict[str, Any]] = deque()
         self._is_broken = False
 
-    def add(
+    def add(  # noqa: PLR0917 - one column each
         self,
         step: int,
         time_s: float,

@@ -50,15 +50,15 @@ class Settings:
             raise ConfigError(where="additional_config", key="slo", value=document, expected="a mapping")
         given = dict(document or {})
         known = {f.name for f in fields(cls)} - {"guard_s"} | {"guard_ms"}
-        for key in given:
+        for key, value in given.items():
             if key not in known:
-                raise ConfigError(where=WHERE, key=key, value=given[key], expected=f"one of {', '.join(sorted(known))}")
+                raise ConfigError(where=WHERE, key=key, value=value, expected=f"one of {', '.join(sorted(known))}")
         given = {key: value for key, value in given.items() if value is not None}
         config = load_slo_config(given.pop("config", None))
         mode = given.pop("mode", None)
         if mode is not None and mode not in MODES:
             raise ConfigError(where=WHERE, key="mode", value=mode, expected=f"one of {', '.join(MODES)}")
-        paths = {key: Path(str(given.pop(key))) for key in ("profile", "record", "fault_dir") if given.get(key)}
+        profile, record, fault_dir = (_path(given.pop(key, None)) for key in ("profile", "record", "fault_dir"))
         guard_s = _number(given.pop("guard_ms", 10.0), "guard_ms") / 1000
         report_s = _number(given.pop("report_s", 60.0), "report_s")
         thinking_end = _thinking_end(given.pop("thinking_end", "</think>"))
@@ -70,8 +70,10 @@ class Settings:
             report_s=report_s,
             thinking_end=thinking_end,
             safety=safety,
-            **paths,
-            **{key: value for key, value in given.items() if key not in ("profile", "record", "fault_dir")},
+            profile=profile,
+            record=record,
+            fault_dir=fault_dir,
+            **given,
         )
 
     def resolved_mode(self, *, given: bool, is_cpu: bool) -> str:
@@ -94,6 +96,10 @@ class Settings:
             options = dict(self.planner_options)
             raise ConfigError(where=WHERE, key="planner_options", value=options, expected=str(error)) from error
         return planner
+
+
+def _path(value: object) -> Path | None:
+    return Path(str(value)) if value else None
 
 
 def _thinking_end(value: object) -> str | tuple[int, ...]:

@@ -51,7 +51,8 @@ class Listener:
 
     def _listen(self) -> None:
         import msgspec  # noqa: PLC0415 - only where our scheduler runs
-        import zmq  # noqa: PLC0415
+
+        from slos_serve.vllm_plugin.channel import zmq  # noqa: PLC0415
 
         context = zmq.Context()
         socket = context.socket(zmq.SUB)
@@ -64,7 +65,7 @@ class Listener:
                     continue
                 try:
                     self._feed(msgspec.json.decode(socket.recv()))
-                except Exception as error:  # noqa: BLE001 - one bad message must not end the channel
+                except Exception as error:  # one bad message must not end the channel
                     self.num_bad += 1
                     if self.num_bad == 1:
                         logger.warning("slos-serve: a message of the engine was not understood", exc_info=error)

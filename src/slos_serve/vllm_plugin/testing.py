@@ -81,7 +81,11 @@ def make_config(
     """Return an engine's configuration; `slo` is `additional_config["slo"]`."""
     speculative = {"method": "ngram", "num_speculative_tokens": speculative_tokens, "prompt_lookup_max": 3}
     model_config = ModelConfig(
-        model=str(write_model_config(root)), dtype="float32", seed=1, skip_tokenizer_init=True, max_model_len=max_model_len
+        model=str(write_model_config(root)),
+        dtype="float32",
+        seed=1,
+        skip_tokenizer_init=True,
+        max_model_len=max_model_len,
     )
     scheduler_config = SchedulerConfig(
         max_num_seqs=max_num_seqs,
@@ -176,9 +180,7 @@ class Engine:
     was scheduled.
     """
 
-    def __init__(
-        self, scheduler: Any, *, depth: int = 1, accept: Callable[[Request, int], int] | None = None
-    ) -> None:
+    def __init__(self, scheduler: Any, *, depth: int = 1, accept: Callable[[Request, int], int] | None = None) -> None:
         self.scheduler = scheduler
         self.depth = depth
         self.queue: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
@@ -204,7 +206,7 @@ class Engine:
         """Make up the model's output: one token, and accepted drafts, for each completed prefill or decode."""
         ids = list(output.num_scheduled_tokens)
         requests = self.scheduler.requests
-        sampled = []
+        sampled: list[list[int]] = []
         for request_id in ids:
             request = requests.get(request_id)
             drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))

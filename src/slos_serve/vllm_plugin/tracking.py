@@ -9,7 +9,7 @@ vLLM's requests and one assignment per column.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slos_serve.config import SloConfig
-from slos_serve.core.deadlines import Grade, StreamGrader
+from slos_serve.core.deadlines import StreamGrader
 from slos_serve.core.lengths import LengthModel
 from slos_serve.core.types import Request as CoreRequest
 from slos_serve.core.types import RequestTable, Slo, Status, Tier
@@ -88,15 +88,6 @@ class Live:
         """Tell whether anything was promised in its name."""
         return not self.slo.is_empty
 
-    @property
-    def is_asked_for(self) -> bool:
-        """Tell whether the client itself said something about latency."""
-        return bool(self.args)
-
-    def grade(self, now_s: float) -> Grade | None:
-        """Return the grade of the stream that ends now, None where nothing was promised."""
-        return None if self.grader is None else self.grader.finish(now_s)
-
 
 class Tracker:
     """Keep `table` and `live` in step with one vLLM scheduler."""
@@ -120,7 +111,7 @@ class Tracker:
         self.lengths = LengthModel(
             {name: c.output_tokens_hint for name, c in config.classes.items() if c.output_tokens_hint}
         )
-        self.invalid: Counter[str] = Counter()
+        self.num_invalid = 0
         self.thinking_end: frozenset[int] = frozenset()
         self.reference: Callable[[int], float] | None = None
         self._unresolved: dict[str, Live] = {}
@@ -182,7 +173,7 @@ class Tracker:
             return
         except (ValueError, TypeError, KeyError, ArithmeticError):
             live.reason = "invalid"
-            self.invalid["invalid"] += 1
+            self.num_invalid += 1
             return
         live.slo, live.weight, live.thinks, live.slo_class = slo, weight, thinks, label
         live.is_thinking = thinks and bool(self.thinking_end)
@@ -225,7 +216,7 @@ class Tracker:
         )
 
     def _max_output_tokens(self, request: Request) -> int:
-        return min(int(request.max_tokens), int(self.scheduler.max_model_len) - request.num_prompt_tokens)
+        return min(int(request.max_tokens), int(self.scheduler.max_model_len) - int(request.num_prompt_tokens))
 
     def _predict(self, live: Live, produced: int) -> float:
         request = live.request

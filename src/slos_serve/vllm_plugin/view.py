@@ -57,17 +57,11 @@ ATTRIBUTES = (
 QUEUES = {"waiting", "skipped_waiting"}
 
 
-def _self_calls(function: Callable[..., Any]) -> list[ast.Call]:
-    """Return the calls of methods of self in a function's source."""
+def _self_calls(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the methods of self that a function calls."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "self"
-    ]
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [name.removeprefix("self.") for name in calls if name.startswith("self.")]
 
 
 def _hook_targets(schedule: Callable[..., Any]) -> list[str]:
@@ -113,7 +107,7 @@ def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = Async
         return differences
     try:
         targets = _hook_targets(scheduler_class.schedule)
-        calls = sum(1 for call in _self_calls(scheduler_class.schedule) if call.func.attr == HOOK)  # type: ignore[attr-defined]
+        calls = _self_calls(scheduler_class.schedule).count(HOOK)
         attributes = _assigned_attributes(scheduler_class.__init__)
     except (OSError, SyntaxError, TypeError) as error:
         return [f"the source of Scheduler cannot be read ({error})"]
@@ -265,3 +259,10 @@ def thinking_end(scheduler: Any, mark: str | Sequence[int]) -> frozenset[int]:
 
     token = cached_tokenizer_from_config(config).get_vocab().get(mark)
     return frozenset() if token is None else frozenset({int(token)})
+
+
+def is_cpu() -> bool:
+    """Tell whether vLLM runs on a CPU."""
+    from vllm.platforms import current_platform  # noqa: PLC0415 - detecting the platform is not free
+
+    return bool(current_platform.is_cpu())

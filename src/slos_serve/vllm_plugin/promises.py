@@ -1,0 +1,160 @@
+"""What is said about each request, and what became of it.
+
+A verdict is told once and changes at most from best-effort to promoted. Where plans are not carried out
+nothing is promised: every request that wants a promise is told so (reason `observe`) and still graded, and
+what the plans would have said is counted beside it. A request that ends is graded, counted, and told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from slos_serve.core import deadlines
+from slos_serve.core.types import Plan, Tier, Verdict
+from slos_serve.vllm_plugin import view
+from slos_serve.vllm_plugin.report import Tally
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from slos_serve.vllm_plugin.outbox import Outbox
+    from slos_serve.vllm_plugin.safety import StepDown
+    from slos_serve.vllm_plugin.tracking import Live, Tracker
+
+
+class Promises:
+    """Apply verdicts to the table and to what clients hear; grade what ends."""
+
+    def __init__(self, tracker: Tracker, safety: StepDown, outbox: Outbox) -> None:
+        self.tally = Tally()
+        self.would_be: Counter[str] = Counter()
+        self._tracker = tracker
+        self._safety = safety
+        self._outbox = outbox
+
+    def welcome(self, live: Live, *, enforcing: bool) -> None:
+        """Say at once what no plan can change."""
+        if not live.has_slo and live.is_resolved:
+            live.verdict = "best-effort"
+            self._tell(live, "best-effort", live.reason)
+        elif not enforcing:
+            self._tell(live, "best-effort", "observe")
+
+    def apply(self, plan: Plan, now_s: float, *, enforcing: bool) -> None:
+        """Write a plan's verdicts into the table; tell them where plans are carried out."""
+        table = self._tracker.table
+        tiers = table.rows["tier"]
+        for verdict in plan.verdicts:
+            index = table.index(verdict.request_id)
+            tiers[index] = Tier.PROMISED if verdict.promised else Tier.BEST_EFFORT
+            live = self._tracker.live[verdict.request_id]
+            if enforcing:
+                self._change(live, verdict, now_s)
+            else:
+                word = "promised" if verdict.promised else "best-effort"
+                self.would_be[word] += live.would_be != word
+                live.would_be = word
+
+    def _change(self, live: Live, verdict: Verdict, now_s: float) -> None:
+        if verdict.promised:
+            if live.was_promised:
+                return
+            word = "promoted" if live.verdict == "best-effort" else "promised"
+            live.was_promised = True
+            if not live.num_output_tokens:
+                live.is_declined = False
+                if live.slo.ttft_s is not None:
+                    live.promise_lead_s = live.arrival_s + live.slo.ttft_s - now_s
+        else:
+            word = "best-effort"
+            if live.verdict == word:
+                return
+            live.is_declined = not live.was_promised
+        live.verdict, live.reason = word, verdict.reason
+        self._tell(live, word, verdict.reason, verdict.slack_s, verdict.predicted_ttft_s)
+
+    def _tell(
+        self, live: Live, verdict: str, reason: str, slack_s: float = 0.0, predicted_ttft_s: float = math.inf
+    ) -> None:
+        self._outbox.verdicts.append(
+            {
+                **_names(live),
+                "verdict": verdict,
+                "reason": reason,
+                "slack_ms": _ms(slack_s),
+                "predicted_ttft_ms": _ms(predicted_ttft_s),
+            }
+        )
+
+    def finish(
+        self, requests: Iterable[Request], now_s: float, outputs: Mapping[int, Any] | None, *, enforcing: bool
+    ) -> None:
+        """Grade and forget requests that have ended; `outputs` are the step's, where a step ended them."""
+        ends: dict[str, str] = {}
+        for request in requests:
+            live = self._tracker.remove(request.request_id)
+            if live is not None:
+                ends[request.request_id] = self._grade(live, now_s, enforcing=enforcing)
+        if outputs and ends:
+            _set_stop_reasons(outputs, ends)
+
+    def _grade(self, live: Live, now_s: float, *, enforcing: bool) -> str:
+        """Grade one request, tell about it, and return what its final chunk says, "" for nothing."""
+        how = view.how_it_ended(live.request, live.num_output_tokens)
+        grade = None if live.grader is None else live.grader.finish(now_s)
+        outcome = deadlines.outcome(
+            grade,
+            has_slo=live.has_slo,
+            promised=not live.is_declined,
+            cancelled=how == "cancelled",
+            failed=how == "failed",
+        )
+        if how == "finished":
+            self._tracker.lengths.observe(live.slo_class, live.request.num_prompt_tokens, live.num_output_tokens)
+        self.tally.add(live.slo_class, outcome, promised=live.was_promised)
+        if live.was_promised and outcome in {"met", "missed"}:
+            self._safety.add_promise(outcome == "met")
+        first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
+        self._outbox.finished.append(
+            {
+                **_names(live),
+                "outcome": outcome,
+                "promised": live.was_promised,
+                "stages": dict(grade.stages) if grade is not None else {},
+                "ttft_ms": _ms(first - live.arrival_s),
+                "tpot_ms": _ms((last - first) / (count - 1)) if count > 1 else None,
+                "num_prompt_tokens": live.request.num_prompt_tokens,
+                "num_output_tokens": count,
+                "promise_lead_ms": _ms(live.promise_lead_s),
+            }
+        )
+        if live.slo_id is not None or not live.args:
+            return ""  # the HTTP edge says it better; or nobody asked
+        verdict = live.verdict or ("pending" if enforcing else "observe")
+        return f"slo:{verdict}:{live.reason if outcome == 'none' else outcome}"
+
+
+def _names(live: Live) -> dict[str, Any]:
+    return {
+        "slo_id": live.slo_id,
+        "request_id": live.request.request_id,
+        "slo_class": live.slo_class,
+        "tenant": live.tenant,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    """Return milliseconds, None for what is unknown or infinite."""
+    return None if seconds is None or not math.isfinite(seconds) else round(seconds * 1000, 3)
+
+
+def _set_stop_reasons(outputs: Mapping[int, Any], ends: Mapping[str, str]) -> None:
+    """Say verdict and outcome on the final chunk where nothing else is said."""
+    for batch in outputs.values():
+        for output in batch.outputs:
+            text = ends.get(output.request_id)
+            if text and output.finish_reason is not None and output.stop_reason is None:
+                output.stop_reason = text
