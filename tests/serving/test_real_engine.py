@@ -1,0 +1,55 @@
+"""The whole of `slos-serve serve` on a real engine: measured, ready, answering with a promise, and gone when told."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def post(url, body):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with opener.open(request, timeout=120) as response:
+        return dict(response.headers), json.loads(response.read())
+
+
+def test_a_server_without_a_profile_measures_itself_and_then_keeps_promises(tmp_path, free_port):
+    pytest.importorskip("vllm")
+    from slos_serve.bench.model import ensure_demo_model
+
+    profile = tmp_path / "profile.json"
+    command = [sys.executable, "-m", "slos_serve.cli", "serve", str(ensure_demo_model()), "--json"]
+    command += ["--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "demo", "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", "256M"]
+    command += ["--profile", str(profile), "--reprofile"]
+    with (tmp_path / "server.log").open("w") as log:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            line = child.stdout.readline()
+            assert line, (tmp_path / "server.log").read_text()[-4000:]
+            ready = json.loads(line)
+            assert ready["mode"] == "enforce"
+            assert json.loads(profile.read_text())["num_steps"] >= 50
+
+            # Two minutes for a first token can be promised on any machine, however busy.
+            body = {"model": "demo", "max_tokens": 16, "temperature": 0, "slo": {"ttft_ms": 120_000, "tpot_ms": 20_000}}
+            body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+            headers, answer = post(f"{ready['url']}/v1/chat/completions", body)
+            assert "Paris" in answer["choices"][0]["message"]["content"]
+            assert headers["x-slo-verdict"] == "promised"
+        finally:
+            child.send_signal(signal.SIGTERM)
+            try:
+                out, _ = child.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
+    assert out == ""
+    assert child.returncode == 0
+    assert "Traceback" not in Path(log.name).read_text()
