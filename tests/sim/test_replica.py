@@ -396,3 +396,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_noise():
 
     assert document(1) == document(1)
     assert document(1) != document(2)
+
+
+def test_hints_and_history_are_what_lengths_are_first_predicted_from():
+    assert workload(sim("a", 20, 5), hints={"chat": 40.0}).length_model().predict("chat", 20, 1000) < 120
+    assert workload(sim("a", 20, 5)).length_model().predict("chat", 20, 1000) == 1000

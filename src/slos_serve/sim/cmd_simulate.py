@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "serve a trace on a virtual clock and grade it by class"
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
+BAR_AFTER_S, BAR_EVERY_S, BAR_WIDTH = 2.0, 0.2, 40
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +165,7 @@ def simulate(
             max_draft_length=system.max_draft_length,
             plan_clock=time.perf_counter,
             on_step=on_step,
+            on_progress=_progress_bar(workload.num_requests) if sys.stderr.isatty() else None,
         )
         wall_s = time.perf_counter() - start
     entry = result.entry(system=system.name, wall_s=wall_s)
@@ -171,6 +173,24 @@ def simulate(
     entry["settings"] = settings
     entry["known_lengths"] = args.known_lengths
     return entry
+
+
+def _progress_bar(total: int) -> Callable[[int], None]:
+    """Return what draws a bar on standard error, once a run takes longer than two seconds."""
+    start = drawn = time.perf_counter()
+
+    def draw(done: int) -> None:
+        nonlocal drawn
+        now = time.perf_counter()
+        if now - start < BAR_AFTER_S or (now - drawn < BAR_EVERY_S and done < total):
+            return
+        drawn = now
+        filled = done * BAR_WIDTH // total
+        end = "\n" if done == total else ""
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        print(f"\r[{bar}] {done}/{total} requests", end=end, file=sys.stderr, flush=True)
+
+    return draw
 
 
 @contextmanager

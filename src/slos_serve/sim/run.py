@@ -74,11 +74,13 @@ def run_workload(
     plan_clock: Callable[[], float] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     miss_budget: Mapping[str, int] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> RunResult:
     """Serve a workload to its end and check that every request has exactly one outcome.
 
     `miss_budget`: stop as soon as a class has more requests not met than this (its attainment is then
-    known to be too low); what is unfinished or was never issued counts as missed.
+    known to be too low); what is unfinished or was never issued counts as missed. `on_progress` gets the
+    number of requests that have ended, after each.
     """
     kernel = Kernel()
     graded: list[GradedRequest] = []
@@ -86,6 +88,8 @@ def run_workload(
 
     def on_end(sim: SimRequest, grade: GradedRequest) -> None:
         graded.append(grade)
+        if on_progress is not None:
+            on_progress(len(graded))
         if grade.outcome not in ("met", "none", "cancelled"):
             misses[grade.slo_class] += 1
             if miss_budget is not None and misses[grade.slo_class] > miss_budget.get(grade.slo_class, len(graded)):

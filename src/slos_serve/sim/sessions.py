@@ -100,6 +100,7 @@ def tool_sessions(
         duration_s=starts.span_s * stretch,
         following=following,
         num_dropped=sum(len(calls) for calls in drawn) - num_rounds,
+        hints=factory.hints,
         history=[("tool", prompt, output) for calls in recorded for prompt, output, _ in calls],
     )
 

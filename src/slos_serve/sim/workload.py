@@ -31,7 +31,8 @@ class Workload:
     """What is offered in one run.
 
     `duration_s`: length of the offered window. `following[request_id]` is (delay in seconds, next round).
-    `num_dropped` requests were longer than the context and are not offered.
+    `num_dropped` requests were longer than the context and are not offered. `hints`: typical output
+    tokens by class, where the operator gave any.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Workload:
     duration_s: float
     following: Mapping[str, tuple[float, SimRequest]] = field(default_factory=dict)
     history: History = ()
+    hints: Mapping[str, float] = field(default_factory=dict)
     num_dropped: int = 0
 
     def __post_init__(self) -> None:
@@ -72,8 +74,8 @@ class Workload:
         return replace(round_, request=replace(round_.request, arrival_s=now_s + delay_s))
 
     def length_model(self) -> LengthModel:
-        """Return a length model that has seen the history."""
-        model = LengthModel()
+        """Return a length model that knows the hints and has seen the history."""
+        model = LengthModel(self.hints)
         for slo_class, prompt_tokens, output_tokens in self.history:
             model.observe(slo_class, prompt_tokens, output_tokens)
         return model
@@ -86,6 +88,12 @@ class RequestFactory:
         self._config = slo_config
         self._reference_s = reference_s
         self._max_model_len = max_model_len
+
+    @property
+    def hints(self) -> dict[str, float]:
+        """Typical output tokens by class, as the operator wrote them."""
+        classes = self._config.classes.values()
+        return {one.name: float(one.output_tokens_hint) for one in classes if one.output_tokens_hint is not None}
 
     def build(
         self,
@@ -159,5 +167,10 @@ def trace_workload(
     ]
     span_s = kept.span_s if kept.span_s > 0 else 1.0
     return Workload(
-        name=name or kept.source, arrivals=arrivals, duration_s=span_s, num_dropped=dropped, history=history
+        name=name or kept.source,
+        arrivals=arrivals,
+        duration_s=span_s,
+        num_dropped=dropped,
+        history=history,
+        hints=factory.hints,
     )
