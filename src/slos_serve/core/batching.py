@@ -340,9 +340,9 @@ def sustainable(machine, demand, now):  # type: ignore[no-untyped-def]
 def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, log_end):  # type: ignore[no-untyped-def]
     """Run batches until every prefill is done and `until` is past, or a deadline is missed.
 
-    What decodes then must be sustainable. `demand` is a working copy and is changed. Returns (outcome, request that missed, batches, work).
-    `finished_at` receives the time each prefill ends. With room in `log_tokens` (batches, requests) and
-    `log_end` the batches are written down.
+    What decodes then must be sustainable. `demand` is a working copy and is changed. Returns (outcome,
+    request that missed, batches, work). `finished_at` receives the time each prefill ends. With room in
+    `log_tokens` (batches, requests) and `log_end` the batches are written down.
     """
     n = demand.shape[1]
     tokens = np.zeros(n)

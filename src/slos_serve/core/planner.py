@@ -147,7 +147,8 @@ class _Planning:
         tpot = self.tpot[index]
         groups, group = np.unique(np.stack([tpot, by_class.astype(np.float64)]), axis=1, return_inverse=True)
         group = group.reshape(-1)
-        counts = np.bincount(group, weights=np.where(self.is_promised[index], 1.0, 0.5), minlength=groups.shape[1])
+        weights = np.where(self.is_promised[index], 1.0, 0.5)
+        counts: FloatArray = np.bincount(group, weights, groups.shape[1]).astype(np.float64)
         class_of = groups[1].astype(np.int64)
         verify = draft.lengths(
             groups[0], acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,

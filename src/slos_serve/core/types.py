@@ -276,7 +276,14 @@ class Limits:
     work_limit: int = DEFAULT_WORK_LIMIT
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "num_kv_blocks", "work_limit"):
+        for name in (
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "max_model_len",
+            "block_size",
+            "num_kv_blocks",
+            "work_limit",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits.{name} = {getattr(self, name)!r}: expected at least 1")
         if self.max_draft_length < 0 or not (math.isfinite(self.guard_s) and self.guard_s >= 0):
