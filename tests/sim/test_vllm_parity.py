@@ -1,0 +1,60 @@
+"""The vLLM baseline makes the batches that vLLM's own scheduler makes, at the same virtual times."""
+
+import numpy as np
+import pytest
+from tests.sim.worlds import hardware, sim, workload
+
+from slos_serve.core.baselines import VllmPlanner
+from slos_serve.sim.run import run_workload
+
+pytest.importorskip("vllm")
+
+
+class Watched:
+    """A planner that notes its batches."""
+
+    def __init__(self, planner):
+        self.planner = planner
+        self.batches = []
+
+    def plan(self, state):
+        plan = self.planner.plan(state)
+        self.batches.append({entry.request_id: entry.num_tokens for entry in plan.batch.entries})
+        return plan
+
+
+def load_of(seed, count=40, *, rate=8.0, longest=300):
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / rate, count))
+    rows = zip(times, rng.integers(1, longest, count), rng.integers(1, 60, count), strict=True)
+    return workload(*[sim(f"r{i}", int(p), int(o), at_s=float(t)) for i, (t, p, o) in enumerate(rows)])
+
+
+CASES = {
+    "plenty of everything": {},
+    "few seats": {"max_num_seqs": 4},
+    "a small budget": {"max_num_batched_tokens": 48, "max_num_seqs": 16},
+    "little memory": {"kv_tokens": 800, "max_model_len": 400},
+    "little of everything": {"kv_tokens": 640, "max_model_len": 400, "max_num_batched_tokens": 64, "max_num_seqs": 6},
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", CASES)
+def test_the_vllm_baseline_and_vllm_make_the_same_batches_at_the_same_times(tmp_path, case, seed):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from slos_serve.sim.vllm_replica import serve
+
+    hw = hardware(**CASES[case])
+    load = load_of(seed)
+    theirs = serve(load, hw, tmp_path, Scheduler)
+    planner = Watched(VllmPlanner(token_budget=hw.max_num_batched_tokens))
+    ours = run_workload(load, planner, hw)
+    assert planner.batches == theirs.batches
+    first = sorted(times[0] for times in theirs.token_times_s.values())
+    assert first == pytest.approx(sorted(grade.arrival_s + grade.ttft_s for grade in ours.graded))
+    last = sorted(times[-1] for times in theirs.token_times_s.values())
+    assert last == pytest.approx(sorted(grade.finish_s for grade in ours.graded))
+    if case.startswith("little"):
+        assert ours.replica.engine.num_preemptions > 0
