@@ -1,0 +1,308 @@
+"""What every plan must be, whatever the state: executable, deterministic, and fair to what was promised."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import batch_shape, check_plan
+from states import (
+    CONTEXT,
+    MODELS,
+    STEPPED,
+    TPOTS,
+    add_decode,
+    by_name,
+    make_limits,
+    make_request,
+    make_state,
+    random_state,
+    shuffled,
+    states,
+)
+
+from slos_serve.core.perf import PerfModel
+from slos_serve.core.planner import SloPlanner
+from slos_serve.core.types import ReplicaState, RequestTable, Status, Tier
+
+PLANNERS = {"dp": SloPlanner(), "greedy": SloPlanner(admission_name="greedy")}
+planners = st.sampled_from(sorted(PLANNERS)).map(PLANNERS.get)
+examples = settings(max_examples=80, deadline=None)
+
+
+def queue(count, *, seed=0, longest_ttft_s=5.0, now_s=0.0):
+    """Return a table of candidates alone."""
+    rng = np.random.default_rng(seed)
+    table = RequestTable()
+    for i in range(count):
+        table.add(
+            make_request(
+                f"r{i}",
+                arrival_s=now_s,
+                prompt=int(rng.integers(1, 3000)),
+                ttft_s=float(rng.uniform(0.1, longest_ttft_s)),
+                tpot_s=float(rng.choice(TPOTS)),
+                weight=float(rng.choice([1.0, 2.0])),
+            )
+        )
+    return table
+
+
+@examples
+@given(states(), planners)
+def test_an_engine_can_run_every_plan(state, planner):
+    check_plan(state, planner.plan(state))
+
+
+@examples
+@given(states(), planners)
+def test_the_same_state_gives_the_same_plan_and_is_left_alone(state, planner):
+    before = json.dumps(state.to_json())
+    first = by_name(planner.plan(state))
+    assert json.dumps(state.to_json()) == before
+    assert by_name(planner.plan(state)) == first
+    assert by_name(planner.plan(ReplicaState.from_json(before))) == first
+
+
+@examples
+@given(states(), planners, st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_does_not_matter(state, planner, random):
+    order = list(range(len(state.requests)))
+    random.shuffle(order)
+    document = state.to_json() | {"requests": shuffled(state.requests, order).to_json()}
+    other = planner.plan(ReplicaState.from_json(document))
+    plan = planner.plan(state)
+    assert by_name(other) == by_name(plan)
+    assert list(other.batch.request_ids) == list(plan.batch.request_ids)
+
+
+@examples
+@given(states(), planners)
+def test_the_predicted_time_is_that_of_the_batch(state, planner):
+    batch = planner.plan(state).batch
+    shape = batch_shape(state, batch)
+    expected = 0.0
+    if len(batch.request_ids):
+        expected = state.perf_model.seconds(
+            shape["num_tokens"],
+            shape["num_requests"],
+            context_tokens=shape["context_tokens"],
+            draft_steps=shape["draft_steps"],
+            attention_pairs=shape["attention_pairs"],
+        )
+    assert batch.predicted_s == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@examples
+@given(states(seqs=64), planners, st.integers(1, 30), st.integers(0, 10**6))
+def test_best_effort_load_changes_no_verdict_and_no_promised_work(state, planner, count, seed):
+    document = state.to_json()
+    crowded = ReplicaState.from_json(document)
+    table, rng = crowded.requests, np.random.default_rng(seed)
+    free = crowded.num_free_kv_blocks
+    seats = crowded.limits.max_num_seqs - int((table.rows["status"] == Status.RUNNING).sum())
+    for i in range(count):
+        prompt = int(rng.integers(1, 2000))
+        need = -(-prompt // 16) + 1
+        if rng.random() < 0.5 and need < free and seats > 0:
+            add_decode(
+                table, f"b{i}", prompt=prompt, produced=8, ttft_s=None, tpot_s=None, tier=Tier.BEST_EFFORT,
+                now_s=state.now_s,
+            )  # fmt: skip
+            free -= int(table.rows["num_kv_blocks"][-1])
+            seats -= 1
+        else:
+            table.add(make_request(f"b{i}", arrival_s=state.now_s, prompt=prompt))
+    crowded = ReplicaState.from_json(crowded.to_json() | {"num_free_kv_blocks": free})
+    alone, beside = planner.plan(state), planner.plan(crowded)
+    check_plan(crowded, beside)
+    assert by_name(beside)["verdicts"] == by_name(alone)["verdicts"]
+    assert beside.at_risk == alone.at_risk
+    promised = {v.request_id for v in alone.verdicts if v.promised}
+    promised |= {
+        name
+        for i, name in enumerate(state.requests.request_ids)
+        if state.requests.rows["tier"][i] == Tier.PROMISED and not state.requests.rows["missed"][i]
+    } - set(alone.at_risk)
+    share = {name: tokens for name, tokens in by_name(alone)["batch"].items() if name in promised}
+    assert {name: tokens for name, tokens in by_name(beside)["batch"].items() if name in promised} == share
+
+
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+@pytest.mark.parametrize("longest_ttft_s", [0.5, 5.0, 60.0])
+def test_thousands_of_candidates_are_decided_within_the_work_limit(name, longest_ttft_s):
+    state = make_state(queue(3000, longest_ttft_s=longest_ttft_s), limits=make_limits(max_num_seqs=256))
+    plan = PLANNERS[name].plan(state)
+    check_plan(state, plan)
+    assert any(verdict.promised for verdict in plan.verdicts)
+    assert plan.work <= 1.5 * state.limits.work_limit
+
+
+@pytest.mark.parametrize("work_limit", [1, 100, 10_000])
+def test_a_plan_without_time_to_search_is_still_a_plan(work_limit):
+    table = queue(50)
+    for i in range(20):
+        add_decode(table, f"d{i}")
+    state = make_state(table, limits=make_limits(work_limit=work_limit))
+    plan = SloPlanner().plan(state)
+    check_plan(state, plan)
+    assert plan.at_risk == ()
+    assert len(plan.batch.request_ids) > 0
+    # one round over everyone is always granted
+    assert plan.work <= 2 * work_limit + 50 * len(table)
+
+
+def test_an_idle_engine_has_nothing_to_do_and_all_its_headroom():
+    plan = SloPlanner().plan(make_state(RequestTable()))
+    assert (list(plan.batch.request_ids), plan.verdicts, plan.at_risk) == ([], (), ())
+    assert plan.batch.predicted_s == 0.0
+    assert plan.headroom_tokens_per_s == pytest.approx(2048 / STEPPED.seconds(2048), rel=0.01)
+
+
+def test_headroom_falls_with_every_promised_decode():
+    rates = []
+    for count in (0, 1, 20, 60):
+        table = RequestTable()
+        for i in range(count):
+            add_decode(table, f"r{i}")
+        rates.append(SloPlanner().plan(make_state(table)).headroom_tokens_per_s)
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == 4
+
+
+@pytest.mark.parametrize(
+    "bad", [{"admission_name": "best"}, {"batch_fixed_multiple": 0}, {"fill_share": 0}, {"beam_width": 0}]
+)
+def test_an_impossible_option_is_an_error(bad):
+    with pytest.raises(ValueError, match="expected"):
+        SloPlanner(**bad)
+
+
+# -- strange input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, 0.0, float("inf")])
+def test_a_time_that_is_no_time_never_reaches_the_planner(bad):
+    with pytest.raises(ValueError, match="tpot_s"):
+        make_request("a", ttft_s=1.0, tpot_s=bad)
+    if bad not in (-1.0, 0.0):
+        with pytest.raises(ValueError, match="now_s"):
+            make_state(RequestTable(), now_s=bad)
+
+
+def test_a_cost_that_falls_with_size_is_refused():
+    with pytest.raises(ValueError, match="finite coefficients >= 0"):
+        PerfModel.from_terms([{"per_token_s": -1e-5, "fixed_s": 0.01}])
+
+
+def test_a_deadline_in_the_past_is_declined_and_served_all_the_same():
+    table = RequestTable()
+    table.add(make_request("late", arrival_s=0.0, ttft_s=0.5, tpot_s=0.1))
+    plan = SloPlanner().plan(make_state(table, now_s=3.0))
+    assert [(v.promised, v.reason) for v in plan.verdicts] == [(False, "deadline-passed")]
+    assert list(plan.batch.request_ids) == ["late"]
+
+
+def test_a_prompt_that_no_engine_could_prefill_in_time_is_declined_at_once():
+    table = RequestTable()
+    table.add(make_request("long", prompt=6000, ttft_s=0.1, tpot_s=0.1))
+    plan = SloPlanner().plan(make_state(table))
+    assert [(v.promised, v.reason) for v in plan.verdicts] == [(False, "compute")]
+
+
+def test_a_request_larger_than_the_memory_is_declined_for_memory_and_stops_nobody():
+    table = RequestTable()
+    table.add(make_request("big", prompt=5000, ttft_s=5.0, tpot_s=0.1))
+    table.add(make_request("small", prompt=100, ttft_s=1.0, tpot_s=0.1))
+    plan = SloPlanner().plan(make_state(table, limits=make_limits(num_kv_blocks=100)))
+    assert {v.request_id: (v.promised, v.reason) for v in plan.verdicts} == {
+        "big": (False, "memory"),
+        "small": (True, ""),
+    }
+    assert list(plan.batch.request_ids) == ["small"]
+
+
+def test_a_prompt_of_one_token_is_served_like_any_other():
+    table = RequestTable()
+    table.add(make_request("tiny", prompt=1, most=1, ttft_s=0.5, tpot_s=0.1))
+    plan = SloPlanner().plan(make_state(table))
+    assert [v.promised for v in plan.verdicts] == [True]
+    assert plan.batch.num_tokens.tolist() == [1]
+
+
+def test_a_prompt_that_is_all_in_the_cache_still_computes_its_last_token():
+    table = RequestTable()
+    index = table.add(make_request("hit", prompt=512, ttft_s=0.5, tpot_s=0.1))
+    table.rows["num_cached_tokens"][index] = 511
+    plan = SloPlanner().plan(make_state(table))
+    assert plan.batch.num_tokens.tolist() == [1]
+
+
+def test_tiers_a_microsecond_apart_are_planned_like_one():
+    table = RequestTable()
+    for i in range(60):
+        table.add(make_request(f"r{i}", prompt=40, ttft_s=2.0, tpot_s=0.1 + 1e-6 * i))
+    state = make_state(table)
+    plan = SloPlanner().plan(state)
+    check_plan(state, plan)
+    assert sum(v.promised for v in plan.verdicts) == 60
+
+
+def test_paces_slower_than_any_request_lasts_and_faster_than_any_step_are_both_answered():
+    table = RequestTable()
+    table.add(make_request("glacial", ttft_s=1.0, tpot_s=1e6))
+    table.add(make_request("instant", ttft_s=1.0, tpot_s=1e-6))
+    state = make_state(table)
+    plan = SloPlanner().plan(state)
+    check_plan(state, plan)
+    verdicts = {v.request_id: v.promised for v in plan.verdicts}
+    assert verdicts["glacial"] is True
+    assert verdicts.get("instant", False) is False
+
+
+# -- one source, two ways to run it -----------------------------------------------------------------
+
+RECORDED = [
+    {"seed": 1, "num_requests": 12},
+    {"seed": 2, "num_requests": 30, "model": "attention", "blocks": 600},
+    {"seed": 3, "num_requests": 40, "model": "context", "seqs": 16, "budget": 256},
+]
+
+PLAIN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from states import by_name, random_state
+from slos_serve.core.jit import HAS_NUMBA
+from slos_serve.core.perf import batch_seconds
+from slos_serve.core.planner import SloPlanner
+assert not hasattr(batch_seconds, "py_func")
+for options in json.loads(sys.argv[2]):
+    print(json.dumps(by_name(SloPlanner().plan(random_state(**options))), default=str))
+"""
+
+
+def test_compiled_and_plain_python_make_the_same_plans():
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", PLAIN, str(Path(__file__).parent), json.dumps(RECORDED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for options, line in zip(RECORDED, done.stdout.splitlines(), strict=True):
+        compiled = json.loads(json.dumps(by_name(SloPlanner().plan(random_state(**options))), default=str))
+        plain = json.loads(line)
+        for key in ("batch", "preempted", "at_risk", "work"):
+            assert plain[key] == compiled[key]
+        assert sorted(plain["verdicts"]) == sorted(compiled["verdicts"])
+        assert plain["predicted_s"] == pytest.approx(compiled["predicted_s"], rel=1e-12)
+
+
+def test_the_states_drawn_here_hold_every_kind_of_request():
+    rows = np.concatenate([random_state(seed, model=name).requests.rows for seed in range(10) for name in MODELS])
+    assert set(rows["tier"]) == {int(tier) for tier in Tier}
+    assert set(rows["status"]) == {int(status) for status in Status}
+    assert rows["missed"].any()
+    assert CONTEXT.lines != STEPPED.lines
