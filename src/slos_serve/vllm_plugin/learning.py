@@ -149,6 +149,13 @@ class Learner:
             attention_pairs=shape.attention_pairs,
         )
 
+    def margin(self, shape: BatchShape) -> float:
+        """Return the factor that plans put on the expected time of such a batch."""
+        model = self.model
+        if model is None:
+            return 1.0
+        return model.margin_prefill if shape.has_prefill else model.margin_decode
+
     def observe(self, shape: BatchShape, seconds: float, predicted_s: float | None) -> None:
         """Learn from one measured step."""
         self.num_steps += 1

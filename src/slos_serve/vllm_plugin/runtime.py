@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.types import Plan, ReplicaState, Status, Tier
@@ -18,6 +18,7 @@ from slos_serve.vllm_plugin import view
 from slos_serve.vllm_plugin.channel import Publisher, address
 from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.drafting import DraftWatch
+from slos_serve.vllm_plugin.effort import WorkLimit
 from slos_serve.vllm_plugin.faults import Faults
 from slos_serve.vllm_plugin.learning import Learner
 from slos_serve.vllm_plugin.outbox import Outbox
@@ -39,16 +40,20 @@ logger = logging.getLogger("vllm.slos_serve")
 
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
 TICK_S = 0.5
-WORK_LIMIT = 100_000
+BUSY_GAP_S = 0.01  # from one output to the next schedule(): longer, and the engine had nothing to do
 
 
 @dataclass(slots=True)
 class InFlight:
-    """One scheduled batch on its way through the engine. `ends_at_s` is expected, on the wall clock."""
+    """One scheduled batch on its way through the engine. `ends_at_s` is expected, on the wall clock.
+
+    `began`: when its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s`
+    without.
+    """
 
     output: SchedulerOutput
     shape: BatchShape
-    scheduled: float  # perf_counter
+    began: float
     ends_at_s: float
     planned_s: float | None
     predicted_s: float | None
@@ -68,7 +73,8 @@ class SloRuntime:
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
-        self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=WORK_LIMIT)
+        self._work_limit = WorkLimit()
+        self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
         self.tracker = Tracker(scheduler, settings.config, self.clock, is_async=is_async)
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
@@ -88,7 +94,7 @@ class SloRuntime:
         self._state: ReplicaState | None = None
         self._steering: Steering | None = None
         self._phase = ""
-        self._overhead = 0.0
+        self._overhead = self._began = 0.0
         self._num_empty = 0
         self._was_enforcing = False
         self._in_flight: deque[InFlight] = deque()
@@ -151,7 +157,7 @@ class SloRuntime:
 
     def before_schedule(self) -> dict[str, int] | None:
         """Plan the next step; return its caps, None where vLLM's own order is to run."""
-        started = time.perf_counter()
+        started = self._began = time.perf_counter()
         self._steering = self._state = self.last_plan = None
         self._phase = "sync"
         caps = None
@@ -187,7 +193,9 @@ class SloRuntime:
         while self._in_flight:
             entry = self._in_flight.popleft()
             if entry.output is output:
-                self._done = (entry, now - max(entry.scheduled, self._last_update))
+                # A busy engine's step lasts from one output to the next, scheduling included.
+                busy = entry.began - self._last_update < BUSY_GAP_S
+                self._done = (entry, now - (self._last_update if busy else entry.began))
                 break
         self._last_update = now
 
@@ -250,9 +258,12 @@ class SloRuntime:
         took = time.perf_counter() - started
         self.plan_times.add(took)
         self.outbox.plan_s.append(round(took, 7))
+        if self._work_limit.observe(plan.work, took):
+            self.limits = replace(self.limits, work_limit=self._work_limit.value)
         self._phase = "apply"
         if plan.verdicts:
             self.promises.apply(plan, now, enforcing=enforcing)
+            self.outbox.flush(now, is_idle=False)  # before the step: its first tokens must not overtake them
         steering = self._steer(plan) if enforcing else None
         self.last_plan = plan
         self.safety.add_plan(faulty=False)
@@ -299,7 +310,6 @@ class SloRuntime:
         predicted = self.learner.predict(shape)
         if self._steering is not None:
             self._compare(output, self._steering)
-        plan = self.last_plan
         begins = self.clock.now()
         if self._in_flight:
             begins = max(begins, self._in_flight[-1].ends_at_s)
@@ -308,9 +318,9 @@ class SloRuntime:
             InFlight(
                 output=output,
                 shape=shape,
-                scheduled=finished,
+                began=self._began,
                 ends_at_s=begins + (predicted or 0.0),
-                planned_s=plan.batch.predicted_s if plan is not None else None,
+                planned_s=None if predicted is None else predicted * self.learner.margin(shape),
                 predicted_s=predicted,
                 overhead_s=self._overhead + finished - started,
             )
