@@ -207,3 +207,18 @@ def test_the_next_draft_length_is_what_the_longest_class_verifies() -> None:
     assert watch.next_length == 2
     watch.note_plan({"chat": 0})
     assert watch.next_length == 0
+
+
+def test_the_work_limit_follows_the_price_of_work() -> None:
+    from slos_serve.vllm_plugin.effort import LEAST, START, WorkLimit
+
+    limit = WorkLimit()
+    assert not any(limit.observe(1999, 1.0) for _ in range(100))
+    assert not any(limit.observe(40_000, 0.0021) for _ in range(100))
+    assert limit.value == START
+    moves = sum(limit.observe(40_000, 0.008) for _ in range(300))
+    assert 8_000 < limit.value < 13_000
+    assert moves < 10
+    for _ in range(300):
+        limit.observe(10_000, 1.0)
+    assert limit.value == LEAST

@@ -270,3 +270,19 @@ def test_without_slo_traffic_an_enforcing_scheduler_is_stock_vllm(build, tmp_pat
     ours.scheduler.add_request(make_request("r", args={"slo_ttft_ms": 5000}))
     ours.run()
     assert ours.scheduler.slo.planner.plans
+
+
+def test_a_share_of_nothing_blocks_nobody_behind_it(build) -> None:
+    class FirstGetsNothing:
+        def plan(self, state):
+            ids = list(state.requests.request_ids)
+            counts = np.full(len(ids), 8)
+            counts[0] = 0
+            return Plan(batch=BatchPlan(request_ids=ids, num_tokens=counts, draft_lengths=np.zeros(len(ids), np.int64)))
+
+    scheduler = build(FirstGetsNothing())
+    for i in range(3):
+        scheduler.add_request(make_request(f"r{i}"))
+    assert scheduler.schedule().num_scheduled_tokens == {"r1": 8, "r2": 8}
+    assert [r.request_id for r in scheduler.waiting] == ["r0"]
+    assert not scheduler.slo.divergences

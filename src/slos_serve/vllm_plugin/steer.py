@@ -62,22 +62,26 @@ class Steering:
         next_draft_length: int | None = None,
     ) -> None:
         self.scheduler = scheduler
-        tokens, drafts = plan.num_tokens.tolist(), plan.draft_lengths.tolist()
-        if not len(plan.request_ids) == len(tokens) == len(drafts):
-            raise PlanError(f"plan of {len(plan.request_ids)} ids, {len(tokens)} sizes, {len(drafts)} draft lengths")
-        if tokens and (min(tokens) < 0 or min(drafts) < 0):
-            raise PlanError("plan with a negative share")
-        self.expected: dict[str, int] = dict(zip(plan.request_ids, tokens, strict=True))
+        ids, tokens, drafts = plan.request_ids, plan.num_tokens.tolist(), plan.draft_lengths.tolist()
+        if not len(ids) == len(tokens) == len(drafts):
+            raise PlanError(f"plan of {len(ids)} ids, {len(tokens)} sizes, {len(drafts)} draft lengths")
+        if tokens and (min(tokens) < 1 or min(drafts) < 0):
+            if min(tokens) < 0 or min(drafts) < 0:
+                raise PlanError("plan with a negative share")
+            # vLLM stops admitting at a share of 0: what gets nothing is not offered
+            some = [i for i, count in enumerate(tokens) if count]
+            ids, tokens, drafts = [ids[i] for i in some], [tokens[i] for i in some], [drafts[i] for i in some]
+        self.expected: dict[str, int] = dict(zip(ids, tokens, strict=True))
         if len(self.expected) != len(tokens):
             raise PlanError("plan names a request twice")
         if any(drafts):
-            self.caps = {i: n + d for i, n, d in zip(plan.request_ids, tokens, drafts, strict=True)}
+            self.caps = {i: n + d for i, n, d in zip(ids, tokens, drafts, strict=True)}
         else:
             self.caps = self.expected.copy() if stock else self.expected
         requests = scheduler.requests
         try:
             self.preempted: list[Request] = [requests[i] for i in plan.preempted]
-            planned: list[Request] = [requests[i] for i in plan.request_ids]
+            planned: list[Request] = [requests[i] for i in ids]
         except KeyError as error:
             raise PlanError(f"plan names {error}, which is not live") from None
         out = {r.request_id for r in self.preempted}
