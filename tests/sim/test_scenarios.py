@@ -148,3 +148,12 @@ def test_unknown_parts_seeds_and_scenarios_are_refused(data):
         offer(data, seed=-1)
     with pytest.raises(ConfigError, match="chatbot"):
         find_scenario("poetry")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_quick_look_takes_the_first_requests_at_the_same_rate(data, name):
+    scenario = find_scenario(name)
+    full, quick = scenario.offer(offer(data)), scenario.offer(offer(data, max_requests=40))
+    assert quick.num_requests == pytest.approx(40, abs=4)
+    assert quick.rate_rps == pytest.approx(4.0)
+    assert lengths(quick)[: len(quick.arrivals)] == lengths(full)[: len(quick.arrivals)]

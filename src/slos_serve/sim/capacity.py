@@ -58,6 +58,7 @@ class Task:
     guess_rps: float = 1.0
     acceptance: float = 0.7
     known_lengths: bool = False
+    max_requests: int | None = None
 
     def run(self, rate_rps: float) -> dict[float, bool]:
         """Simulate every seed at `rate_rps` per GPU and return which targets they pass together."""
@@ -70,6 +71,7 @@ class Task:
                 rate_rps=rate_rps * hardware.num_gpus,
                 part=self.part,
                 seed=seed,
+                max_requests=self.max_requests,
             )
             for seed in self.seeds
         ]

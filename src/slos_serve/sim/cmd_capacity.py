@@ -26,6 +26,7 @@ OURS, OURS_AR = "slos-serve", "slos-serve-ar"
 RATIOS = ("ratio", "ratio_spec", "ratio_ar")
 QUICK_SEEDS, FULL_SEEDS = 1, 10
 QUICK_TOLERANCE, FULL_TOLERANCE = 0.08, 0.03
+QUICK_REQUESTS, TUNE_REQUESTS = 300, 600
 SCALE = {0.90: "capacity_rps", 0.95: "capacity_95_rps", 0.99: "capacity_99_rps"}
 
 
@@ -43,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replicas", metavar="N", type=int, default=1, help="number of replicas (1)")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of public trace files")
-    parser.add_argument("--quick", action="store_true", help="one window, coarse search, default settings only")
+    parser.add_argument("--quick", action="store_true", help="one short window, coarse search, default settings only")
     parser.add_argument("--seeds", metavar="N", type=int, help="windows per scenario (10, with --quick 1)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
@@ -79,17 +80,18 @@ class Study:
             "acceptance": self.acceptance,
             "known_lengths": self.known_lengths,
             "targets": (0.90,) if self.is_quick else TARGETS,
+            "max_requests": QUICK_REQUESTS if self.is_quick else None,
         }
         return Task(**{**values, **changes})
 
     def tuning(self, hardware: str, scenario: str, system: str) -> list[Task]:
         """Return one task for each setting to try, on the tuning windows."""
-        grid = find_system(system).grid
         if self.is_quick:
-            grid = grid[:1] if len(grid) == 1 else (find_system(system).default,)
+            return [self.task(hardware, scenario, system, part="tune")]
+        changes = {"part": "tune", "seeds": (0, 1), "max_requests": TUNE_REQUESTS, "targets": (0.90,)}
         return [
-            self.task(hardware, scenario, system, part="tune", seeds=(0, 1), settings=tuple(settings.items()))
-            for settings in grid
+            self.task(hardware, scenario, system, settings=tuple(settings.items()), **changes)
+            for settings in find_system(system).grid
         ]
 
 
@@ -140,7 +142,7 @@ def measure(study: Study, hardware: str, pool: Executor) -> dict[str, Any]:
         cells, pool.map(tune, [study.tuning(hardware, *cell) for cell in cells]), strict=True
     ):
         _progress(f"{hardware} {scenario} {system}: {dict(task.settings)} tuned at {capacity:.2f} requests/s")
-        tuned.append(replace(task, part="report", guess_rps=capacity or 1.0))
+        tuned.append(study.task(hardware, scenario, system, settings=task.settings, guess_rps=capacity or 1.0))
     tasks = [replace(task, seeds=(seed,)) for task in tuned for seed in range(study.num_seeds)]
     answers = iter(pool.map(solve, tasks))
     measured: dict[str, dict[str, Measured]] = {}

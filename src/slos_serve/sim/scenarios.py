@@ -61,13 +61,17 @@ HISTORY_END_S = 900.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Which run of a scenario: folder of files, hardware, rate (requests per second, None: as recorded), part, seed."""
+    """Which run of a scenario: folder of files, hardware, rate (requests per second, None: as recorded), part, seed.
+
+    `max_requests` cuts the window short, for a quick look.
+    """
 
     data: Path
     hardware: Hardware
     rate_rps: float | None
     part: str = "report"
     seed: int = 0
+    max_requests: int | None = None
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -163,6 +167,7 @@ def _window(path: str, slo_class: str, windows: dict[str, tuple[float, ...]]) ->
             max_model_len=longest,
             default_class=slo_class,
             rate_rps=offer.rate_rps,
+            max_requests=offer.max_requests,
             history=history_of(trace, slo_class, start_s, longest),
         )
 
@@ -189,6 +194,7 @@ def _summarization(offer: Offer, factory: RequestFactory, longest: int) -> Workl
         max_model_len=longest,
         default_class="summarization",
         rate_rps=offer.rate_rps,
+        max_requests=offer.max_requests,
         history=history,
     )
 
@@ -212,6 +218,7 @@ def _mixed(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
         max_model_len=longest,
         default_class="chat",
         rate_rps=offer.rate_rps,
+        max_requests=offer.max_requests,
         history=[
             *history_of(conv, "chat", start_s + CONV_LEAD_S, longest),
             *history_of(code, "coding", start_s, longest),
@@ -235,6 +242,7 @@ def _reasoning(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
         max_model_len=longest,
         default_class="reasoning",
         rate_rps=offer.rate_rps,
+        max_requests=offer.max_requests,
         history=rows_of(lengths.select(others), "reasoning"),
     )
 
@@ -248,6 +256,7 @@ def _tools(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
         factory,
         max_model_len=longest,
         rate_rps=offer.rate_rps,
+        max_requests=offer.max_requests,
         rng=offer.rng(),
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.sim.workload import RequestFactory, Workload
+from slos_serve.sim.workload import RequestFactory, Workload, first_of
 
 if TYPE_CHECKING:
     from slos_serve.sim.records import SimRequest
@@ -63,13 +63,16 @@ def tool_sessions(
     *,
     max_model_len: int,
     rate_rps: float | None,
+    max_requests: int | None,
     rng: np.random.Generator,
 ) -> Workload:
-    """Start one drawn session at each arrival of `starts`; `rate_rps` counts every round.
+    """Start one drawn session at each arrival of `starts`; `rate_rps` and `max_requests` count every round.
 
     A session ends before the first round that does not fit the context; such rounds are dropped.
     """
     recorded = read_sessions(sessions_path)
+    rounds_each = sum(map(len, recorded)) / len(recorded)
+    starts = first_of(starts, None if max_requests is None else max(1, round(max_requests / rounds_each)))
     tool_times_s = read_tool_times_s(tool_times_path)
     drawn = [_redraw(recorded[int(rng.integers(len(recorded)))], rng) for _ in range(len(starts))]
     kept = [_that_fit(calls, max_model_len) for calls in drawn]

@@ -128,6 +128,14 @@ class RequestFactory:
         )
 
 
+def first_of(trace: Trace, max_requests: int | None) -> Trace:
+    """Return the first rows of a trace, spread over the time until the row after them."""
+    if max_requests is None or len(trace) <= max_requests:
+        return trace
+    span_s = float(trace.arrived_at_s[max_requests])
+    return replace(trace.select(slice(max_requests)), span_s=span_s)
+
+
 def trace_workload(
     trace: Trace,
     factory: RequestFactory,
@@ -135,14 +143,17 @@ def trace_workload(
     max_model_len: int,
     default_class: str,
     rate_rps: float | None = None,
+    max_requests: int | None = None,
     name: str | None = None,
     history: History = (),
 ) -> Workload:
     """Offer every row of a trace that fits the context, at its own times or stretched to `rate_rps`.
 
     A row's `slo_class` counts where the trace has one, else `default_class`. Prefix hits are the trace's.
+    `max_requests`: only so many from the start, over the time until the next one.
     """
     kept, dropped = trace.limited_to(max_model_len)
+    kept = first_of(kept, max_requests)
     if rate_rps is not None:
         kept = kept.at_rate(rate_rps)
     columns = (
