@@ -1,4 +1,4 @@
-"""Make the helpers beside these tests importable: `oracles` and `states`."""
+"""Make the helpers beside these tests importable: `oracles`, `referee` and `states`."""
 
 import sys
 from pathlib import Path

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import batch_shape, check_plan
+from referee import batch_shape, check_plan
 from states import (
     CONTEXT,
     MODELS,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracles import Referee
+from referee import Referee
 from states import (
     ATTENTION,
     CONTEXT,
