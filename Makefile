@@ -7,6 +7,7 @@ PYTHON ?=
 VENV ?= .venv
 MODEL ?=
 ARGS ?=
+BENCHMARKS ?= benchmarks/step_overhead.py
 BIN := $(VENV)/bin
 INSTALL := @VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/install
 
@@ -21,7 +22,7 @@ demo: ## vLLM against vLLM with slos-serve, same load, same machine: report in d
 serve: ## OpenAI-compatible server on port 8000 (MODEL=... for your own, ARGS for more flags)
 	$(INSTALL) cpu bench
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python -m slos_serve.bench.model) && \
-	    exec $(BIN)/slos-serve serve "$$model" $(ARGS)
+	    exec $(BIN)/slos-serve serve "$$model" --enforce-eager $(ARGS)
 
 test: ## the whole test suite, real engine included
 	$(INSTALL) cpu bench dev
@@ -36,7 +37,7 @@ check: ## formatting, lint, types, import rules
 
 bench: ## the benchmarks in benchmarks/, each against a rival in the same run
 	$(INSTALL) cpu bench
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev
