@@ -172,10 +172,10 @@ class SloRuntime:
         self._overhead = time.perf_counter() - started
         return caps
 
-    def end_steering(self) -> None:
+    def end_steering(self, *, throttled: bool) -> None:
         """Restore vLLM's queues after a steered `schedule()`."""
         if self._steering is not None:
-            self._steering.finish()
+            self._steering.finish(throttled=throttled)
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         """Note what was really scheduled."""

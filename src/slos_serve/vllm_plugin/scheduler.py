@@ -42,18 +42,18 @@ class SloMixin:
             return cap
         return num_new_tokens if num_new_tokens > 0 else 0  # noqa: FURB136 - max() costs a call
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Run vLLM's `schedule()`, steered where there is a plan to carry out."""
         slo = self.slo
         self._slo_caps = slo.before_schedule()
         if self._slo_caps is None:
-            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            output = super().schedule(throttle_prefills)  # type: ignore[misc]
         else:
             try:
-                output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+                output = super().schedule(throttle_prefills)  # type: ignore[misc]
             finally:
                 self._slo_caps = None
-                slo.end_steering()
+                slo.end_steering(throttled=throttle_prefills)
         slo.after_schedule(output)
         return output
 

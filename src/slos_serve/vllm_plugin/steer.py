@@ -126,6 +126,7 @@ class Steering:
             scheduler.running = [r for r in scheduler.running if r not in gone]
             for request in self.preempted:
                 scheduler._preempt_request(request, now)
+        self._was_bound = scheduler.prefill_capacity_bound
         self._running: list[Request] = scheduler.running
         self._waiting, self._skipped = scheduler.waiting, scheduler.skipped_waiting
         self._policy, self._draft_lookup = scheduler.policy, scheduler.dynamic_sd_lookup
@@ -137,8 +138,11 @@ class Steering:
             length = scheduler.num_spec_tokens if self.next_draft_length is None else self.next_draft_length
             scheduler.dynamic_sd_lookup = DraftLookup(min(length, scheduler.num_spec_tokens))
 
-    def finish(self) -> None:
-        """Restore queues, order and policy around what `schedule()` did."""
+    def finish(self, *, throttled: bool = False) -> None:
+        """Restore queues, order and policy around what `schedule()` did.
+
+        `throttled`: the step was to defer prefills, which vLLM does for data-parallel balance.
+        """
         scheduler = self.scheduler
         queue, aside = scheduler.waiting, list(scheduler.skipped_waiting)
         scheduler.waiting, scheduler.skipped_waiting = self._waiting, self._skipped
@@ -156,6 +160,8 @@ class Steering:
             self._take_out(admitted, aside)
         for request in reversed(evicted):
             scheduler.waiting.prepend_request(request)
+        if not throttled or self._was_bound:  # else vLLM has left its mark alone
+            scheduler.prefill_capacity_bound = bool(scheduler.waiting)
 
     def _take_out(self, admitted: Sequence[Request], aside: Sequence[Request]) -> None:
         scheduler = self.scheduler

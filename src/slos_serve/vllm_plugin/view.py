@@ -49,6 +49,7 @@ ATTRIBUTES = (
     "max_model_len",
     "num_spec_tokens",
     "dynamic_sd_lookup",
+    "prefill_capacity_bound",
     "kv_cache_manager",
     "block_size",
     "connector",
