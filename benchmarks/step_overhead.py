@@ -1,8 +1,12 @@
 """What the plug-in adds to an engine step: thread CPU time beside vLLM's own scheduler, model excluded.
 
 Three engines with a mock model run in turns, step by step: vLLM's scheduler, ours observing, ours
-enforcing. Each holds the same number of running decodes with promises; now and then one finishes and a
-new prompt arrives, so that there is something to plan. A step counts `schedule()` + `update_from_output()`.
+enforcing. A step counts `schedule()` + `update_from_output()`. Time is virtual (each step lasts what the
+performance model says), so that every run makes the same batches on any machine.
+
+- steady: as many decodes as seats, more requests waiting; all three engines run the same batches, which is
+  asserted, so that the difference is the plug-in;
+- churn: requests finish and arrive all the time; what the plug-in adds is timed inside it.
 
     python benchmarks/step_overhead.py --sizes 64 256 1024 --steps 300 --json out.json
 """
@@ -14,6 +18,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +33,34 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.vllm_plugin.scheduler import SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 
-# An engine whose steps at 1,024 decodes take 30 ms, so that promises of 100 ms a token can be kept.
-PERF = PerfModel.from_terms([{"per_token_s": 20e-6, "per_context_token_s": 1e-8, "fixed_s": 8e-3}])
-ARGS = ({"slo_class": "chat"}, {"slo_ttft_ms": 2000, "slo_tpot_ms": 60}, {"slo_class": "reasoning"}, None)
+# Steps at 1,024 decodes take 30 ms, so that promises of 50 and 100 ms a token can be kept.
+PERF = PerfModel.from_terms([{"per_token_s": 20e-6, "per_context_token_s": 1e-9, "fixed_s": 8e-3}])
+ARGS = ({"slo_class": "chat"}, {"slo_ttft_ms": 60_000, "slo_tpot_ms": 60}, {"slo_class": "reasoning"}, None)
+WAITING = 4
 
 
 class Timed(Engine):
-    """An engine that keeps the CPU time of each step without the mock model's."""
+    """An engine that keeps the CPU time of each step without the mock model's, and runs on virtual time."""
 
-    def __init__(self, scheduler: Any, size: int) -> None:
+    def __init__(self, scheduler: Any, size: int, max_tokens: tuple[int, int]) -> None:
         super().__init__(scheduler)
         self.size = size
+        self.max_tokens = max_tokens
+        self.now = 1e9
         self.rng = np.random.default_rng(0)
         self.times: list[float] = []
-        self.plugin: list[float] = []
         self.num_made = 0
-        self.batch_digest = 0
 
-    def refill(self, waiting: int) -> None:
-        """Keep `size` requests and `waiting` more alive."""
-        while len(self.scheduler.requests) < self.size + waiting:
+    def refill(self) -> None:
+        """Keep `size` requests and a few more alive."""
+        while len(self.scheduler.requests) < self.size + WAITING:
             self.num_made += 1
-            args = ARGS[self.num_made % len(ARGS)]
             request = make_request(
                 f"r{self.num_made}",
                 prompt_tokens=int(self.rng.integers(100, 900)),
-                max_tokens=int(self.rng.integers(200, 1200)),
-                args=args,
+                max_tokens=int(self.rng.integers(*self.max_tokens)),
+                args=ARGS[self.num_made % len(ARGS)],
+                arrival_s=self.now,
             )
             self.scheduler.add_request(request)
 
@@ -64,66 +70,111 @@ class Timed(Engine):
         output = self.scheduler.schedule()
         scheduled = time.thread_time()
         result = self.execute(output)
+        self.now += PERF.seconds(max(1, output.total_num_scheduled_tokens))
         resumed = time.thread_time()
         self.scheduler.update_from_output(output, result)
         self.times.append(scheduled - started + time.thread_time() - resumed)
-        self.batch_digest = hash((self.batch_digest, len(output.num_scheduled_tokens)))
+        self.batches.append(dict(output.num_scheduled_tokens))
 
 
-def measure(root: Path, size: int, steps: int, warm: int, waiting: int) -> dict[str, Any]:
-    """Run the three engines in turns at one size; returns microseconds."""
+def settle(scheduler: Any, engine: Timed) -> None:
+    """Give the plug-in the model and virtual time, and keep its thread out of the measurement."""
+    slo = scheduler.slo
+    slo.learner.poll()
+    slo._stop.set()
+    slo._thread.join()
+    slo.clock._read = lambda: engine.now
+    slo.clock._last = 0.0
+    learn = slo._learn
+    slo._learn = lambda entry, _, overhead, now: learn(entry, entry.predicted_s, overhead, now)
+
+
+def timed(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
+    """Wrap a call so that its CPU time is added to the last entry of `into`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            into[-1] += time.thread_time() - started
+
+    return call
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Return median and 99 % quantile in microseconds."""
+    p50, p99 = np.quantile(np.array(seconds) * 1e6, [0.5, 0.99]).tolist()
+    return {"p50": p50, "p99": p99}
+
+
+def measure(root: Path, size: int, steps: int, *, churn: bool) -> dict[str, Any]:
+    """Run the three engines in turns at one size; microseconds."""
     profile = str(write_profile(root / "profile.json", PERF))
     options = {
         "max_num_seqs": size,
         "max_num_batched_tokens": 8192,
-        "num_blocks": 200 * size + 2000,
-        "max_model_len": 4096,
+        "num_blocks": 300 * size + 2000,
+        "max_model_len": 8192,
     }
-    off = {"profile": profile, "safety": {"is_enabled": False}}
+    slo = {"profile": profile, "safety": {"is_enabled": False}}
     schedulers = {
         "stock": make_scheduler(root, cls=Scheduler, **options),
-        "observe": make_scheduler(root, cls=SloScheduler, slo={"mode": "observe", **off}, **options),
-        "enforce": make_scheduler(root, cls=SloScheduler, slo={"mode": "enforce", **off}, **options),
+        "observe": make_scheduler(root, cls=SloScheduler, slo={"mode": "observe", **slo}, **options),
+        "enforce": make_scheduler(root, cls=SloScheduler, slo={"mode": "enforce", **slo}, **options),
     }
-    engines = {name: Timed(scheduler, size) for name, scheduler in schedulers.items()}
-    for scheduler in list(schedulers.values())[1:]:
-        scheduler.slo.learner.poll()
-        scheduler.slo._stop.set()  # measure the step alone
-        scheduler.slo._thread.join()
-    for step in range(warm + steps):
-        for engine in engines.values():
-            engine.refill(waiting)
-            if step == warm:
+    lengths = (100, 600) if churn else (4000, 4001)
+    engines = {name: Timed(scheduler, size, lengths) for name, scheduler in schedulers.items()}
+    inside: dict[str, list[float]] = {"observe": [], "enforce": []}
+    plans: dict[str, list[float]] = {"observe": [], "enforce": []}
+    for name in inside:
+        settle(schedulers[name], engines[name])
+        runtime = schedulers[name].slo
+        for method in ("before_schedule", "end_steering", "after_schedule", "before_update", "after_update"):
+            setattr(runtime, method, timed(getattr(runtime, method), inside[name]))
+        runtime.planner.plan = timed(runtime.planner.plan, plans[name])
+    fill = 1000 * size // 8192 + 40
+    for step in range(fill + steps):
+        for name, engine in engines.items():
+            engine.refill()
+            if name in inside:
+                inside[name].append(0.0)
+                plans[name].append(0.0)
+            if step == fill:
                 engine.times.clear()
+                engine.batches.clear()
             engine.timed_step()
-    row: dict[str, Any] = {"size": size, "waiting": waiting, "steps": steps}
+    row: dict[str, Any] = {"size": size, "waiting": WAITING, "steps": steps, "churn": churn}
     for name, engine in engines.items():
-        times = np.array(engine.times) * 1e6
-        row[name] = {"p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99))}
-        row[name]["mean_batch"] = float(np.mean([len(engine.scheduler.running)]))
-    for name in ("observe", "enforce"):
-        slo = schedulers[name].slo
-        row[name]["added_p50"] = row[name]["p50"] - row["stock"]["p50"]
-        row[name]["added_p99"] = row[name]["p99"] - row["stock"]["p99"]
-        row[name]["plan"] = {key: value * 1e6 for key, value in slo.plan_times.quantiles().items()}
-        row[name]["faults"] = dict(slo.faults.counts)
-        row[name]["divergences"] = dict(slo.divergences)
-        slo.shutdown()
+        row[name] = quantiles(engine.times)
+        row[name]["mean_batch"] = float(np.mean([len(batch) for batch in engine.batches]))
+        if not churn:
+            shares = [sorted(batch.values()) for batch in engine.batches]
+            assert shares == [[1] * size] * steps, f"{name}: not the batches of stock vLLM"
+    for name in inside:
+        runtime = schedulers[name].slo
+        assert not runtime.faults.counts, runtime.faults.counts
+        row[name]["added"] = row[name]["p50"] - row["stock"]["p50"]
+        row[name]["inside"] = quantiles(inside[name][fill:])
+        row[name]["plan"] = quantiles(plans[name][fill:])
+        row[name]["divergences"] = dict(runtime.divergences)
+        runtime.shutdown()
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as text, microseconds of thread CPU time."""
-    added = "observe added p50/p99   enforce added p50/p99"
-    lines = [f"running  waiting   stock p50/p99      {added}   planner wall p50/p99"]
+    """Return the results as text."""
+    lines = [
+        "microseconds of thread CPU time    added by observing: median, inside p50/p99, planner p50/p99    by enforcing"
+    ]
     for row in rows:
-        stock, observe, enforce = row["stock"], row["observe"], row["enforce"]
-        lines.append(
-            f"{row['size']:7d}  {row['waiting']:7d}  {stock['p50']:8.0f}/{stock['p99']:6.0f}"
-            f"  {observe['added_p50']:12.0f}/{observe['added_p99']:6.0f}"
-            f"  {enforce['added_p50']:16.0f}/{enforce['added_p99']:6.0f}"
-            f"  {enforce['plan']['p50']:14.0f}/{enforce['plan']['p99']:6.0f}"
-        )
+        text = f"{'churn ' if row['churn'] else 'steady'} {row['size']:5d}  stock {row['stock']['p50']:7.0f}"
+        for name in ("observe", "enforce"):
+            one = row[name]
+            added = "      -" if row["churn"] else f"{one['added']:7.0f}"
+            text += f"   {name} {added}  {one['inside']['p50']:6.0f}/{one['inside']['p99']:6.0f}"
+            text += f"  {one['plan']['p50']:6.0f}/{one['plan']['p99']:6.0f}"
+        lines.append(text)
     return "\n".join(lines)
 
 
@@ -131,15 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--warm", type=int, default=100)
-    parser.add_argument("--waiting", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory(prefix="slos-serve-bench-") as folder:
-        rows = [measure(Path(folder), size, args.steps, args.warm, args.waiting) for size in args.sizes]
+        for churn in (False, True):
+            rows += [measure(Path(folder), size, args.steps, churn=churn) for size in args.sizes]
     print(table(rows))
-    for row in rows:
-        assert not row["enforce"]["faults"], row["enforce"]["faults"]
     if args.json:
         args.json.write_text(json.dumps({"unit": "microseconds of thread CPU time", "rows": rows}, indent=1))
 
