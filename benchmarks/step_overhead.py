@@ -127,17 +127,17 @@ def measure(root: Path, size: int, steps: int, *, churn: bool) -> dict[str, Any]
     engines = {name: Timed(scheduler, size, lengths) for name, scheduler in schedulers.items()}
     inside: dict[str, list[float]] = {"observe": [], "enforce": []}
     plans: dict[str, list[float]] = {"observe": [], "enforce": []}
-    for name in inside:
+    for name, spent in inside.items():
         settle(schedulers[name], engines[name])
         runtime = schedulers[name].slo
         for method in ("before_schedule", "end_steering", "after_schedule", "before_update", "after_update"):
-            setattr(runtime, method, timed(getattr(runtime, method), inside[name]))
+            setattr(runtime, method, timed(getattr(runtime, method), spent))
         runtime.planner.plan = timed(runtime.planner.plan, plans[name])
     fill = 1000 * size // 8192 + 40
     for step in range(fill + steps):
         for name, engine in engines.items():
             engine.refill()
-            if name in inside:
+            if name in plans:
                 inside[name].append(0.0)
                 plans[name].append(0.0)
             if step == fill:
@@ -151,11 +151,11 @@ def measure(root: Path, size: int, steps: int, *, churn: bool) -> dict[str, Any]
         if not churn:
             shares = [sorted(batch.values()) for batch in engine.batches]
             assert shares == [[1] * size] * steps, f"{name}: not the batches of stock vLLM"
-    for name in inside:
+    for name, spent in inside.items():
         runtime = schedulers[name].slo
         assert not runtime.faults.counts, runtime.faults.counts
         row[name]["added"] = row[name]["p50"] - row["stock"]["p50"]
-        row[name]["inside"] = quantiles(inside[name][fill:])
+        row[name]["inside"] = quantiles(spent[fill:])
         row[name]["plan"] = quantiles(plans[name][fill:])
         row[name]["divergences"] = dict(runtime.divergences)
         runtime.shutdown()
