@@ -216,7 +216,11 @@ class Tracker:
         )
 
     def _max_output_tokens(self, request: Request) -> int:
-        return min(int(request.max_tokens), int(self.scheduler.max_model_len) - int(request.num_prompt_tokens))
+        """Return the client's limit. A benchmark whose `max_tokens` is the true length says a class's limit instead."""
+        extra = (request.sampling_params.extra_args if request.sampling_params is not None else None) or {}
+        hidden = extra.get("hidden_max_tokens")
+        limit = max(int(request.max_tokens), hidden if isinstance(hidden, int) else 0)
+        return min(limit, int(self.scheduler.max_model_len) - int(request.num_prompt_tokens))
 
     def _predict(self, live: Live, produced: int) -> float:
         request = live.request
