@@ -118,7 +118,9 @@ def test_bare_use_observes_learns_from_live_steps_and_says_so(tmp_path) -> None:
             )
         engine.run()
         assert scheduler.slo.num_steps > FIT_STEPS
-        scheduler.slo.learner.poll()
+        deadline = time.monotonic() + 60
+        while not scheduler.slo.learner.has_model and time.monotonic() < deadline:
+            time.sleep(0.1)  # it is fitted on another thread
         scheduler.add_request(make_request("after", args={"slo_class": "chat"}))
         engine.run()
         snapshot = scheduler.slo.snapshot()

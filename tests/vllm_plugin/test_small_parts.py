@@ -209,16 +209,34 @@ def test_the_next_draft_length_is_what_the_longest_class_verifies() -> None:
     assert watch.next_length == 0
 
 
-def test_the_work_limit_follows_the_price_of_work() -> None:
-    from slos_serve.vllm_plugin.effort import LEAST, START, WorkLimit
+def test_planning_saves_up_for_bursts_and_is_held_to_its_share() -> None:
+    from slos_serve.vllm_plugin.effort import LEAST, MOST_S, SHARE, WorkLimit
 
     limit = WorkLimit()
-    assert not any(limit.observe(1999, 1.0) for _ in range(100))
-    assert not any(limit.observe(40_000, 0.0021) for _ in range(100))
-    assert limit.value == START
-    moves = sum(limit.observe(40_000, 0.008) for _ in range(300))
-    assert 8_000 < limit.value < 13_000
-    assert moves < 10
-    for _ in range(300):
-        limit.observe(10_000, 1.0)
+    burst = limit.value
+    assert burst == round(MOST_S / 50e-9)
+    limit.spend(burst, MOST_S)
     assert limit.value == LEAST
+    for _ in range(100):  # cheap plans: what is earned is kept
+        limit.earn(0.02)
+        limit.spend(0, 0.0001)
+    assert limit.value == pytest.approx(burst, rel=0.01)
+    spent = 0.0
+    for _ in range(1000):  # plans that take all they may
+        limit.earn(0.05)
+        seconds = limit.value * 50e-9
+        spent += seconds
+        limit.spend(limit.value, seconds)
+    assert spent <= MOST_S + 1000 * SHARE * 0.05 + 1e-6
+
+
+def test_the_work_limit_follows_the_price_of_work() -> None:
+    from slos_serve.vllm_plugin.effort import WorkLimit
+
+    limit = WorkLimit()
+    before = limit.value
+    for _ in range(100):
+        limit.earn(100.0)
+        limit.spend(10_000, 0.001)  # twice as dear as thought
+    limit.earn(100.0)
+    assert limit.value == pytest.approx(before / 2, rel=0.01)

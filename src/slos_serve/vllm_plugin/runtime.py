@@ -248,7 +248,7 @@ class SloRuntime:
             now_s=now,
             requests=tracker.table,
             num_free_kv_blocks=view.free_units(self.scheduler, self._per_unit),
-            limits=self.limits,
+            limits=replace(self.limits, work_limit=self._work_limit.value),
             perf_model=model,
             **({} if self.drafts is None else self.drafts.state(tracker.table.classes, self.limits.max_draft_length)),
         )
@@ -258,8 +258,7 @@ class SloRuntime:
         took = time.perf_counter() - started
         self.plan_times.add(took)
         self.outbox.plan_s.append(round(took, 7))
-        if self._work_limit.observe(plan.work, took):
-            self.limits = replace(self.limits, work_limit=self._work_limit.value)
+        self._work_limit.spend(plan.work, took)
         self._phase = "apply"
         if plan.verdicts:
             self.promises.apply(plan, now, enforcing=enforcing)
@@ -371,6 +370,7 @@ class SloRuntime:
 
     def _learn(self, entry: InFlight, seconds: float, overhead: float, now: float) -> None:
         self.overheads.add(overhead)
+        self._work_limit.earn(seconds)
         self.learner.observe(entry.shape, seconds, entry.predicted_s)
         self.recorder.add(self.num_steps, now, entry.shape, seconds, entry.planned_s, entry.predicted_s)
         self.safety.add_step(seconds, overhead)
