@@ -452,17 +452,17 @@ def test_no_token_is_due_after_an_end_to_end_deadline(slo, tokens, first, min_to
         assert pace_s(rows)[0] >= 0.0
 
 
-def test_an_end_to_end_promise_spreads_the_predicted_tokens_evenly_from_the_first():
-    slo = Slo(e2e_s=11.0)
+def test_behind_every_token_of_an_end_to_end_promise_the_predicted_rest_still_fits():
+    slo = Slo(e2e_s=10.1)
     rows = table_with(slo, produced=1, first=ARRIVAL + 1, last=ARRIVAL + 1, predicted=101.0)
-    assert pace_s(rows)[0] == pytest.approx(0.1)
-    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 1.1)
+    assert pace_s(rows)[0] == pytest.approx(0.05)
+    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 10.1 - 99 * 0.05)
     rows["num_output_tokens"], rows["last_token_s"] = 51, ARRIVAL + 2  # far ahead: the gain is kept
-    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 6.1)
+    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 10.1 - 49 * 0.05)
     rows["num_output_tokens"] = 100
-    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 11.0)
+    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 10.1)
     rows["num_output_tokens"] = 150  # longer than predicted: any token may be the last
-    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 11.0)
+    assert next_due_s(rows)[0] == pytest.approx(ARRIVAL + 10.1)
 
 
 def test_before_the_first_token_an_end_to_end_promise_leaves_room_for_the_others():

@@ -1,5 +1,7 @@
 """Promises in closed loop: an independent engine serves what the planner says, and a grader counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -95,6 +97,21 @@ def test_a_busy_replica_promises_most_of_a_load_that_it_can_carry():
     assert sum(outcome.promised for outcome in referee.outcomes.values()) >= 0.95 * 120
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_promises_do_not_depend_on_where_the_clock_starts(seed):
+    told = []
+    for start_s in (0.0, 1.76e9):  # a simulation and a wall clock, which resolves 0.2 microseconds
+        arrivals = [
+            (replace(request, arrival_s=start_s + request.arrival_s), output)
+            for request, output in poisson(8, 40, seed=seed, ttft_s=0.5)
+        ]
+        referee = Referee(planner=SloPlanner(), limits=make_limits(), model=CONTEXT, now_s=start_s)
+        referee.serve(arrivals)
+        assert referee.broken == []
+        told.append({name: outcome.promised for name, outcome in referee.outcomes.items()})
+    assert told[0] == told[1]
+
+
 # -- and where they are wrong -----------------------------------------------------------------------
 
 
@@ -161,7 +178,8 @@ def test_decodes_that_cannot_all_go_on_are_let_go_until_the_rest_can():
     for i in range(150):
         add_decode(table, f"r{i}", tpot_s=0.03, predicted=1000)
     plan = SloPlanner().plan(make_state(table, limits=make_limits(max_num_seqs=256)))
-    most = sum(STEPPED.seconds(n) <= 0.03 for n in range(1, 256))
+    # what is out of reach by less than the model's usual error is not given up
+    most = sum(0.97 * STEPPED.seconds(n) <= 0.03 for n in range(1, 256))
     assert 150 - most <= len(plan.at_risk) < 150
 
 

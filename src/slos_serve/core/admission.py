@@ -276,9 +276,8 @@ def search(machine, demand, now, max_work, on, density, finished_at):  # type: i
         index = np.flatnonzero(on)
         part = demand[:, index]
         at = np.full(index.shape[0], np.inf)
-        outcome, missed, _, cost = run(
-            machine, part, False, now, last_deadline(part, now), max_work - work, at, no_log, no_end
-        )
+        budget = max_work - work if kept else min(max_work - work, max_work // 4)
+        outcome, missed, _, cost = run(machine, part, False, now, last_deadline(part, now), budget, at, no_log, no_end)
         work += cost + 2 * index.shape[0]
         if outcome == KEPT:
             kept = True
@@ -287,10 +286,23 @@ def search(machine, demand, now, max_work, on, density, finished_at):  # type: i
         elif kept:
             on[order[position]] = False
         elif outcome == CUT_OFF:
-            # no time to look: promise nothing new
-            for i in range(n):
-                on[i] = demand[REQUIRED, i] > 0.0
-            return outcome, work
+            # too much to look at: halve what is optional, and promise nothing new when the work is spent
+            optional = 0
+            for i in index:
+                if demand[REQUIRED, i] == 0.0:
+                    optional += 1
+            if optional == 0:
+                return outcome, work
+            spent = work >= max_work
+            passed = 0
+            for i in order:
+                if on[i] and demand[REQUIRED, i] == 0.0:
+                    passed += 1
+                    if spent or passed > optional // 2:
+                        on[i] = False
+            if spent:
+                return outcome, work
+            continue
         else:
             limit = np.inf if missed < 0 else demand[DEADLINE, index[missed]]
             worst = -1

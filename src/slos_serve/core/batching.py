@@ -51,8 +51,8 @@ REQUIRED = 13  # 1 where promised already
 NUM_COLUMNS = 14
 
 # What a batch adds up to.
-TOKENS, REQUESTS, READ, DRAFTS, PAIRS, HAS_PREFILL, LIMIT = range(7)
-NUM_TOTALS = 7
+TOKENS, REQUESTS, READ, DRAFTS, PAIRS, HAS_PREFILL, LIMIT, BLOCKED = range(8)  # BLOCKED: a prefill waits for memory
+NUM_TOTALS = 8
 
 # How a run of batches ends.
 KEPT, MISSED, STUCK, CUT_OFF, FULL = range(5)
@@ -171,6 +171,12 @@ def _prefill(demand, i, chunk, tokens, totals):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _growth(machine, demand, i):  # type: ignore[no-untyped-def]
+    """Return the KV blocks that the next token of decode `i` takes."""
+    return max(0.0, math.ceil((demand[CONTEXT, i] + demand[VERIFY, i]) / machine.block_size) - demand[HELD, i])
+
+
+@jit
 def _owed_early(demand, decoding, tokens, limit, period, capacity):  # type: ignore[no-untyped-def]
     """Return how many tokens of later windows must run now, because later batches could not hold them.
 
@@ -243,18 +249,20 @@ def compose(machine, demand, free_blocks, eager, now, tokens, totals):  # type: 
     owed_tokens = 0.0
     waiting = 0
     any_prefill = False
+    soonest = now + machine.margin_prefill * batch_seconds(machine.lines, 1.0, 1.0, 0.0, 0.0, 0.0)
     for i in range(n):
         if demand[LEFT, i] > 0.0:
             any_prefill = True
             if demand[HELD, i] > 0.0:
                 num_started += 1.0
-            if demand[DEADLINE, i] > now:
+            if demand[DEADLINE, i] >= soonest:
                 first_deadline = min(first_deadline, demand[DEADLINE, i])
         elif demand[OUTPUT_LEFT, i] > 0.0:
             decoding[i] = True
             waiting += 1
             num_started += 1.0
             owed_tokens += demand[VERIFY, i]
+            free_blocks -= _growth(machine, demand, i)
             earliest = min(earliest, demand[DUE, i])
             period = min(period, demand[GAIN, i] * demand[TPOT, i])
     margin = machine.margin_prefill if any_prefill else machine.margin_decode
@@ -294,6 +302,7 @@ def compose(machine, demand, free_blocks, eager, now, tokens, totals):  # type: 
                     break
                 new = demand[HELD, i] == 0.0
                 if new and (demand[START, i] > free_blocks or num_started >= machine.max_seqs):
+                    totals[BLOCKED] = 1.0
                     continue
                 chunk = _room(machine, demand, i, seconds, totals)
                 if chunk < 1.0:
@@ -390,10 +399,9 @@ def run(machine, demand, eager, now, until, max_work, finished_at, log_tokens, l
                     return MISSED, i, batch, work
                 if tokens[i] == 0.0:
                     continue
-                blocks = math.ceil((demand[CONTEXT, i] + demand[VERIFY, i]) / machine.block_size)
-                if blocks > demand[HELD, i]:
-                    free -= blocks - demand[HELD, i]
-                    demand[HELD, i] = blocks
+                grown = _growth(machine, demand, i)
+                demand[HELD, i] += grown
+                free -= grown
                 gain = demand[GAIN, i]
                 demand[DUE, i] = min(demand[DUE, i] + gain * demand[TPOT, i], end + demand[GAP, i])
                 demand[CONTEXT, i] += gain

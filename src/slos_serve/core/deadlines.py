@@ -22,10 +22,9 @@ Times that differ by less than `TOLERANCE_S` are equal: a wall-clock time in a d
 
 For planning, `next_due_s` gives the same deadlines over the rows of a `RequestTable`. Any token may turn
 out to be the last, so each is due at due(n). An `e2e` promise becomes a deadline through the predicted
-output length P: from the first token on it acts as a TPOT of (e2e_deadline - t(1)) / (P - 1) that starts
-at t(1), so that time gained is kept. Before it, P - 1 tokens must still fit behind the first one, each
-taking the promised TPOT, or P-ths of half the whole span where that is less (where no TPOT is promised,
-half of the span is for queue and prefill).
+output length P: behind every token the P - n that follow must still fit, each taking the promised TPOT, or
+P-ths of half the whole span where that is less (where no TPOT is promised, half of the span is for queue
+and prefill). Time gained is kept: only the last token has a deadline of its own.
 """
 
 from __future__ import annotations
@@ -367,8 +366,5 @@ def _e2e_pace_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
     produced = rows["num_output_tokens"]
     total = np.maximum(rows["predicted_output_tokens"], produced + 1.0)
     promised = np.where(rows["is_thinking"] != 0, np.maximum(_thinking_tpot_s(rows), rows["tpot_s"]), rows["tpot_s"])
-    before = np.maximum(np.minimum(promised, 0.5 * (e2e - rows["arrival_s"]) / total), min_token_s)
-    started = produced > 0
-    since_first = np.maximum(e2e - np.where(started, rows["first_token_s"], 0.0), 0.0)
-    pace: FloatArray = np.where(started, since_first / np.maximum(total - 1.0, 1.0), before)
+    pace = np.maximum(np.minimum(promised, 0.5 * (e2e - rows["arrival_s"]) / total), min_token_s)
     return np.where(np.isfinite(e2e), pace, 0.0)

@@ -38,6 +38,9 @@ WAITING, RUNNING = int(Status.WAITING), int(Status.RUNNING)
 PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
 NOBODY: IntArray = np.zeros(0, np.int64)
 MAX_ACCEPTANCE = 0.99
+MIN_TPOT_S = 1e-6
+# Promises are let go only where they are out of reach by more than the model's usual error.
+RECOVERY_MARGIN = 0.97
 # More candidates than this are looked at in order of urgency.
 MAX_CANDIDATES = 256
 
@@ -79,7 +82,8 @@ class _Planning:
     def __init__(self, options: SloPlanner, state: ReplicaState) -> None:
         self.options = options
         self.state = state
-        self.now = state.now_s
+        # Times are relative to now: a double of seconds since 1970 resolves no finer than 0.2 microseconds.
+        self.now = 0.0
         self.effort = Effort(state.limits.work_limit)
         self.ids = state.requests.request_ids
         limits, model = state.limits, state.perf_model
@@ -99,14 +103,9 @@ class _Planning:
         self.held = rows["num_kv_blocks"].astype(np.float64)
         self.start = np.ceil((total + 1) / limits.block_size)
 
-        # A token that is already late is owed with the next batch, however short that is.
-        due = next_due_s(rows, fixed) - limits.guard_s
-        num_decoding = float(decoding.sum())
-        read = float(self.context[decoding].sum())
-        soonest = self.now + model.margin_decode * batch_seconds(lines, num_decoding, num_decoding, read, 0.0, 0.0)
-        self.due = np.where(decoding, np.maximum(due, soonest), math.inf)
+        due = next_due_s(rows, fixed) - state.now_s - limits.guard_s
         self.deadline = np.where(decoding, -math.inf, due)
-        self.tpot = pace_s(rows)
+        self.tpot = np.maximum(pace_s(rows), MIN_TPOT_S)
 
         tier = rows["tier"]
         has_slo = np.isfinite(due) | np.isfinite(self.tpot) | np.isfinite(rows["max_gap_s"])
@@ -114,6 +113,11 @@ class _Planning:
         self.pending = tier == PENDING
         self.is_promised = alive & (tier == PROMISED)
         self.promised = np.flatnonzero(self.is_promised)
+        # A token that is already late is owed with the next batch, however short that is.
+        live = decoding & self.is_promised
+        num_live, read = float(live.sum()), float(self.context[live].sum())
+        soonest = self.now + model.margin_decode * batch_seconds(lines, num_live, num_live, read, 0.0, 0.0)
+        self.due = np.where(decoding, np.maximum(due, soonest), math.inf)
         open_to = alive & (produced == 0) & (self.pending | ((tier == BEST_EFFORT) & (due > self.now)))
         self.candidates = np.flatnonzero(open_to)
         # Blocks that promised prefills under way have been granted, though they do not hold them yet.
@@ -197,7 +201,7 @@ class _Planning:
             at_risk = np.concatenate([crowded_out, np.delete(order, kept)])
             order, demand = order[kept], demand[:, kept]
         candidates = self.servable(verdicts)
-        if candidates.size:
+        if candidates.size and not at_risk.size:
             order = self.by_deadline(np.concatenate([order, candidates]))
             demand = self.demand(order, np.where(self.is_promised, self.granted, 0.0))
         chosen, eager = self.admit(order, demand, verdicts)
@@ -238,7 +242,7 @@ class _Planning:
 
     def recover(self, demand: Demand) -> IntArray | None:
         """Return the positions in `demand` to keep where not all can be; None where all can."""
-        mean = self.machine._replace(margin_prefill=1.0, margin_decode=1.0)
+        mean = self.machine._replace(margin_prefill=RECOVERY_MARGIN, margin_decode=RECOVERY_MARGIN)
         outcome = simulate(mean, demand, self.now, self.effort, eager=False).outcome
         if outcome not in (batching.MISSED, batching.STUCK):
             return None
@@ -305,7 +309,7 @@ class _Planning:
                         request_id=self.ids[row],
                         promised=True,
                         slack_s=deadline - done if math.isfinite(deadline) else 0.0,
-                        predicted_ttft_s=done - float(self.rows["arrival_s"][row]),
+                        predicted_ttft_s=done + self.state.now_s - float(self.rows["arrival_s"][row]),
                     )
                 )
         return chosen, eager
@@ -390,6 +394,11 @@ class _Planning:
         rest = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
         window = min(float(demand[batching.TPOT].min(initial=math.inf)) * self.options.fill_share, machine.max_batch_s)
         seconds = min(window, float(totals[batching.LIMIT]) - self.now)
+        if totals[batching.BLOCKED] and totals[batching.TOKENS]:
+            # A promised prefill waits for blocks that these decodes will release: do not slow them down.
+            margin = machine.margin_prefill if totals[batching.HAS_PREFILL] else machine.margin_decode
+            composed = batch_seconds(machine.lines, *totals[: batching.HAS_PREFILL])
+            seconds = min(seconds, margin * composed)
         free_blocks = state.num_free_kv_blocks + float(self.held[preempted].sum()) - self.fresh_blocks(index, counts)
         starting = int((~self.running[index]).sum())
         seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
