@@ -34,7 +34,7 @@ from slos_serve.bench.scaled import Scaled
 from slos_serve.core.fit import from_records
 from slos_serve.errors import SlosServeError
 
-CALM, BUSY = 0.35, 0.75  # rates, as shares of the service capacity that the profile implies
+CALM, BUSY = 0.15, 0.8  # rates, as shares of the service capacity that the profile implies
 MODEL_NAME = "demo"
 MAX_MODEL_LEN = 2048
 OURS_BUDGET = 512

@@ -5,11 +5,11 @@ The demo's engine is a small model on one CPU core. What makes SLOs hard is kept
 - *Promises.* One unloaded decode step of a 7B model on an A100 takes 12.5 ms, so that 50 and 100 ms per
   token are 4 and 8 steps. Here they are 4 and 8 of this engine's own steps; the floor and the allowance of
   TTFT are stretched by the same factor, and its slowdowns (3x, 5x of the unloaded prefill) stay.
-- *Prompts.* A prompt token costs about an eighth of the decode steps there that it costs here, so prompts
-  are an eighth of the published traces': medians of Azure's 2023 conversation and code traces and of arXiv
-  summarization. Outputs are a third or a quarter (code's, which are short, are kept).
-- *Rates* are shares of what the engine could serve if every step were as long as the tightest promise
-  allows and full (`service_capacity_rps`), which the profile alone decides.
+- *Lengths* follow the medians of Azure's 2023 conversation and code traces and of arXiv summarization: prompts a
+  sixteenth, outputs a third or a quarter (code's are short already), so that half a minute holds many requests.
+- *Arrivals* come in bursts: gamma gaps whose standard deviation is twice their mean (Poisson: once).
+- *Rates* are shares of what the engine could serve if every step were full and as long as the tightest promise
+  allows (`service_capacity_rps`), which the profile alone decides.
 
 Everything here is fixed before any system is measured under load, and is the same for all of them.
 """
@@ -31,19 +31,19 @@ GPU_DECODE_STEP_S = 0.0125  # 7B, A100-80G, one request: the engine on which 50 
 MIX = {"chat": 0.5, "coding": 0.3, "summarization": 0.2}
 LENGTHS = {
     "chat": Lengths(
-        prompt_median=128, prompt_sigma=0.8, prompt_range=(16, 512),
+        prompt_median=64, prompt_sigma=0.8, prompt_range=(8, 256),
         output_median=43, output_sigma=0.8, output_range=(4, 160), max_tokens=256,
     ),
     "coding": Lengths(
-        prompt_median=184, prompt_sigma=0.8, prompt_range=(32, 800),
+        prompt_median=92, prompt_sigma=0.8, prompt_range=(16, 400),
         output_median=16, output_sigma=0.8, output_range=(4, 80), max_tokens=256,
     ),
     "summarization": Lengths(
-        prompt_median=341, prompt_sigma=0.5, prompt_range=(100, 800),
+        prompt_median=171, prompt_sigma=0.5, prompt_range=(50, 400),
         output_median=42, output_sigma=0.6, output_range=(8, 128), max_tokens=256,
     ),
 }  # fmt: skip
-ARRIVALS = "gamma:3"
+ARRIVALS = "gamma:2"
 TIGHTEST_STEPS, LOOSEST_STEPS = 4, 8
 VLLM_DEFAULT_BUDGET = 2048
 
