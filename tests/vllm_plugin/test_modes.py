@@ -138,8 +138,9 @@ def test_a_promise_and_its_outcome_reach_the_http_edge(build, listen) -> None:
     scheduler = build(Says(promised=True))
     messages = listen(scheduler)
     engine = Engine(scheduler)
-    args = {"slo_id": "abc", "slo_class": "coding", "slo_tenant": "acme", "slo_arrival_s": time.time() - 0.05}
-    scheduler.add_request(make_request("r", args=args, max_tokens=3, arrival_s=time.time()))
+    now = scheduler.slo.clock.now()
+    args = {"slo_id": "abc", "slo_class": "coding", "slo_tenant": "acme", "slo_arrival_s": now - 0.05}
+    scheduler.add_request(make_request("r", args=args, max_tokens=3, arrival_s=now))
     engine.run()
     (verdict,) = messages.of("verdicts")
     assert (verdict["slo_id"], verdict["verdict"], verdict["reason"]) == ("abc", "promised", "")
@@ -193,7 +194,7 @@ def test_a_promise_that_is_broken_is_missed(build, listen) -> None:
     scheduler = build(Says(promised=True))
     messages = listen(scheduler)
     engine = Engine(scheduler)
-    scheduler.add_request(make_request("r", args={"slo_ttft_ms": 1}, arrival_s=time.time() - 1))
+    scheduler.add_request(make_request("r", args={"slo_ttft_ms": 1}, arrival_s=scheduler.slo.clock.now() - 1))
     engine.step()
     assert scheduler.slo.tracker.table.rows["missed"].tolist() == [1]
     engine.run()
@@ -243,7 +244,9 @@ def test_too_many_broken_promises_step_down_with_an_alert_and_service_goes_on(bu
     scheduler = build(Says(promised=True), slo={"safety": {"num_promises": 5, "hold_s": 3600}})
     engine = Engine(scheduler)
     for i in range(12):
-        scheduler.add_request(make_request(f"r{i}", args={"slo_ttft_ms": 1}, arrival_s=time.time() - 1, max_tokens=2))
+        scheduler.add_request(
+            make_request(f"r{i}", args={"slo_ttft_ms": 1}, arrival_s=scheduler.slo.clock.now() - 1, max_tokens=2)
+        )
     engine.run()
     snapshot = scheduler.slo.snapshot()
     assert snapshot["effective_mode"] == "observe"
