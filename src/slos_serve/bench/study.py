@@ -65,6 +65,7 @@ def run_study(options: Options, *, say: Say) -> dict[str, Any]:
     runs: list[Run] = []
     with Fleet(out / "logs") as fleet:
         flags = ["--profile", str(profile_path.resolve()), "--record", str((out / "steps.jsonl").resolve())]
+        flags += [] if profile_path.exists() else ["--reprofile"]
         flags += ["--slo-mode", "enforce", "--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS]
         say("Starting vLLM with slos-serve; it measures its own steps where no profile is there.")
         ours = fleet.start(OURS, options.model, flags)
