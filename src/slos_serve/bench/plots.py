@@ -130,36 +130,49 @@ def timeline_figure(runs: Mapping[str, Sequence[Row]], *, start_s: float, end_s:
         arrivals.hist([row["sent_s"] for row in first], bins=edges, color=GREY)
         arrivals.set_title("Arrivals")
         arrivals.set_ylabel("requests")
+        waits.set_yscale("log")
+        late.set_yscale("symlog", linthresh=1.0)
         for offset, (system, rows) in enumerate(runs.items()):
-            colour, label = SYSTEM_COLOURS.get(system, GREY), SYSTEM_NAMES.get(system, system)
-            inside = [row for row in rows if start_s <= row["sent_s"] <= end_s]
-            shown = [(row["sent_s"] + offset * width / 4, row) for row in inside]
-            ttft = [
-                (x, row["ttft_s"] / row["slo"]["ttft_s"])
+            shown = [(row["sent_s"] + offset * width / 4, row) for row in rows if start_s <= row["sent_s"] <= end_s]
+            ratios = [
+                (x, row["ttft_s"] / row["slo"]["ttft_s"], row["outcome"] == "declined")
                 for x, row in shown
                 if row["ttft_s"] and "ttft_s" in row["slo"]
             ]
-            _stems(waits, ttft, colour, label, baseline=1.0)
-            lateness = [(x, row["lateness_s"]) for x, row in shown if row["lateness_s"] is not None]
-            _stems(late, lateness, colour, label, baseline=0.0)
+            _stems(waits, ratios, system, baseline=1.0)
+            lateness = [
+                (x, row["lateness_s"], row["outcome"] == "declined")
+                for x, row in shown
+                if row["lateness_s"] is not None
+            ]
+            _stems(late, lateness, system, baseline=0.0)
         waits.axhline(1, color=INK, linewidth=1)
-        waits.set_title("Time to first token, as a multiple of what its SLO allows (above 1: late)")
+        waits.set_title("Time to first token, as a multiple of what its SLO allows (above 1: late; hollow: declined)")
         waits.set_ylabel("TTFT / allowed")
-        waits.set_ylim(bottom=0)
-        waits.legend(loc="upper right", fontsize=8)
+        waits.yaxis.set_major_formatter("{x:g}")
         late.axhline(0, color=INK, linewidth=1)
         late.set_title("Latest token of each request against its deadline (above 0: late)")
+        late.yaxis.set_major_formatter("{x:g}")
         late.set(ylabel="seconds late", xlabel="time of arrival, s", xlim=(start_s, end_s))
         figure.tight_layout()
+        handles, labels = waits.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper right", ncols=len(labels), fontsize=9)
         return figure
 
 
-def _stems(axes: Any, points: Sequence[tuple[float, float]], colour: str, label: str, *, baseline: float) -> None:
-    if not points:
-        return
-    xs, ys = zip(*points, strict=True)
-    axes.vlines(xs, [min(y, baseline) for y in ys], ys, color=colour, linewidth=1, alpha=0.35)
-    axes.scatter(xs, ys, s=16, color=colour, label=label, linewidths=0, zorder=3)
+def _stems(axes: Any, points: Sequence[tuple[float, float, bool]], system: str, *, baseline: float) -> None:
+    """Draw values against a baseline; hollow where the request was declined."""
+    colour = SYSTEM_COLOURS.get(system, GREY)
+    label: str | None = SYSTEM_NAMES.get(system, system)
+    for hollow in (False, True):
+        part = [(x, y) for x, y, is_declined in points if is_declined == hollow]
+        if not part:
+            continue
+        xs, ys = zip(*part, strict=True)
+        axes.vlines(xs, [min(y, baseline) for y in ys], [max(y, baseline) for y in ys], color=colour, lw=1, alpha=0.3)
+        fill = {"facecolors": "none", "edgecolors": colour} if hollow else {"color": colour, "linewidths": 0}
+        axes.scatter(xs, ys, s=18, label=label, zorder=3, **fill)
+        label = None
 
 
 def difference_figure(points: Sequence[Row]) -> Any:

@@ -21,9 +21,10 @@ EXPLANATION = """
 <p><b>SLO attainment</b> is the share of offered requests whose every promise held: the first token by its deadline, and
 tokens 10, 20, … and the last no later than the promised pace allows, counted from the moment the request was sent to
 the moment its bytes came back. Requests that a server refuses, fails or demotes count as misses.</p>
-<p><b>Promised</b> requests are those that slos-serve told the client it would serve in time, and <b>kept</b> are those
-that then were. Requests that nobody could have served in time are told so at once and served with what is left: a miss
-here, but one that the client knows of. Plain vLLM promises nothing.</p>
+<p><b>Promised</b> requests are those that slos-serve said it would serve in time, and <b>kept</b> are those that then
+were. A request that it cannot promise is <b>declined</b>: the client is told, and it is served with what is left over.
+It counts as a miss even where it happened to be in time, and it may wait longer than with plain vLLM, which delays
+everybody a little instead. Plain vLLM promises nothing.</p>
 <p>Both sides served the same requests, with the same lengths, at the same moments, whatever was still running; they
 ran one at a time on this machine. The promises are fixed multiples of what the idle engine needs, measured once,
 before any load.</p>
