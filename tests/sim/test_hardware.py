@@ -12,7 +12,7 @@ from slos_serve.sim.hardware import Hardware, hardware_names, load_hardware, par
 def test_every_shipped_file_loads_names_its_sources_and_survives_a_round_trip(name):
     hardware = load_hardware(name)
     assert hardware.name == name
-    assert set(hardware.provenance) == {"perf_model", "kv_tokens"}
+    assert set(hardware.provenance) == {"perf_model", "kv_tokens", "drafter"}
     assert all(source["source"] for source in hardware.provenance.values())
     kind = hardware.provenance["perf_model"]["kind"]
     assert name.endswith(f"-{kind}")
