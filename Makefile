@@ -8,6 +8,7 @@ VENV ?= .venv
 MODEL ?=
 ARGS ?=
 BENCHMARKS ?= benchmarks/step_overhead.py
+STUDY ?=
 BIN := $(VENV)/bin
 INSTALL := @VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/install
 
@@ -35,9 +36,10 @@ check: ## formatting, lint, types, import rules
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q --no-header tests/test_imports.py
 
-bench: ## the benchmarks in benchmarks/, each against a rival in the same run
+bench: ## the claims: scheduler cost, then vLLM against slos-serve at five rates (hours; STUDY=--quick: a quarter of one)
 	$(INSTALL) cpu bench
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+	@$(BIN)/python -m slos_serve.bench.study --out bench-report $(STUDY)
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev
