@@ -353,7 +353,7 @@ def test_unusable_steps_are_ignored_and_counted_online(field, bad):
 def test_memory_is_bounded():
     correction = drive(OnlineCorrection(ONE_LINE), [StepSample(4, 4, 100, 0, 0, i % 2, 0.01) for i in range(3000)])
     data = correction.to_json()
-    assert {len(ratios) for ratios in data["ratios"].values()} == {fit.WINDOW}
+    assert {len(ratios) for ratios in data["ratios"].values()} == {fit.MARGIN_WINDOW}
     assert len(data["within"]) == fit.WINDOW
     assert correction.num_steps == 3000
 

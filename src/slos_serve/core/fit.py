@@ -43,8 +43,9 @@ SECOND_LINE_GAIN = 0.98  # held-out error of two lines, relative to one, that pa
 START_MARGIN = 1.3
 EVIDENCE = 50.0  # steps of a kind after which its margin is half way to what was measured
 MAX_MARGIN = 4.0
-WINDOW = 512  # steps of each kind behind a margin, and behind the coverage
-REFRESH = 32  # steps between two looks at the quantiles
+WINDOW = 512  # steps behind the coverage
+MARGIN_WINDOW = 128  # steps of each kind behind a margin: few, so that it follows what else the machine does
+REFRESH = 16  # steps between two looks at the quantiles
 MAX_CORRECTION = 3.0
 DRIFT_FACTOR = 1.25
 MIN_DRIFT_STEPS = 200
@@ -258,7 +259,7 @@ class OnlineCorrection:
         self.num_steps = 0
         self.num_bad = 0
         self._log_factor = 0.0
-        self._ratios: tuple[deque[float], ...] = (deque(maxlen=WINDOW), deque(maxlen=WINDOW))  # to the base model
+        self._ratios: tuple[deque[float], ...] = (deque(maxlen=MARGIN_WINDOW), deque(maxlen=MARGIN_WINDOW))  # to base
         self._counts = [0, 0]
         self._within: deque[bool] = deque(maxlen=WINDOW)
         self._num_within = 0
