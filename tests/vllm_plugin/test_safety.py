@@ -31,9 +31,9 @@ def test_broken_promises_step_down_after_two_hundred() -> None:
 
 def test_margins_that_do_not_hold_step_down() -> None:
     safety = StepDown()
-    safety.set_coverage(0.5, 199)
+    safety.set_coverage(0.5, 511)
     assert not safety.check(0.0)
-    safety.set_coverage(0.89, 200)
+    safety.set_coverage(0.89, 512)
     assert safety.check(0.0)
     assert "margin coverage" in safety.reason
 

@@ -25,7 +25,7 @@ class SafetyLimits:
     min_promises_kept: float = 0.95
     num_promises: int = 200
     min_coverage: float = 0.90
-    num_covered_steps: int = 200
+    num_covered_steps: int = 512
     max_fault_share: float = 0.001
     num_faults: int = 5
     max_time_share: float = 0.05
