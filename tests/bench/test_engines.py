@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slos_serve.bench.engines import Engine, EngineError, Fleet, ending_by_signal, free_port
+from slos_serve.bench.progress import Progress
+
+SERVER = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        probe = self.headers.get("x-slos-serve-probe")
+        self.send_response(200 if probe or self.path != "/health" else int(sys.argv[2])); self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+
+
+def launch(fleet, tmp_path, *, code=SERVER, status=200):
+    port, log = free_port(), tmp_path / "engine.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(port), str(status)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    engine = Engine(name="one", url=f"http://127.0.0.1:{port}", log=log, process=process)
+    fleet.engines.append(engine)
+    return engine
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
+    with Fleet(tmp_path) as fleet:
+        engine = launch(fleet, tmp_path)
+        fleet.wait([engine], timeout_s=20)
+        child = int(engine.log.read_text().split()[1])
+        assert is_alive(child)
+    assert engine.process.poll() is not None
+    deadline = time.monotonic() + 5
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def test_servers_are_ended_when_the_work_fails(tmp_path):
+    fleet = Fleet(tmp_path)
+    engine = launch(fleet, tmp_path)
+
+    def work():
+        with fleet:
+            raise RuntimeError("the work failed")
+
+    with pytest.raises(RuntimeError):
+        work()
+    assert engine.process.poll() is not None
+    assert fleet.engines == []
+
+
+def test_a_server_that_is_being_profiled_is_ready_for_a_probe_only(tmp_path):
+    with Fleet(tmp_path) as fleet:
+        engine = launch(fleet, tmp_path, status=503)
+        fleet.wait([engine], timeout_s=20, probe=True)
+        assert not engine.is_ready()
+        with pytest.raises(EngineError, match="not ready after"):
+            fleet.wait([engine], timeout_s=0.3)
+
+
+def test_a_server_that_dies_is_told_with_its_last_words(tmp_path):
+    code = "print('loading'); raise SystemExit('ValueError: no such model')"
+    with Fleet(tmp_path) as fleet:
+        engine = launch(fleet, tmp_path, code=code)
+        with pytest.raises(EngineError, match="ended with status 1: ValueError: no such model"):
+            fleet.wait([engine], timeout_s=20)
+
+
+def test_sigterm_is_as_good_as_ctrl_c():
+    def work():
+        with ending_by_signal():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_where_nobody_watches():
+    stream = io.StringIO()
+    with Progress("measuring", stream=stream) as progress:
+        progress(0.5)
+    assert stream.getvalue() == "measuring ...\n"
+
+
+def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setattr("slos_serve.bench.progress.REFRESH_S", 0.0)
+    stream = Terminal()
+    with Progress("measuring", stream=stream) as progress:
+        progress(0.5)
+        progress(float("nan"))
+    assert "measuring [############............]" in stream.getvalue()
+    assert stream.getvalue().endswith("\r\x1b[K")
