@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slos_serve.bench.compare import best_setting, load_run, pooled, save_run
-from slos_serve.bench.demo import Options, Outcome, systems_of, write_report
+from slos_serve.bench.demo import Options, Outcome, read_overhead, systems_of, write_report
 from slos_serve.bench.profile_file import Profile, write_json
 from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.study import (
@@ -164,3 +164,9 @@ def test_the_demo_writes_its_report(runs, tmp_path, profile):
     for name in ("report.html", "attainment.png", "timeline.png"):
         assert (tmp_path / name).stat().st_size > 1000
     assert Path(tmp_path / "report.html").read_text().count("<svg") == 2
+
+
+def test_the_step_overhead_is_that_of_equal_batches():
+    steady = {"churn": False, "stock": {"p50": 300.0}, "enforce": {"p50": 470.0}}
+    churn = {"churn": True, "stock": {"p50": 260.0}, "enforce": {"p50": 900.0}}
+    assert read_overhead({"rows": [churn, steady]}) == pytest.approx({"stock_p50": 3e-4, "ours_p50": 4.7e-4})

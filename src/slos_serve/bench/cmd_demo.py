@@ -18,9 +18,9 @@ HELP = "Compare vLLM with and without slos-serve on this machine: a few minutes,
 
 NEXT_STEPS = """
 Serve your own model (any vLLM flag works):
-  slos-serve serve Qwen/Qwen3-0.6B --port 8000
+  {command} serve Qwen/Qwen3-0.6B --port 8000
   curl http://localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{"model": "Qwen/Qwen3-0.6B", "messages": [{"role": "user", "content": "Hi"}], "slo": {"class": "chat"}}'
+    -d '{{"model": "Qwen/Qwen3-0.6B", "messages": [{{"role": "user", "content": "Hi"}}], "slo": {{"class": "chat"}}}}'
 """
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     budgets = ", ".join(f"{name.removeprefix(STOCK + '-')} at {rate:.2f}/s" for rate, name in best.items())
     print(f"\nBest token budget of plain vLLM: {budgets}. Minutes: {(time.monotonic() - started) / 60:.1f}.")
     print(f"Report: {args.out}/report.html, report.json, attainment.png, timeline.png, profile.png")
-    print(NEXT_STEPS.rstrip())
+    print(NEXT_STEPS.format(command=_command()).rstrip())
     return 0
 
 
@@ -73,6 +73,11 @@ def _rates(text: str | None) -> tuple[float, ...] | None:
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise ConfigError(where="demo", key="--rates", value=text, expected="positive numbers, such as 0.8,1.6")
     return rates
+
+
+def _command() -> str:
+    """Return how the user starts this command: by its path where they did."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "slos-serve" else "slos-serve"
 
 
 def _demo_model() -> Path:

@@ -119,9 +119,8 @@ class Overhead:
             return {"stock_p50": None, "ours_p50": None}
         try:
             self._process.wait(120)
-            (row,) = json.loads(self.out.read_text(encoding="utf-8"))["rows"]
-            return {"stock_p50": row["stock"]["p50"] / 1e6, "ours_p50": row["enforce"]["p50"] / 1e6}
-        except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
+            return read_overhead(json.loads(self.out.read_text(encoding="utf-8")))
+        except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, StopIteration):
             return {"stock_p50": None, "ours_p50": None}
         finally:
             self.stop()
@@ -131,6 +130,12 @@ class Overhead:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+
+
+def read_overhead(document: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return seconds per step, stock and ours, from the benchmark's row of equal batches."""
+    row = next(row for row in document["rows"] if not row["churn"])
+    return {"stock_p50": row["stock"]["p50"] / 1e6, "ours_p50": row["enforce"]["p50"] / 1e6}
 
 
 def _profile_text(scaled: Scaled) -> str:
