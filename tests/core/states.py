@@ -1,5 +1,8 @@
 """Requests, engines and whole states to plan for, and how Hypothesis draws them."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -158,6 +161,46 @@ def random_state(seed, *, num_requests=24, model="stepped", blocks=20_000, seqs=
     return make_state(table, now_s=now, model=MODELS[model], limits=limits)
 
 
+def roughen(state, seed):
+    """Change a few requests of a state to what hosts may bring: odd promises, preemptions, wrong predictions."""
+    rng, rows, now = np.random.default_rng(seed), state.requests.rows, state.now_s
+    for _ in range(int(rng.integers(1, 8))):
+        row = rows[int(rng.integers(len(rows)))]
+        name = str(
+            rng.choice(
+                ["e2e", "gap", "think", "short", "long", "free", "cached", "preempted", "weight", "late", "pace"]
+            )
+        )
+        if name == "e2e":
+            begun = row["first_token_s"] if row["num_output_tokens"] else row["arrival_s"]
+            row["e2e_deadline_s"] = max(begun + 0.05, now + rng.uniform(-2, 10))
+        elif name == "gap":
+            row["max_gap_s"] = rng.uniform(0.001, 1)
+        elif name == "think":
+            row["thinking_tpot_s"], row["is_thinking"] = rng.uniform(0.01, 0.1), 1
+            row["num_thinking_tokens"] = row["num_output_tokens"]
+        elif name in ("short", "long"):
+            row["predicted_output_tokens"] = rng.uniform(0, 5) if name == "short" else 1e6
+        elif name == "free":
+            row["tpot_s" if rng.random() < 0.5 else "ttft_deadline_s"] = math.inf
+        elif name == "cached":
+            row["num_cached_tokens"] = int(rng.integers(0, row["num_prompt_tokens"]))
+        elif name == "preempted":
+            row["status"], row["num_computed_tokens"], row["num_kv_blocks"] = Status.WAITING, 0, 0
+        elif name == "weight":
+            row["weight"] = 10 ** rng.uniform(-6, 6)
+        elif name == "late":
+            row["last_token_s"] = row["ttft_deadline_s"] = now - rng.uniform(0, 30)
+        else:
+            row["tpot_s"] = 10 ** rng.uniform(-7, 4)
+    free = state.limits.num_kv_blocks - int(rows["num_kv_blocks"].sum())
+    drafts = int(rng.choice([0, 4]))
+    limits = replace(state.limits, max_draft_length=drafts, guard_s=float(rng.choice([0.0, 0.005])))
+    return replace(
+        state, limits=limits, num_free_kv_blocks=free, acceptance={"chat": float(rng.choice([0.0, 0.7, 1.0]))}
+    )
+
+
 @st.composite
 def states(draw, **fixed):
     """Draw a state in the middle of things."""
@@ -169,7 +212,9 @@ def states(draw, **fixed):
         "budget": draw(st.sampled_from([256, 2048, 8192])),
         "tight": draw(st.booleans()),
     }
-    return random_state(draw(st.integers(0, 10**6)), **(options | fixed))
+    seed = draw(st.integers(0, 10**6))
+    state = random_state(seed, **(options | fixed))
+    return roughen(state, seed) if draw(st.booleans()) else state
 
 
 @st.composite

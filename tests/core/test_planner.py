@@ -1,6 +1,7 @@
 """What every plan must be, whatever the state: executable, deterministic, and fair to what was promised."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from states import (
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.types import ReplicaState, RequestTable, Status, Tier
+from slos_serve.core.types import REASONS, ReplicaState, RequestTable, Status, Tier
 
 PLANNERS = {"dp": SloPlanner(), "greedy": SloPlanner(admission_name="greedy")}
 planners = st.sampled_from(sorted(PLANNERS)).map(PLANNERS.get)
@@ -184,6 +185,25 @@ def test_an_impossible_option_is_an_error(bad):
 
 
 # -- strange input ----------------------------------------------------------------------------------
+
+
+@examples
+@given(states())
+def test_what_a_plan_says_is_made_of_numbers(state):
+    plan = SloPlanner().plan(state)
+    assert math.isfinite(plan.batch.predicted_s)
+    assert math.isfinite(plan.headroom_tokens_per_s)
+    assert plan.headroom_tokens_per_s >= 0
+    for verdict in plan.verdicts:
+        assert math.isfinite(verdict.slack_s)
+        assert verdict.predicted_ttft_s > 0
+        assert math.isfinite(verdict.predicted_ttft_s) == verdict.promised
+        assert verdict.reason in REASONS
+
+
+def test_a_prompt_without_tokens_never_reaches_the_planner():
+    with pytest.raises(ValueError, match="num_prompt_tokens"):
+        make_request("empty", prompt=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0, 0.0, float("inf")])

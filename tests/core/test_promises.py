@@ -69,7 +69,6 @@ def test_every_kind_of_promise_is_kept_with_the_true_model(arrivals, model):
     assert referee.broken == []
 
 
-@pytest.mark.xfail(reason="being mended", strict=False)
 @settings(max_examples=30, **loops)
 @given(arrival_lists(kinds=("plain", "none"), most=20), models, st.sampled_from([200, 300, 500]))
 def test_promises_hold_and_everyone_finishes_where_memory_is_short(arrivals, model, blocks):
@@ -78,8 +77,12 @@ def test_promises_hold_and_everyone_finishes_where_memory_is_short(arrivals, mod
     assert referee.broken == []
 
 
-@pytest.mark.xfail(reason="being mended", strict=False)
-@pytest.mark.parametrize("model", [STEPPED, ATTENTION], ids=["stepped", "attention"])
+GROWS = pytest.mark.xfail(reason="the growth of context after the last prefill deadline is not foreseen")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(STEPPED, id="stepped"), pytest.param(ATTENTION, id="attention", marks=GROWS)]
+)
 def test_no_more_decodes_are_promised_than_can_go_on_together(model):
     arrivals = [(make_request(f"r{i}", prompt=16, most=512, ttft_s=2.0, tpot_s=0.03), 300) for i in range(150)]
     referee = Referee(planner=SloPlanner(), limits=make_limits(max_num_seqs=256), model=model)
@@ -124,7 +127,6 @@ def test_predictions_half_as_long_as_the_truth_keep_95_percent_of_promises(seed)
     assert sum(outcome.promised for outcome in referee.outcomes.values()) >= 75
 
 
-@pytest.mark.xfail(reason="being mended", strict=False)
 def test_outputs_that_outgrow_the_memory_are_survived():
     arrivals = [(request, output * 2, 20) for request, output in poisson(5, 80, seed=3)]
     referee = Referee(planner=SloPlanner(), limits=make_limits(num_kv_blocks=260), model=CONTEXT)
