@@ -25,6 +25,7 @@ VERBS = {
     "bench": "slos_serve.bench.cmd_bench",
     "profile": "slos_serve.bench.cmd_profile",
     "simulate": "slos_serve.sim.cmd_simulate",
+    "capacity": "slos_serve.sim.cmd_capacity",
     "doctor": "slos_serve.doctor",
 }
 
