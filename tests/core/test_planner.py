@@ -27,6 +27,7 @@ from states import (
     states,
 )
 
+from slos_serve.core.deadlines import next_due_s
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import REASONS, ReplicaState, RequestTable, Status, Tier
@@ -124,12 +125,11 @@ def test_best_effort_load_changes_no_verdict_and_no_promised_work(state, planner
     check_plan(crowded, beside)
     assert by_name(beside)["verdicts"] == by_name(alone)["verdicts"]
     assert beside.at_risk == alone.at_risk
-    promised = {v.request_id for v in alone.verdicts if v.promised}
-    promised |= {
-        name
-        for i, name in enumerate(state.requests.request_ids)
-        if state.requests.rows["tier"][i] == Tier.PROMISED and not state.requests.rows["missed"][i]
-    } - set(alone.at_risk)
+    rows, ids = state.requests.rows, state.requests.request_ids
+    # a TTFT alone is kept with the first token: nothing is owed after it
+    owed = (rows["tier"] == Tier.PROMISED) & (rows["missed"] == 0) & np.isfinite(next_due_s(rows))
+    promised = {ids[i] for i in np.flatnonzero(owed)} - set(alone.at_risk)
+    promised |= {v.request_id for v in alone.verdicts if v.promised}
     share = {name: tokens for name, tokens in by_name(alone)["batch"].items() if name in promised}
     assert {name: tokens for name, tokens in by_name(beside)["batch"].items() if name in promised} == share
 
