@@ -165,7 +165,7 @@ def test_ready_is_told_as_json_and_a_signal_ends_both_processes(fake_vllm, model
         "profile": str(profile),
     }
     child.send_signal(number)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=90)
     assert out == ""
     assert "a line that vLLM prints" in err
     assert child.returncode == (0 if number == signal.SIGTERM else 130)
@@ -180,7 +180,7 @@ def test_no_server_outlives_a_killed_parent(model, tmp_path, free_port):
     child = serve_in_child(model, "--port", free_port, "--profile", write_profile(tmp_path / "profile.json"), "--json")
     child.stdout.readline()
     child.kill()
-    child.communicate(timeout=20)
+    child.communicate(timeout=90)
     for _ in range(100):
         with socket.socket() as probe:
             probe.settimeout(0.1)
@@ -193,7 +193,7 @@ def test_no_server_outlives_a_killed_parent(model, tmp_path, free_port):
 def test_vllms_exit_status_is_ours(model, tmp_path, free_port):
     profile = write_profile(tmp_path / "profile.json")
     child = serve_in_child(model, "--port", free_port, "--profile", profile, "--exit-with", 7)
-    out, _ = child.communicate(timeout=20)
+    out, _ = child.communicate(timeout=90)
     assert (child.returncode, out.splitlines()[-1:]) == (7, [])
 
 
