@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.types import IntArray, ReplicaState
 
-WAITING, RUNNING = int(Status.WAITING), int(Status.RUNNING)
+RUNNING = int(Status.RUNNING)
 PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
 NOBODY: IntArray = np.zeros(0, np.int64)
 MAX_ACCEPTANCE = 0.99
