@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -224,7 +225,7 @@ class RequestTable:
 
     def copy(self) -> Self:
         """Return an independent copy."""
-        return self.from_json(self.to_json())
+        return deepcopy(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists: columns by name (`inf` as null), ids and classes."""
@@ -405,6 +406,24 @@ class Plan:
     at_risk: tuple[str, ...] = ()
     work: int = 0
     headroom_tokens_per_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values (`inf` as null); two equal plans give equal documents."""
+        batch = self.batch
+        return {
+            "request_ids": list(batch.request_ids),
+            "num_tokens": batch.num_tokens.tolist(),
+            "draft_lengths": batch.draft_lengths.tolist(),
+            "preempted": list(batch.preempted),
+            "predicted_s": batch.predicted_s,
+            "verdicts": [
+                {**asdict(v), "predicted_ttft_s": v.predicted_ttft_s if math.isfinite(v.predicted_ttft_s) else None}
+                for v in self.verdicts
+            ],
+            "at_risk": list(self.at_risk),
+            "work": self.work,
+            "headroom_tokens_per_s": self.headroom_tokens_per_s,
+        }
 
 
 class Planner(Protocol):
