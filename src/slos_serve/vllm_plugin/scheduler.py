@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 
 class SloMixin:
-    """Steer one of vLLM's schedulers; put it before that class in the bases."""
+    """Steer one of vLLM's schedulers; put it before that class in the bases.
+
+    An instance whose constructor has not run (some tests make such) has no `slo` and is vLLM's own.
+    """
+
+    slo: SloRuntime | None = None
+    _slo_caps: dict[str, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._slo_caps: dict[str, int] | None = None
         self.slo = SloRuntime(self, is_async=isinstance(self, AsyncScheduler))
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -45,6 +50,8 @@ class SloMixin:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Run vLLM's `schedule()`, steered where there is a plan to carry out."""
         slo = self.slo
+        if slo is None:
+            return super().schedule(throttle_prefills)  # type: ignore[misc, no-any-return]
         self._slo_caps = slo.before_schedule()
         if self._slo_caps is None:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
@@ -59,23 +66,28 @@ class SloMixin:
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> dict[int, Any]:
         """Let vLLM take the output, then grade it and learn from the step."""
-        self.slo.before_update(scheduler_output)
+        if self.slo is not None:
+            self.slo.before_update(scheduler_output)
         outputs: dict[int, Any] = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        self.slo.after_update(outputs)
+        if self.slo is not None:
+            self.slo.after_update(outputs)
         return outputs
 
     def add_request(self, request: Request) -> None:
         """Queue a request and take up its promises."""
         super().add_request(request)  # type: ignore[misc]
-        self.slo.on_add(request)
+        if self.slo is not None:
+            self.slo.on_add(request)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self.slo.on_free(request)
+        if self.slo is not None:
+            self.slo.on_free(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Stop the plug-in, then vLLM's scheduler."""
-        self.slo.shutdown()
+        if self.slo is not None:
+            self.slo.shutdown()
         super().shutdown()  # type: ignore[misc]
 
 
