@@ -210,6 +210,17 @@ class SloConfig:
         if stage is not None and stage not in STAGES:
             raise ConfigError(where=where, key="stage", value=stage, expected=f"one of {', '.join(STAGES)}")
 
+    def check_promising(self, class_name: object, where: str = "slo") -> None:
+        """Raise `ConfigError` unless requests can be promised something under this name."""
+        names = [name for name, slo_class in self.classes.items() if slo_class.promises] + [CUSTOM]
+        if class_name not in names:
+            raise ConfigError(where=where, key="class", value=class_name, expected=f"one of {', '.join(names)}")
+
+    def ttl_ms(self, label: str) -> float | None:
+        """Return how long a request counted under `label` may wait in the queue; None for no limit."""
+        slo_class = self.classes.get(self.default_class if label == CUSTOM else label)
+        return None if slo_class is None else slo_class.ttl_ms
+
     def resolve(
         self,
         class_name: str | None,

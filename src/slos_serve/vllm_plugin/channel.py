@@ -24,9 +24,10 @@ HIGH_WATER_MARK = 1000
 _MAX_PATH = 100  # a Unix socket's path holds 107 bytes
 
 
-def address(instance_id: str, engine_index: int) -> str:
-    """Return the channel's address; the same in the API process and in the engine process."""
-    path = str(Path(tempfile.gettempdir()) / f"slos-serve-{instance_id}-{engine_index}.sock")
+def address(instance_id: str, engine_index: int, purpose: str = "") -> str:
+    """Return the address of the channel, or of the way in ("control"); the same in the API and engine processes."""
+    name = "-".join(["slos-serve", instance_id, str(engine_index), *([purpose] if purpose else [])])
+    path = str(Path(tempfile.gettempdir()) / f"{name}.sock")
     if len(path) > _MAX_PATH:
         digest = hashlib.sha256(path.encode()).hexdigest()[:24]
         path = f"/tmp/slos-serve-{digest}.sock"  # noqa: S108 - a socket path must be short

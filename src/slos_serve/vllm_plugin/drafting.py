@@ -8,6 +8,7 @@ drafts were given up is tried again after a while.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,17 @@ class DraftWatch:
             name: (self._accepted[name] + PRIOR * PRIOR_TOKENS) / (tested + PRIOR_TOKENS)
             for name, tested in self._tested.items()
         }
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Return the evidence by class, (accepted, tested) tokens."""
+        return {name: [self._accepted[name], tested] for name, tested in self._tested.items()}
+
+    def restore(self, evidence: Mapping[str, Sequence[float]]) -> None:
+        """Go on from `to_json`; `ValueError` for impossible counts, then nothing is changed."""
+        if not all(0 <= accepted <= tested < math.inf for accepted, tested in evidence.values()):
+            raise ValueError("acceptance: expected accepted tokens among tested ones")
+        self._accepted = {name: float(accepted) for name, (accepted, _) in evidence.items()}
+        self._tested = {name: float(tested) for name, (_, tested) in evidence.items()}
 
     def known(self, names: Iterable[str]) -> dict[str, float]:
         """Return the acceptance of the given classes, the prior where nothing was measured."""

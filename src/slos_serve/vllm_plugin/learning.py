@@ -72,6 +72,11 @@ class Learner:
         self._tried: tuple[int, int] | None = None
         self._fit_at = FIT_STEPS
 
+    @property
+    def full_key(self) -> str:
+        """What a profile in use is valid for, as text."""
+        return self.key or profile_key((self.profile or {}).get("key"))
+
     def poll(self) -> None:
         """Load the profile if it has come, or fit live steps if there are enough and no file is awaited."""
         if self._is_done:

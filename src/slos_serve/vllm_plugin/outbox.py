@@ -59,9 +59,9 @@ class Outbox:
         self._sent_at = time.monotonic()
         self.publisher.send(message)
 
-    def beat(self, now_s: float) -> None:
-        """Repeat the snapshot where nothing was sent for a while: listeners come late."""
-        if time.monotonic() - self._sent_at > HEARTBEAT_S:
+    def beat(self, now_s: float, *, at_once: bool = False) -> None:
+        """Repeat the snapshot where nothing was sent for a while, for listeners come late, or where facts changed."""
+        if at_once or time.monotonic() - self._sent_at > HEARTBEAT_S:
             self._sent_at = time.monotonic()
             self.publisher.send(self._message(now_s))
 

@@ -40,7 +40,7 @@ class Promises:
         if not live.has_slo and live.is_resolved:
             live.verdict = "best-effort"
             self._tell(live, "best-effort", live.reason)
-        elif not enforcing:
+        elif not enforcing or live.is_set_aside:
             self._tell(live, "best-effort", "observe")
 
     def apply(self, plan: Plan, now_s: float, *, enforcing: bool) -> None:
@@ -112,6 +112,8 @@ class Promises:
             cancelled=how == "cancelled",
             failed=how == "failed",
         )
+        if live.is_expired:  # a request without an SLO too: it was sent away
+            outcome, live.reason = "rejected", "ttl-expired"
         if how == "finished":
             self._tracker.lengths.observe(live.slo_class, live.request.num_prompt_tokens, live.num_output_tokens)
         self.tally.add(live.slo_class, outcome, promised=live.was_promised)
@@ -122,6 +124,7 @@ class Promises:
             {
                 **_names(live),
                 "outcome": outcome,
+                "reason": live.reason,
                 "promised": live.was_promised,
                 "stages": dict(grade.stages) if grade is not None else {},
                 "ttft_ms": _ms(first - live.arrival_s),
@@ -133,7 +136,7 @@ class Promises:
         )
         if live.slo_id is not None or not live.args:
             return ""  # the HTTP edge says it better; or nobody asked
-        verdict = live.verdict or ("pending" if enforcing else "observe")
+        verdict = live.verdict or ("pending" if enforcing and not live.is_set_aside else "observe")
         return f"slo:{verdict}:{live.reason if outcome == 'none' else outcome}"
 
 
@@ -143,6 +146,8 @@ def _names(live: Live) -> dict[str, Any]:
         "request_id": live.request.request_id,
         "slo_class": live.slo_class,
         "tenant": live.tenant,
+        "session": live.session,
+        "client": live.request.client_index,
     }
 
 

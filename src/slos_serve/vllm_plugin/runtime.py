@@ -7,57 +7,45 @@ raises; a step whose plan failed runs in vLLM's own order.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.types import Plan, ReplicaState, Status, Tier
+from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.vllm_plugin import view
 from slos_serve.vllm_plugin.channel import Publisher, address
 from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.drafting import DraftWatch
 from slos_serve.vllm_plugin.effort import WorkLimit
+from slos_serve.vllm_plugin.expiry import Expiry
 from slos_serve.vllm_plugin.faults import Faults
+from slos_serve.vllm_plugin.housekeeping import Housekeeper
 from slos_serve.vllm_plugin.learning import Learner
+from slos_serve.vllm_plugin.learnt import Learnt
 from slos_serve.vllm_plugin.outbox import Outbox
+from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
-from slos_serve.vllm_plugin.record import BatchShape, StepRecorder
+from slos_serve.vllm_plugin.record import StepRecorder
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety import StepDown
 from slos_serve.vllm_plugin.settings import Settings
 from slos_serve.vllm_plugin.shape import batch_shape
-from slos_serve.vllm_plugin.steer import Steering
+from slos_serve.vllm_plugin.snapshot import facts, snapshot
+from slos_serve.vllm_plugin.steer import Steering, expire
 from slos_serve.vllm_plugin.tracking import Tracker
 from slos_serve.vllm_plugin.warmup import warm_up
+from slos_serve.vllm_plugin.watchdog import PlannerHungError, Watchdog
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from slos_serve.vllm_plugin.tracking import Live
+
 logger = logging.getLogger("vllm.slos_serve")
 
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
-TICK_S = 0.5
-BUSY_GAP_S = 0.01  # from one output to the next schedule(): longer, and the engine had nothing to do
-
-
-@dataclass(slots=True)
-class InFlight:
-    """One scheduled batch on its way through the engine. `ends_at_s` is expected, on the wall clock.
-
-    `began`: when its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s`
-    without.
-    """
-
-    output: SchedulerOutput
-    shape: BatchShape
-    began: float
-    ends_at_s: float
-    planned_s: float | None
-    predicted_s: float | None
-    overhead_s: float
 
 
 class SloRuntime:
@@ -69,49 +57,52 @@ class SloRuntime:
         document = additional.get("slo") if isinstance(additional, dict) else None
         self.scheduler = scheduler
         self.settings = settings = Settings.parse(document)
-        self.mode = settings.resolved_mode(given=document is not None, is_cpu=view.is_cpu())
+        self.modes = settings.resolved_modes(given=document is not None, is_cpu=view.is_cpu())
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
         self._work_limit = WorkLimit()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
-        self.tracker = Tracker(scheduler, settings.config, self.clock, is_async=is_async)
+        self.tracker = Tracker(scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async)
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
         self.recorder = StepRecorder(settings.record)
         self.safety = StepDown(settings.safety)
+        self.watchdog = Watchdog(settings.safety.max_plan_s)
         self.drafts = DraftWatch() if self.limits.max_draft_length else None
         self.faults = Faults(settings.fault_dir)
         index = int(config.parallel_config.data_parallel_index)
-        self.outbox = Outbox(Publisher(address(config.instance_id, index)), index, self.snapshot, self._facts)
+        self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
+        publisher = Publisher(address(config.instance_id, index))
+        self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
         self.promises = Promises(self.tracker, self.safety, self.outbox)
+        self.expiry = Expiry()
         self.divergences: Counter[str] = Counter()
         self.num_steps = 0
         self.num_preempted = 0
+        self.num_expired = 0
         self.plan_times = Ring()
         self.overheads = Ring()
         self.last_plan: Plan | None = None
+        self.per_unit = view.blocks_per_unit(scheduler)
         self._state: ReplicaState | None = None
         self._steering: Steering | None = None
         self._phase = ""
         self._overhead = self._began = 0.0
         self._num_empty = 0
         self._was_enforcing = False
-        self._in_flight: deque[InFlight] = deque()
+        self._planned_modes = self.modes
+        self._pipeline = Pipeline()
         self._done: tuple[InFlight, float] | None = None
-        self._last_update = 0.0
         self._is_updating = False
         self._freed: list[Request] = []
-        self._per_unit = view.blocks_per_unit(scheduler)
         self.planner = settings.make_planner()
         self._warm_up()
-        logger.info("SLO scheduler: mode %s, effective %s. %s", self.mode, self.effective_mode, self.mode_reason)
+        mode = self.modes.engine
+        logger.info("SLO scheduler: mode %s, effective %s. %s", mode, self.effective_mode, self.mode_reason)
         if self.differences:
             logger.warning("SLO scheduler only observes: %s", "; ".join(self.differences))
-        self._report_at = time.monotonic() + settings.report_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_house, name="slos-serve", daemon=True)
-        self._thread.start()
+        self.house = Housekeeper(self, address(config.instance_id, index, "control"))
 
     def _warm_up(self) -> None:
         try:
@@ -126,7 +117,7 @@ class SloRuntime:
     @property
     def is_enforcing(self) -> bool:
         """Tell whether plans are carried out now."""
-        return self.mode == "enforce" and not self.mode_reason
+        return self.modes.is_steering and not self.mode_reason
 
     @property
     def effective_mode(self) -> str:
@@ -136,13 +127,33 @@ class SloRuntime:
     @property
     def mode_reason(self) -> str:
         """Why plans are not carried out; "" where they are or nobody asked."""
-        if self.mode != "enforce":
+        if not self.modes.is_steering:
             return ""
         if self.differences:
             return "unsupported: " + self.differences[0]
         if not self.learner.has_model:
             return "no performance profile yet"
         return self.safety.reason
+
+    def _sets_aside(self, slo_class: str) -> bool:
+        return self.modes.sets_aside(slo_class)
+
+    def set_mode(self, mode: str | None, slo_class: str | None = None) -> dict[str, Any]:
+        """Change the mode of the engine, or of one class, from the next step on; return what holds then.
+
+        Promises that were given are still planned for while plans are carried out. Safe on any thread;
+        `ValueError` for an unknown mode or class.
+        """
+        if slo_class is not None:
+            self.settings.config.check_promising(slo_class)
+        self.modes = self.modes.changed(mode, slo_class)
+        logger.warning("SLO scheduler: mode %s, effective %s", self.modes.to_json(), self.effective_mode)
+        self.outbox.beat(self.clock.peek(), at_once=True)
+        return facts(self)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state of the replica as the channel carries it."""
+        return snapshot(self)
 
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
 
@@ -152,6 +163,7 @@ class SloRuntime:
             live = self.tracker.add(request)
             if live is not None:
                 self.promises.welcome(live, enforcing=self.is_enforcing)
+                self.expiry.add(live, self.settings.config.ttl_ms(live.slo_class))
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("add", error)
 
@@ -168,7 +180,7 @@ class SloRuntime:
                 self._steering, caps = steering, steering.caps
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add(self._phase, error, self._state)
-            self.safety.add_plan(faulty=True)
+            self.safety.add_plan(faulty=True, hung=isinstance(error, PlannerHungError))
         self._overhead = time.perf_counter() - started
         return caps
 
@@ -187,17 +199,8 @@ class SloRuntime:
 
     def before_update(self, output: SchedulerOutput) -> None:
         """Take the time of the batch whose output has come."""
-        now = time.perf_counter()
         self._is_updating = True
-        self._done = None
-        while self._in_flight:
-            entry = self._in_flight.popleft()
-            if entry.output is output:
-                # A busy engine's step lasts from one output to the next, scheduling included.
-                busy = entry.began - self._last_update < BUSY_GAP_S
-                self._done = (entry, now - (self._last_update if busy else entry.began))
-                break
-        self._last_update = now
+        self._done = self._pipeline.take(output)
 
     def on_free(self, request: Request) -> None:
         """Note that a request is finished, on whatever path."""
@@ -212,7 +215,7 @@ class SloRuntime:
         """Grade the output, learn from the step, publish."""
         started = time.perf_counter()
         try:
-            self._note_update(outputs or {}, started)
+            self._note_update({} if outputs is None else outputs, started)
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("update", error)
         finally:
@@ -220,8 +223,8 @@ class SloRuntime:
 
     def shutdown(self) -> None:
         """Stop the thread, write what is buffered, close the channel."""
-        self._stop.set()
-        self._thread.join(timeout=5)
+        self.house.stop()
+        self.learnt.save()
         self.recorder.flush()
         self.outbox.publisher.close()
 
@@ -234,6 +237,9 @@ class SloRuntime:
         now = self.clock.now()
         tracker = self.tracker
         tracker.sync()
+        if self._planned_modes is not self.modes:
+            self._planned_modes = self.modes
+            tracker.regroup()
         model = self.learner.model
         wanted = tracker.num_with_slo or (self.settings.always_plan and len(tracker.table))
         if model is None or not wanted:
@@ -242,19 +248,19 @@ class SloRuntime:
         if enforcing and not self._was_enforcing:
             tracker.reopen()
         self._was_enforcing = enforcing
-        if self._in_flight:  # async: the planned batch starts when the one in flight ends
-            now = max(now, self._in_flight[-1].ends_at_s)
+        now = self._pipeline.starts_at(now)
         state = self._state = ReplicaState(
             now_s=now,
             requests=tracker.table,
-            num_free_kv_blocks=view.free_units(self.scheduler, self._per_unit),
+            num_free_kv_blocks=view.free_units(self.scheduler, self.per_unit),
             limits=replace(self.limits, work_limit=self._work_limit.value),
             perf_model=model,
             **({} if self.drafts is None else self.drafts.state(tracker.table.classes, self.limits.max_draft_length)),
         )
         self._phase = "plan"
         started = time.perf_counter()
-        plan = self.planner.plan(state)
+        with self.watchdog:
+            plan = self.planner.plan(state)
         took = time.perf_counter() - started
         self.plan_times.add(took)
         self.outbox.plan_s.append(round(took, 7))
@@ -298,6 +304,7 @@ class SloRuntime:
         budget = int((self.learner.profile or {}).get("max_num_batched_tokens") or self.limits.max_num_batched_tokens)
         for live in self.tracker.set_reference(lambda tokens: reference.prefill_seconds(tokens, budget)):
             live.verdict = ""
+        self.learnt.restore()
         logger.info("SLO scheduler: performance model ready, effective mode %s", self.effective_mode)
 
     # -- after scheduling -------------------------------------------------------------------------
@@ -309,11 +316,9 @@ class SloRuntime:
         predicted = self.learner.predict(shape)
         if self._steering is not None:
             self._compare(output, self._steering)
-        begins = self.clock.now()
-        if self._in_flight:
-            begins = max(begins, self._in_flight[-1].ends_at_s)
+        begins = self._pipeline.starts_at(self.clock.now())
         finished = time.perf_counter()
-        self._in_flight.append(
+        self._pipeline.add(
             InFlight(
                 output=output,
                 shape=shape,
@@ -350,6 +355,9 @@ class SloRuntime:
                 scheduled = self._done[0].output.scheduled_spec_decode_tokens
                 self.drafts.observe_outputs(tracker.live, scheduled, batch.outputs)
             tracker.take_outputs(batch.outputs, now)
+        expired = self.expiry.take(now, tracker.live, enforcing=self.is_enforcing)
+        if expired:
+            self._expire(expired, outputs)
         if self._freed:
             self._finish_freed(now, outputs)
         if self._done is not None:
@@ -357,6 +365,7 @@ class SloRuntime:
             self._done = None
             overhead = entry.overhead_s + time.perf_counter() - started
             self._learn(entry, seconds, overhead, now)
+        self.safety.add_clock_step(self.clock.take_step_back())
         if self.safety.check(now):
             if self.safety.is_down:
                 logger.error("ALERT: SLO scheduling stepped down to vLLM's own order: %s", self.safety.reason)
@@ -368,6 +377,13 @@ class SloRuntime:
         freed, self._freed = self._freed, []
         self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
 
+    def _expire(self, expired: list[Live], outputs: dict[int, Any]) -> None:
+        """End requests that waited too long; they are graded and told with the others that ended."""
+        self.num_expired += len(expired)
+        for live in expired:
+            live.is_expired = True
+        expire(self.scheduler, [live.request for live in expired], outputs)
+
     def _learn(self, entry: InFlight, seconds: float, overhead: float, now: float) -> None:
         self.overheads.add(overhead)
         self._work_limit.earn(seconds)
@@ -377,73 +393,3 @@ class SloRuntime:
         self.safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
         if entry.predicted_s is not None:
             self.outbox.step_error_s.append(round(seconds - entry.predicted_s, 7))
-
-    # -- what others see --------------------------------------------------------------------------
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state of the replica as the channel carries it."""
-        rows = self.tracker.table.rows
-        tiers = rows["tier"]
-        plan = self.last_plan
-        headroom = plan.headroom_tokens_per_s if plan is not None else None
-        backlog = float(rows["num_prompt_tokens"][rows["status"] == Status.WAITING].sum())
-        return {
-            "mode": self.mode,
-            **self._facts(),
-            "num_promised": int((tiers == Tier.PROMISED).sum()),
-            "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()),
-            "num_pending": int((tiers == Tier.PENDING).sum()),
-            "num_running": len(self.scheduler.running),
-            "num_waiting": sum(len(queue) for queue in view.waiting_queues(self.scheduler)),
-            "free_kv_blocks": view.free_units(self.scheduler, self._per_unit),
-            "num_kv_blocks": self.limits.num_kv_blocks,
-            "headroom_tokens_per_s": headroom,
-            "drain_s": backlog / headroom if headroom else 0.0,
-            "plan_s": self.plan_times.quantiles(),
-            "overhead_s": self.overheads.quantiles(),
-            "planner_faults": dict(self.faults.counts),
-            "divergences": dict(self.divergences),
-            "best_effort_preemptions": self.num_preempted,
-            "steps": self.num_steps,
-            "margin_coverage": self.learner.coverage,
-            "model_error": {"mape": self.learner.mape},
-            "invalid": self.tracker.num_invalid,
-            "would_be": dict(self.promises.would_be),
-            "draft_lengths": {} if self.drafts is None else dict(self.drafts.lengths),
-            "acceptance": {} if self.drafts is None else self.drafts.acceptance,
-            "step_downs": self.safety.num_step_downs,
-        }
-
-    def _facts(self) -> dict[str, Any]:
-        """Return what may change while no step runs."""
-        return {
-            "effective_mode": self.effective_mode,
-            "reason": self.mode_reason,
-            "profile": self.learner.summary,
-        }
-
-    # -- the thread -------------------------------------------------------------------------------
-
-    def _keep_house(self) -> None:
-        """Do what is slow or must happen without traffic: profile, end-of-thinking token, files, heartbeat."""
-        try:
-            self.tracker.thinking_end = view.thinking_end(self.scheduler, self.settings.thinking_end)
-        except Exception as error:  # noqa: BLE001 - thinking is then graded as answer
-            logger.info("SLO scheduler: no end-of-thinking token known (%s)", error)
-        while not self._stop.wait(TICK_S):
-            try:
-                self._tick()
-            except Exception as error:  # noqa: BLE001 - the thread must go on
-                self.faults.add("housekeeping", error)
-
-    def _tick(self) -> None:
-        self.learner.poll()
-        self.recorder.flush()
-        self.outbox.beat(self.clock.peek())
-        now = time.monotonic()
-        if self.settings.report_s and now >= self._report_at:
-            self._report_at = now + self.settings.report_s
-            tally = self.promises.tally
-            if tally.is_news:
-                for line in tally.text(self.outbox.snapshot).splitlines():
-                    logger.info("%s", line)

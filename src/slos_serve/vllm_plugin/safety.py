@@ -2,9 +2,10 @@
 
 Four measurements run all the time: promises kept, margin coverage (share of steps that took no longer
 than predicted with margin), planner faults by step, and the plug-in's time as a share of step time. One
-of them over its limit, on enough evidence, steps down; the evidence is then forgotten. Steering resumes
-when the hold time has passed and what is still measured is better than its limit by `RELIEF`; every
-further step-down doubles the hold, up to an hour.
+of them over its limit, on enough evidence, steps down; so do, at once, a plan that had to be cut off and a
+clock that was set back. The evidence is then forgotten. Steering resumes when the hold time has passed and
+what is still measured is better than its limit by `RELIEF`; every further step-down doubles the hold, up to an
+hour, until steering has held up for `FORGIVEN` times the last hold.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from dataclasses import dataclass
 
 RELIEF = 0.8  # of a tolerated share: what must be reached before steering resumes
 MAX_HOLD_S = 3600.0
+FORGIVEN = 10.0
 _FADE = 1.0 - 1.0 / 2000.0  # faults and times are remembered over about 2000 steps
 _PROMISES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetyLimits:
-    """Limits of the four rules, as shares, and the evidence each one needs. Times in seconds."""
+    """Limits of the rules, as shares, and the evidence each one needs. Times in seconds.
+
+    `max_plan_s`: when a plan is cut off. `max_clock_step_s`: how far the clock may be set back unnoticed.
+    """
 
     min_promises_kept: float = 0.95
     num_promises: int = 200
@@ -30,6 +35,8 @@ class SafetyLimits:
     num_faults: int = 5
     max_time_share: float = 0.05
     num_timed_steps: int = 200
+    max_plan_s: float = 1.0
+    max_clock_step_s: float = 0.1
     hold_s: float = 60.0
     is_enabled: bool = True
 
@@ -49,7 +56,10 @@ class StepDown:
         self._step_s = 0.0
         self._overhead_s = 0.0
         self._coverage: float | None = None
+        self._clock_step_s = 0.0
+        self._num_hung = 0
         self._resume_s = 0.0
+        self._hold_s = 0.0
 
     def add_promise(self, kept: bool) -> None:
         """Count a promised request that ended."""
@@ -61,8 +71,13 @@ class StepDown:
         self._step_s = self._step_s * _FADE + step_s
         self._overhead_s = self._overhead_s * _FADE + overhead_s
 
-    def add_plan(self, faulty: bool) -> None:
-        """Count one attempt to plan."""
+    def add_clock_step(self, seconds: float) -> None:
+        """Take a step of the clock backwards; 0 for none."""
+        self._clock_step_s = max(self._clock_step_s, seconds)
+
+    def add_plan(self, faulty: bool, *, hung: bool = False) -> None:
+        """Count one attempt to plan; `hung`: it had to be cut off."""
+        self._num_hung += hung
         self._steps = self._steps * _FADE + 1
         self._faults = self._faults * _FADE + faulty
 
@@ -87,18 +102,24 @@ class StepDown:
         reason = self._violation(1.0)
         if not reason:
             return False
-        hold = min(self.limits.hold_s * 2.0**self.num_step_downs, MAX_HOLD_S)
-        self.is_down, self.reason, self._resume_s = True, reason, now_s + hold
+        if self._hold_s and now_s > self._resume_s + FORGIVEN * self._hold_s:
+            self._hold_s = 0.0
+        self._hold_s = min(max(2.0 * self._hold_s, self.limits.hold_s), MAX_HOLD_S)
+        self.is_down, self.reason, self._resume_s = True, reason, now_s + self._hold_s
         self.num_step_downs += 1
         self._promises.clear()
         self._steps = self._faults = 0.0
-        self._timed_steps = 0
-        self._step_s = self._overhead_s = 0.0
+        self._timed_steps = self._num_hung = 0
+        self._step_s = self._overhead_s = self._clock_step_s = 0.0
         return True
 
     def _violation(self, strictness: float) -> str:
         """Return the first rule that is broken, its tolerance multiplied by `strictness`; "" for none."""
         limits = self.limits
+        if self._num_hung:
+            return f"a plan was cut off after {limits.max_plan_s:g} s"
+        if self._clock_step_s > limits.max_clock_step_s:
+            return f"the clock was set back by {self._clock_step_s:.3g} s"
         if len(self._promises) >= limits.num_promises:
             kept = sum(self._promises) / len(self._promises)
             if 1 - kept > (1 - limits.min_promises_kept) * strictness:

@@ -6,33 +6,37 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slos_serve.config import SloConfig, load_slo_config
 from slos_serve.core.types import Planner
 from slos_serve.errors import ConfigError
+from slos_serve.vllm_plugin.modes import MODES, Modes
 from slos_serve.vllm_plugin.safety import SafetyLimits
 
 WHERE = 'additional_config["slo"]'
-MODES = ("observe", "enforce")
+STATE_SUFFIX = ".learnt.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The plug-in's settings; `mode` is None where the operator left it to the platform.
 
-    `profile` and `record` are file paths. `guard_s`: from the end of a step to the client seeing its
-    token. `planner` is a dotted class name and `planner_options` its keyword arguments. `always_plan`:
-    plan even while no request has an SLO (to compare planners). `report_s`: how often the attainment of
-    each class is written to the log. `thinking_end` are the token ids (or one text, looked up in the
-    tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
+    `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file
+    that what was learnt outlives a restart in: None for one beside the profile, False for none. `guard_s`: from
+    the end of a step to the client seeing its token. `planner` is a dotted class name and `planner_options` its
+    keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners). `report_s`: how
+    often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
+    up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
     (`None`: the temporary folder).
     """
 
     config: SloConfig = field(default_factory=SloConfig)
     mode: str | None = None
+    class_modes: Mapping[str, str] = field(default_factory=dict)
     profile: Path | None = None
     profile_key: str = ""
+    state: Path | Literal[False] | None = None
     record: Path | None = None
     guard_s: float = 0.01
     planner: str = "slos_serve.core.planner.SloPlanner"
@@ -58,6 +62,8 @@ class Settings:
         mode = given.pop("mode", None)
         if mode is not None and mode not in MODES:
             raise ConfigError(where=WHERE, key="mode", value=mode, expected=f"one of {', '.join(MODES)}")
+        class_modes = _class_modes(given.pop("class_modes", {}), config)
+        state = given.pop("state", None)
         profile, record, fault_dir = (_path(given.pop(key, None)) for key in ("profile", "record", "fault_dir"))
         guard_s = _number(given.pop("guard_ms", 10.0), "guard_ms") / 1000
         report_s = _number(given.pop("report_s", 60.0), "report_s")
@@ -66,6 +72,8 @@ class Settings:
         return cls(
             config=config,
             mode=mode,
+            class_modes=class_modes,
+            state=state if state is False else _path(state),
             guard_s=guard_s,
             report_s=report_s,
             thinking_end=thinking_end,
@@ -76,11 +84,17 @@ class Settings:
             **given,
         )
 
-    def resolved_mode(self, *, given: bool, is_cpu: bool) -> str:
-        """Return the mode to run in: what was asked, else enforce on CPUs, observe elsewhere and bare."""
-        if self.mode is not None:
-            return self.mode
-        return "enforce" if given and is_cpu else "observe"
+    def resolved_modes(self, *, given: bool, is_cpu: bool) -> Modes:
+        """Return the modes to run in: what was asked, else enforce on CPUs, observe elsewhere and bare."""
+        mode = self.mode or ("enforce" if given and is_cpu else "observe")
+        return Modes(engine=mode, by_class=self.class_modes)
+
+    def state_path(self, engine_index: int) -> Path | None:
+        """Return the file of what one engine has learnt; None keeps nothing."""
+        if self.state is False or (self.state is None and self.profile is None):
+            return None
+        path = self.state or self.profile.with_suffix(STATE_SUFFIX)  # type: ignore[union-attr]
+        return path.with_stem(f"{path.stem}-{engine_index}") if engine_index else path
 
     def make_planner(self) -> Planner:
         """Import and construct the planner; `ConfigError` where there is none of that name."""
@@ -100,6 +114,17 @@ class Settings:
 
 def _path(value: object) -> Path | None:
     return Path(str(value)) if value else None
+
+
+def _class_modes(value: object, config: SloConfig) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(where=WHERE, key="class_modes", value=value, expected="a mapping of classes to modes")
+    for name, mode in value.items():
+        config.check_promising(name, WHERE)
+        if mode not in MODES:
+            expected = f"one of {', '.join(MODES)}"
+            raise ConfigError(where=WHERE, key=f"class_modes.{name}", value=mode, expected=expected)
+    return dict(value)
 
 
 def _thinking_end(value: object) -> str | tuple[int, ...]:

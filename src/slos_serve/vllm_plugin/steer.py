@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
 if TYPE_CHECKING:
@@ -25,6 +26,25 @@ if TYPE_CHECKING:
     from slos_serve.core.types import BatchPlan
 
 UNCAPPED = 1 << 40
+EXPIRED = "slo:best-effort:rejected"
+
+
+def expire(scheduler: Any, requests: Sequence[Request], outputs: dict[int, Any]) -> None:
+    """End waiting requests as vLLM ends aborted ones, and tell their clients so in this step's `outputs`.
+
+    To be called where a step's output has been taken: nothing of a waiting request is in flight then.
+    """
+    scheduler.finish_requests([r.request_id for r in requests], RequestStatus.FINISHED_ABORTED)
+    for request in requests:
+        last = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=request.get_finished_reason(),
+            stop_reason=EXPIRED,
+            events=request.take_events(),
+            trace_headers=request.trace_headers,
+        )
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(last)
 
 
 class DraftLookup:

@@ -66,6 +66,8 @@ class Live:
     is_declined: bool = False
     promise_lead_s: float | None = None
     would_be: str = ""  # the verdict in observe mode
+    is_set_aside: bool = False  # its class only observes, others are steered: it is planned as best-effort work
+    is_expired: bool = False
 
     @property
     def request_id(self) -> str:
@@ -84,9 +86,20 @@ class Live:
         return str(self.args.get("slo_tenant") or "")
 
     @property
+    def session(self) -> str | None:
+        """The session it belongs to, as the client names it."""
+        value = self.request.session_id
+        return None if value is None else str(value)
+
+    @property
     def has_slo(self) -> bool:
-        """Tell whether anything was promised in its name."""
+        """Tell whether the client asked for anything."""
         return not self.slo.is_empty
+
+    @property
+    def planned_slo(self) -> Slo:
+        """What plans are made for."""
+        return Slo() if self.is_set_aside else self.slo
 
 
 class Tracker:
@@ -97,6 +110,7 @@ class Tracker:
         scheduler: Any,
         config: SloConfig,
         clock: Clock,
+        sets_aside: Callable[[str], bool] = lambda _: False,
         *,
         is_async: bool,
     ) -> None:
@@ -107,7 +121,8 @@ class Tracker:
         self.live: dict[str, Live] = {}
         self.blocked: dict[str, Live] = {}
         self.stock: dict[str, Request] = {}
-        self.num_with_slo = 0  # rows with a promise in their name
+        self.num_with_slo = 0  # rows that ask for a promise
+        self._sets_aside = sets_aside
         self.lengths = LengthModel(
             {name: c.output_tokens_hint for name, c in config.classes.items() if c.output_tokens_hint}
         )
@@ -176,6 +191,7 @@ class Tracker:
             self.num_invalid += 1
             return
         live.slo, live.weight, live.thinks, live.slo_class = slo, weight, thinks, label
+        live.is_set_aside = self._sets_aside(label)
         live.is_thinking = thinks and bool(self.thinking_end)
         live.reason = "" if live.has_slo else "requested"
         if live.has_slo:
@@ -197,7 +213,7 @@ class Tracker:
             if live.has_slo:
                 resolved.append(live)
             if live.has_row:
-                self.num_with_slo += live.has_slo
+                self.num_with_slo += not live.planned_slo.is_empty
                 self._rewrite_row(live)
         self._unresolved.clear()
         return resolved
@@ -209,7 +225,7 @@ class Tracker:
             arrival_s=live.arrival_s,
             num_prompt_tokens=max(1, request.num_prompt_tokens),
             max_output_tokens=max(1, self._max_output_tokens(request)),
-            slo=live.slo,
+            slo=live.planned_slo,
             slo_class=live.slo_class,
             weight=live.weight,
             thinks=live.is_thinking,
@@ -232,12 +248,12 @@ class Tracker:
         self._rows_live.append(live)
         self._rows_requests.append(live.request)
         live.has_row = True
-        self.num_with_slo += live.has_slo
+        self.num_with_slo += not live.planned_slo.is_empty
         self._lookups.append(live.request_id)
 
     def _rewrite_row(self, live: Live) -> None:
         """Write promises that became known late into the row, keeping its place in every order."""
-        index, slo = self.table.index(live.request_id), live.slo
+        index, slo = self.table.index(live.request_id), live.planned_slo
         row = self.table.rows[index]
         if live.slo_class not in self.table.classes:
             self.table.classes.append(live.slo_class)
@@ -249,7 +265,7 @@ class Tracker:
         row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
         row["weight"] = live.weight
         row["is_thinking"] = int(live.is_thinking)
-        row["tier"] = Tier.PENDING if live.has_slo else Tier.BEST_EFFORT
+        row["tier"] = Tier.BEST_EFFORT if slo.is_empty else Tier.PENDING
 
     # -- departure --------------------------------------------------------------------------------
 
@@ -262,7 +278,7 @@ class Tracker:
         self.stock.pop(request_id, None)
         self._unresolved.pop(request_id, None)
         if live.has_row:
-            self.num_with_slo -= live.has_slo
+            self.num_with_slo -= not live.planned_slo.is_empty
             index = self.table.index(request_id)
             self.table.remove(request_id)
             last_live, last_request = self._rows_live.pop(), self._rows_requests.pop()
@@ -337,7 +353,18 @@ class Tracker:
         tiers = self.table.rows["tier"]
         for index, live in enumerate(self._rows_live):
             if live.has_slo and not live.verdict:
-                tiers[index] = Tier.BEST_EFFORT if live.num_output_tokens else Tier.PENDING
+                undecided = not live.num_output_tokens and not live.is_set_aside
+                tiers[index] = Tier.PENDING if undecided else Tier.BEST_EFFORT
+
+    def regroup(self) -> None:
+        """Plan for the classes that are steered from now on; a promise that was given stands."""
+        for live in self._rows_live:
+            aside = self._sets_aside(live.slo_class) and not live.was_promised
+            if aside != live.is_set_aside:
+                self.num_with_slo -= not live.planned_slo.is_empty
+                live.is_set_aside = aside
+                self.num_with_slo += not live.planned_slo.is_empty
+                self._rewrite_row(live)
 
     def runnable_waiting(self) -> dict[str, Request]:
         """Return the waiting requests that have a row, by id."""

@@ -136,6 +136,7 @@ def unsupported(scheduler: Any) -> list[str]:
         "a KV connector": scheduler.connector is not None,
         "an encoder-cache connector": scheduler.ec_connector is not None,
         "a model without KV cache": not scheduler.kv_cache_config.kv_cache_groups,
+        "data-parallel engines in lock step": scheduler.parallel_config.data_parallel_size > 1,
     }
     return [name for name, present in checks.items() if present]
 
@@ -143,6 +144,13 @@ def unsupported(scheduler: Any) -> list[str]:
 def is_blocked(request: Request) -> bool:
     """Tell whether a waiting request cannot run yet: a grammar, remote KV or more input is awaited."""
     return request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED, RequestStatus.RUNNING)
+
+
+def is_queued(request: Request) -> bool:
+    """Tell whether a request waits to be admitted and holds no blocks that a step in flight may write."""
+    return request.status is RequestStatus.WAITING or (
+        request.status is RequestStatus.PREEMPTED and not request.num_stale_output_tokens
+    )
 
 
 def awaits_grammar(request: Request) -> bool:

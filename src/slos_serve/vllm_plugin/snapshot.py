@@ -1,0 +1,57 @@
+"""What a replica says about itself: the snapshot that travels with what is published."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from slos_serve.core.types import Status, Tier
+from slos_serve.vllm_plugin import view
+
+if TYPE_CHECKING:
+    from slos_serve.vllm_plugin.runtime import SloRuntime
+
+
+def snapshot(runtime: SloRuntime) -> dict[str, Any]:
+    """Return the state of the replica as the channel carries it."""
+    rows = runtime.tracker.table.rows
+    tiers = rows["tier"]
+    plan = runtime.last_plan
+    headroom = plan.headroom_tokens_per_s if plan is not None else None
+    backlog = float(rows["num_prompt_tokens"][rows["status"] == Status.WAITING].sum())
+    drafts = runtime.drafts
+    return {
+        **facts(runtime),
+        "num_promised": int((tiers == Tier.PROMISED).sum()),
+        "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()),
+        "num_pending": int((tiers == Tier.PENDING).sum()),
+        "num_running": len(runtime.scheduler.running),
+        "num_waiting": sum(len(queue) for queue in view.waiting_queues(runtime.scheduler)),
+        "free_kv_blocks": view.free_units(runtime.scheduler, runtime.per_unit),
+        "num_kv_blocks": runtime.limits.num_kv_blocks,
+        "headroom_tokens_per_s": headroom,
+        "drain_s": backlog / headroom if headroom else 0.0,
+        "plan_s": runtime.plan_times.quantiles(),
+        "overhead_s": runtime.overheads.quantiles(),
+        "planner_faults": dict(runtime.faults.counts),
+        "divergences": dict(runtime.divergences),
+        "best_effort_preemptions": runtime.num_preempted,
+        "expired": runtime.num_expired,
+        "steps": runtime.num_steps,
+        "margin_coverage": runtime.learner.coverage,
+        "model_error": {"mape": runtime.learner.mape},
+        "invalid": runtime.tracker.num_invalid,
+        "would_be": dict(runtime.promises.would_be),
+        "draft_lengths": {} if drafts is None else dict(drafts.lengths),
+        "acceptance": {} if drafts is None else drafts.acceptance,
+        "step_downs": runtime.safety.num_step_downs,
+    }
+
+
+def facts(runtime: SloRuntime) -> dict[str, Any]:
+    """Return what may change while no step runs; safe on any thread."""
+    return {
+        **runtime.modes.to_json(),
+        "effective_mode": runtime.effective_mode,
+        "reason": runtime.mode_reason,
+        "profile": runtime.learner.summary,
+    }
