@@ -287,17 +287,20 @@ def _page(document: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study from the command line."""
-    parser = argparse.ArgumentParser(prog="attainment", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="study", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a small model's folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=Path("bench-report"), metavar="DIR", help="bench-report")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="paired runs at each rate (8)")
     parser.add_argument("--seconds", type=float, default=40.0, metavar="S", help="length of one run (40)")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="X", help=f"rates, as shares of the modelled capacity ({_shares()})"
+    )
     parser.add_argument("--hours", type=float, default=3.0, metavar="H", help="start no new run after this time (3)")
     parser.add_argument("--quick", action="store_true", help="two rates, two seeds: about a quarter of an hour")
     parser.add_argument("--report-only", action="store_true", help="report the runs that are saved, run nothing")
     args = parser.parse_args(argv)
-    if args.seeds < 1 or not args.seconds >= 1 or not args.hours > 0:
-        parser.error("--seeds, --seconds and --hours: expected positive numbers")
+    if args.seeds < 1 or not args.seconds >= 1 or not args.hours > 0 or min(args.shares or (1.0,)) <= 0:
+        parser.error("--seeds, --seconds, --shares and --hours: expected positive numbers")
     try:
         with ending_by_signal():
             model = args.model or ("" if args.report_only else _demo_model())
@@ -307,20 +310,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 num_seeds=2 if args.quick else args.seeds,
                 seconds=args.seconds,
                 hours=args.hours,
-                shares=(SHARES[0], SHARES[3]) if args.quick else SHARES,
+                shares=tuple(args.shares or ((SHARES[0], SHARES[3]) if args.quick else SHARES)),
             )
             runs = saved_runs(options.out) if args.report_only else run_study(options)
     except KeyboardInterrupt:
         _say("stopped: what has run is saved, run again to go on")
         return 130
     except (SlosServeError, OSError, ValueError) as error:
-        _say(f"attainment: {' '.join(str(error).split())}")
+        _say(f"study: {' '.join(str(error).split())}")
         return 1
     comparisons = write_study(runs, options)
     print(as_text(comparisons))
     print(verdict(comparisons))
     print(json.dumps({"report": str(options.out / "report.json")}), file=sys.stderr)
     return 0
+
+
+def _shares() -> str:
+    return " ".join(f"{share:g}" for share in SHARES)
 
 
 def _demo_model() -> Path:
