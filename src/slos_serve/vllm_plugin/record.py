@@ -1,17 +1,39 @@
-"""Step records: one JSON line for each engine step, what a performance model is fitted from."""
+"""What `--record FILE` writes, one JSON object a line: steps, requests, and what the planner was asked.
+
+- A *step* (no `kind`): what it computed, how long it took, what was predicted; a performance model is fitted
+  from these. About 250 bytes.
+- `engine`, once at the start: schema, versions, limits, classes, planner; `model`: the pinned reference, when
+  there is one.
+- `request`, when one ends: what it asked for, its true lengths, what became of it. About 500 bytes.
+- `plan`: the planner's whole input (`ReplicaState`) and output (`Plan`), and what vLLM then scheduled; for every plan
+  with a verdict and every `PLAN_EVERY`-th without. About 0.9 KiB and 0.25 KiB for each live request, so these are
+  rationed: `PLAN_BYTES_PER_S` on average, `PLAN_BURST_BYTES` at once, `MAX_PLAN_BYTES` in all.
+
+The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 82 KB a second.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slos_serve.core.types import Plan, ReplicaState
 
 logger = logging.getLogger("vllm.slos_serve")
 
+SCHEMA = "slos-serve-record/1"
 MAX_BUFFERED = 10_000
+PLAN_EVERY = 16
+PLAN_BYTES, PLAN_BYTES_PER_REQUEST = 900, 250  # what a plan's line is taken to cost before it is written
+PLAN_BYTES_PER_S = 64 << 10
+PLAN_BURST_BYTES = 8 << 20
+MAX_PLAN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +49,36 @@ class BatchShape:
 
 
 class StepRecorder:
-    """Append step records to a file; buffered, and silent after the first error of the disk.
+    """Append records to a file; buffered, and silent after the first error of the disk.
 
-    Thread-safe where one thread adds and another flushes.
+    Thread-safe where one thread adds and another flushes. Lines of JSON are made when they are flushed.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, plan_every: int = PLAN_EVERY) -> None:
         self.path = path
         self.num_dropped = 0
-        self._buffer: deque[dict[str, Any]] = deque()
+        self.num_plans_skipped = 0
+        self._plan_every = plan_every
+        self._buffer: deque[Callable[[], dict[str, Any]]] = deque()
         self._is_broken = False
+        self._asked: tuple[int, float, ReplicaState, Plan] | None = None
+        self._credit: float = PLAN_BURST_BYTES
+        self._credited_s: float | None = None
+        self._left = MAX_PLAN_BYTES
+        self._num_plans = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether anything is written at all."""
+        return self.path is not None and not self._is_broken
+
+    def _append(self, make: Callable[[], dict[str, Any]]) -> None:
+        if not self.is_open:
+            return
+        if len(self._buffer) >= MAX_BUFFERED:
+            self.num_dropped += 1
+            return
+        self._buffer.append(make)
 
     def add(  # noqa: PLR0917 - one column each
         self,
@@ -48,13 +90,8 @@ class StepRecorder:
         predicted_s: float | None,
     ) -> None:
         """Keep one step; times in seconds, None where there was no plan or no model."""
-        if self.path is None or self._is_broken:
-            return
-        if len(self._buffer) >= MAX_BUFFERED:
-            self.num_dropped += 1
-            return
-        self._buffer.append(
-            {
+        self._append(
+            lambda: {
                 "step": step,
                 "t": round(time_s, 6),
                 "num_tokens": shape.num_tokens,
@@ -69,11 +106,55 @@ class StepRecorder:
             }
         )
 
+    def add_fact(self, kind: str, time_s: float, facts: Mapping[str, Any]) -> None:
+        """Keep an `engine`, `model` or `request` line; `facts` is not copied and must not change any more."""
+        self._append(lambda: {"kind": kind, "schema": SCHEMA, "t": round(time_s, 6), **facts})
+
+    def ask(self, step: int, state: ReplicaState, plan: Plan) -> None:
+        """Take up a plan that was just made, before anything of it is carried out, if it is to be kept."""
+        self._asked = None
+        if not self.is_open:
+            return
+        self._num_plans += 1
+        if not plan.verdicts and self._num_plans % self._plan_every:
+            return
+        now = state.now_s
+        if self._credited_s is not None:
+            earned = PLAN_BYTES_PER_S * max(0.0, now - self._credited_s)
+            self._credit = min(self._credit + earned, PLAN_BURST_BYTES)
+        self._credited_s = now
+        cost = PLAN_BYTES + PLAN_BYTES_PER_REQUEST * len(state.requests)
+        if cost > self._credit or cost > self._left:
+            self.num_plans_skipped += 1
+            return
+        self._credit -= cost
+        self._left -= cost
+        self._asked = (step, now, replace(state, requests=state.requests.copy()), plan)
+
+    def answer(self, scheduled: Mapping[str, int], *, mode: str, is_steered: bool) -> None:
+        """Keep the plan that was taken up with what the engine scheduled in its step, drafts included."""
+        if self._asked is None:
+            return
+        (step, now, state, plan), self._asked = self._asked, None
+        found = dict(scheduled)
+        self._append(
+            lambda: {
+                "kind": "plan",
+                "step": step,
+                "t": round(now, 6),
+                "mode": mode,
+                "steered": is_steered,
+                "scheduled": found,
+                "plan": plan.to_json(),
+                "state": state.to_json(),
+            }
+        )
+
     def flush(self) -> None:
         """Write what is buffered."""
         if not self._buffer or self.path is None or self._is_broken:
             return
-        lines = [self._buffer.popleft() for _ in range(len(self._buffer))]
+        lines = [self._buffer.popleft()() for _ in range(len(self._buffer))]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
