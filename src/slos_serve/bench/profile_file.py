@@ -133,6 +133,8 @@ def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
+        if isinstance(record, dict) and "kind" in record:
+            continue  # what the planner was asked, and the like
         if not isinstance(record, dict) or "seconds" not in record or "num_tokens" not in record:
             raise ValueError(f"{path}:{number}: expected a step record such as serve --record writes")
         records.append(record)

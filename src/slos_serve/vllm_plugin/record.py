@@ -131,7 +131,7 @@ class StepRecorder:
         self._left -= cost
         self._asked = (step, now, replace(state, requests=state.requests.copy()), plan)
 
-    def answer(self, scheduled: Mapping[str, int], *, mode: str, is_steered: bool) -> None:
+    def answer(self, scheduled: Mapping[str, int], *, is_steered: bool) -> None:
         """Keep the plan that was taken up with what the engine scheduled in its step, drafts included."""
         if self._asked is None:
             return
@@ -142,7 +142,6 @@ class StepRecorder:
                 "kind": "plan",
                 "step": step,
                 "t": round(now, 6),
-                "mode": mode,
                 "steered": is_steered,
                 "scheduled": found,
                 "plan": plan.to_json(),

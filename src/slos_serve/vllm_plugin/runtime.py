@@ -27,6 +27,7 @@ from slos_serve.vllm_plugin.outbox import Outbox
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.record import StepRecorder
+from slos_serve.vllm_plugin.recorded import engine_facts, request_facts
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety import StepDown
 from slos_serve.vllm_plugin.settings import Settings
@@ -97,6 +98,7 @@ class SloRuntime:
         self._is_updating = False
         self._freed: list[Request] = []
         self.planner = settings.make_planner()
+        self.recorder.add_fact("engine", self.clock.now(), engine_facts(self, is_async=is_async))
         self._warm_up()
         mode = self.modes.engine
         logger.info("SLO scheduler: mode %s, effective %s. %s", mode, self.effective_mode, self.mode_reason)
@@ -265,6 +267,7 @@ class SloRuntime:
         self.plan_times.add(took)
         self.outbox.plan_s.append(round(took, 7))
         self._work_limit.spend(plan.work, took)
+        self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
         self._phase = "apply"
         if plan.verdicts:
             self.promises.apply(plan, now, enforcing=enforcing)
@@ -305,11 +308,14 @@ class SloRuntime:
         for live in self.tracker.set_reference(lambda tokens: reference.prefill_seconds(tokens, budget)):
             live.verdict = ""
         self.learnt.restore()
+        model = {"perf_model": reference.to_json(), "max_num_batched_tokens": budget}
+        self.recorder.add_fact("model", self.clock.now(), model)
         logger.info("SLO scheduler: performance model ready, effective mode %s", self.effective_mode)
 
     # -- after scheduling -------------------------------------------------------------------------
 
     def _note_scheduled(self, output: SchedulerOutput, started: float) -> None:
+        self.recorder.answer(output.num_scheduled_tokens, is_steered=self._steering is not None)
         if not output.num_scheduled_tokens:
             return
         shape = batch_shape(self.tracker, output)
@@ -375,7 +381,13 @@ class SloRuntime:
 
     def _finish_freed(self, now: float, outputs: dict[int, Any] | None) -> None:
         freed, self._freed = self._freed, []
+        known = request_facts(self.tracker, freed) if self.recorder.is_open else {}
+        told = len(self.outbox.finished)
         self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
+        if known:
+            for end in self.outbox.finished[told:]:
+                line = {**known[end["request_id"]], **end, "enforced": self.is_enforcing}
+                self.recorder.add_fact("request", now, line)
 
     def _expire(self, expired: list[Live], outputs: dict[int, Any]) -> None:
         """End requests that waited too long; they are graded and told with the others that ended."""

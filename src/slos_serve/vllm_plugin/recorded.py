@@ -11,26 +11,26 @@ import vllm
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from slos_serve.core.types import Limits
-    from slos_serve.vllm_plugin.settings import Settings
+    from slos_serve.vllm_plugin.runtime import SloRuntime
     from slos_serve.vllm_plugin.tracking import Tracker
 
 NOT_SAID = frozenset({"slo_id", "slo_tenant", "slo_arrival_s"})
 
 
-def engine_facts(scheduler: Any, settings: Settings, limits: Limits, *, mode: str, is_async: bool) -> dict[str, Any]:
+def engine_facts(runtime: SloRuntime, *, is_async: bool) -> dict[str, Any]:
     """Return the `engine` line: all that a replay needs to know beside what it is served. No keys, no tenants."""
-    config = settings.config.to_json()
+    settings, config = runtime.settings, runtime.scheduler.vllm_config
+    classes = settings.config.to_json()
     return {
         "vllm": str(vllm.__version__),
-        "model": str(scheduler.vllm_config.model_config.model),
-        "mode": mode,
-        "limits": asdict(limits),
-        "policy": str(scheduler.scheduler_config.policy),
+        "model": str(config.model_config.model),
+        **runtime.modes.to_json(),
+        "limits": asdict(runtime.limits),
+        "policy": str(config.scheduler_config.policy),
         "is_async": is_async,
         "planner": settings.planner,
         "planner_options": dict(settings.planner_options),
-        "config": {key: value for key, value in config.items() if key not in ("tenants", "models", "api_keys")},
+        "config": {key: value for key, value in classes.items() if key not in ("tenants", "models", "api_keys")},
     }
 
 
