@@ -95,6 +95,7 @@ class Lab:
             self.record_path.unlink(missing_ok=True)
         flags = ["--profile", str(self.profile_path), *(["--reprofile"] if measure else [])]
         flags += ["--record", str(self.record_path), "--slo-mode", "enforce"]
+        flags += ["--additional-config", '{"slo": {"state": false}}']  # every run starts with the same knowledge
         flags += ["--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS]
         what = "; it measures how long its own steps take (about a minute and a half)" if measure else ""
         self._say(f"Starting vLLM with slos-serve{what}.")

@@ -14,13 +14,14 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.http.metrics import OTHER, SloMetrics
 from slos_serve.http.slo import Operator
+from slos_serve.http.snapshots import Snapshots
 
 MAX_RECORDS = 4096
 FRESH_S = 2.0
@@ -36,7 +37,11 @@ FINISHED_KEYS = (
     "num_prompt_tokens",
     "num_output_tokens",
     "promise_lead_ms",
+    "session",
 )
+
+# One HTTP request can be several in the engine (n > 1, many prompts): it ends as its worst part does.
+WORST_FIRST = ("failed", "rejected", "cancelled", "missed", "declined", "met", "none")
 
 Record = dict[str, Any]
 
@@ -51,18 +56,23 @@ class Hub:
         self.operator = Operator(SloConfig())
         self.settings: Mapping[str, Any] = {}
         self.model: str | None = None
+        self.controls: list[Callable[[dict[str, Any]], Mapping[str, Any]]] = []
         self.num_malformed = 0
+        self._client = 0
         self._max_records = max_records
         self._lock = threading.Lock()
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._aliases: dict[str, str] = {}
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
-        self._snapshot: Mapping[str, Any] | None = None
-        self._snapshot_s = -math.inf
-        self._worked_s = -math.inf
+        self._snapshots = Snapshots()
 
-    def configure(self, *, slo: Mapping[str, Any] | None = None, model: str | None = None) -> None:
-        """Take over `additional_config["slo"]`: class configuration, mode and profile. `ConfigError` if bad."""
+    def configure(self, *, slo: Mapping[str, Any] | None = None, model: str | None = None, client: int = 0) -> None:
+        """Take over `additional_config["slo"]`: class configuration, mode and profile. `ConfigError` if bad.
+
+        `client` is this API server's number among several of one engine. Each hears of every request, so that any
+        of them can be asked about it, and counts its own alone.
+        """
+        self._client = client
         self.settings = dict(slo or {})
         self.model = model
         self.operator = Operator(load_slo_config(self.settings.get("config")))
@@ -81,8 +91,9 @@ class Hub:
             for item in self._items(message, key):
                 self._guarded(take, item)
         self._guarded(lambda m: self._take_snapshot(m.get("snapshot"), engine), message)
-        self._guarded(lambda m: self.metrics.observe(self.metrics.plan, m.get("plan_s")), message)
-        self._guarded(lambda m: self.metrics.observe(self.metrics.step_error, m.get("step_error_s")), message)
+        if self._client == 0:
+            self._guarded(lambda m: self.metrics.observe(self.metrics.plan, m.get("plan_s")), message)
+            self._guarded(lambda m: self.metrics.observe(self.metrics.step_error, m.get("step_error_s")), message)
 
     def _guarded(self, take: Any, item: Any) -> None:
         try:
@@ -99,45 +110,62 @@ class Hub:
 
     def _take_verdict(self, item: Mapping[str, Any]) -> None:
         label = self._label(item["slo_class"])
-        self.metrics.count_verdict(label, item["verdict"], item.get("reason") or "", item.get("slack_ms"))
+        if self._is_own(item):
+            self.metrics.count_verdict(label, item["verdict"], item.get("reason") or "", item.get("slack_ms"))
         slo_id = item.get("slo_id") or item["request_id"]
         with self._lock:
             record = self._record(slo_id, label, item.get("tenant") or "")
             self._alias(item.get("request_id"), slo_id)
             parts = record["_parts"]
             parts[item.get("request_id")] = {key: item.get(key) for key in VERDICT_KEYS}
-            # One HTTP request can be several in the engine (n > 1, many prompts): it is as good as its worst.
+            # As good as its worst part.
             worst = next((part for part in parts.values() if part["verdict"] == "best-effort"), None)
             record.update(worst or parts[item.get("request_id")])
             waiters = self._waiters.pop(slo_id, ())
         for waiter in waiters:
             _wake(waiter)
 
+    def _is_own(self, item: Mapping[str, Any]) -> bool:
+        return item.get("client", self._client) == self._client
+
     def _take_finished(self, item: Mapping[str, Any]) -> None:
         label, outcome = self._label(item["slo_class"]), item["outcome"]
         slo_id, tenant = item.get("slo_id") or item["request_id"], item.get("tenant") or ""
         with self._lock:
-            known = self._records.get(slo_id)
-            if known is not None and known.get("outcome") == "rejected":
+            record = self._records.get(slo_id)
+            if record is not None and record.get("outcome") == "rejected" and not record["_ended"]:
                 return  # refused before its first byte and counted then; the engine only saw it leave
-            if outcome != "none":
+            if record is None and outcome != "none":
                 record = self._record(slo_id, label, tenant)
+            if record is not None:
                 self._alias(item.get("request_id"), slo_id)
-                record.update({key: item.get(key) for key in FINISHED_KEYS})
-                record["finished_s"] = time.time()
+                self._end(record, item)
+            waiters = self._waiters.pop(slo_id, ())
+        for waiter in waiters:
+            _wake(waiter)
+        if not self._is_own(item):
+            return
         self.metrics.count_outcome(label, tenant, outcome)
         if item.get("promised"):
             self.metrics.count_promise(label, outcome)
         self.metrics.count_stages(label, item.get("stages") or {})
 
+    def _end(self, record: Record, item: Mapping[str, Any]) -> None:
+        """Write into a record how a request, or a part of it, ended."""
+        record["_ended"][item.get("request_id")] = item["outcome"]
+        record.update({key: item.get(key) for key in FINISHED_KEYS})
+        record["outcome"] = min(record["_ended"].values(), key=WORST_FIRST.index)
+        record["finished_s"] = time.time()
+        if item["outcome"] == "rejected":
+            record.update(verdict="rejected", reason=item.get("reason") or "")
+
     def _take_snapshot(self, snapshot: Mapping[str, Any] | None, engine: object) -> None:
         if snapshot is None:
             return
-        self.metrics.show(snapshot, engine)
-        now, steps = time.monotonic(), snapshot.get("steps")
-        if steps is None or steps != (self._snapshot or {}).get("steps"):
-            self._worked_s = now
-        self._snapshot, self._snapshot_s = dict(snapshot), now
+        whole = self._snapshots.take(engine, snapshot)
+        self.metrics.show(whole)
+        if self._client == 0:
+            self.metrics.count(snapshot, engine)
 
     # HTTP side: the event loop.
 
@@ -155,12 +183,31 @@ class Hub:
             record = self._records.get(slo_id)
             if record is not None and record["verdict"] != "pending":
                 return public(record)
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.setdefault(slo_id, []).append(future)
+            future = self._wait(slo_id)
+        return self.find(slo_id) if await self._woken(slo_id, future, timeout_s) else None
+
+    async def wait_end(self, slo_id: str, num_parts: int, timeout_s: float) -> None:
+        """Wait until every part of a request is known to have ended, `timeout_s` at most."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                record = self._records.get(slo_id)
+                if record is None or len(record["_ended"]) >= num_parts:
+                    return
+                future = self._wait(slo_id)
+            if not await self._woken(slo_id, future, deadline - time.monotonic()):
+                return
+
+    def _wait(self, slo_id: str) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(slo_id, []).append(future)
+        return future
+
+    async def _woken(self, slo_id: str, future: asyncio.Future[None], timeout_s: float) -> bool:
         try:
             await asyncio.wait_for(future, max(0.0, timeout_s))
         except TimeoutError:
-            return None
+            return False
         finally:
             with self._lock:
                 left = self._waiters.get(slo_id, [])
@@ -168,7 +215,14 @@ class Hub:
                     left.remove(future)
                 if not left:
                     self._waiters.pop(slo_id, None)
-        return self.find(slo_id)
+        return True
+
+    def was_sent_away(self, slo_id: str) -> bool:
+        """Tell whether the engine ended all of a request before it began: it had waited too long."""
+        with self._lock:
+            record = self._records.get(slo_id)
+            ended = {} if record is None else record["_ended"]
+            return bool(ended) and set(ended.values()) == {"rejected"}
 
     def find(self, request_id: str) -> Record | None:
         """Return what is known of a request by our id, the engine's or the client's."""
@@ -186,12 +240,12 @@ class Hub:
     @property
     def snapshot(self) -> Mapping[str, Any] | None:
         """The last snapshot, however old."""
-        return self._snapshot
+        return self._snapshots.whole
 
     @property
     def snapshot_age_s(self) -> float:
         """Seconds since the last snapshot; infinite before the first."""
-        return time.monotonic() - self._snapshot_s
+        return self._snapshots.age_s
 
     @property
     def is_heard(self) -> bool:
@@ -201,7 +255,7 @@ class Hub:
     @property
     def fresh_snapshot(self) -> Mapping[str, Any] | None:
         """The last snapshot while the engine is at work: an idle one has room, and only repeats itself."""
-        return self._snapshot if time.monotonic() - self._worked_s <= FRESH_S else None
+        return self.snapshot if self._snapshots.idle_s <= FRESH_S else None
 
     def refusal(self, *, best_effort: bool, rejects: bool) -> str | None:
         """Return why a request is refused before it reaches the engine, None to let it through.
@@ -226,7 +280,7 @@ class Hub:
     @property
     def retry_after_s(self) -> int:
         """Whole seconds until the present queue has drained, 1 to 30."""
-        drain_s = (self._snapshot or {}).get("drain_s") or 0.0
+        drain_s = (self.snapshot or {}).get("drain_s") or 0.0
         low, high = RETRY_AFTER_S
         return high if not math.isfinite(drain_s) else min(high, max(low, math.ceil(drain_s)))
 
@@ -236,7 +290,7 @@ class Hub:
 
         An engine that has not been heard yet is taken at the file's word.
         """
-        path, snapshot = self.settings.get("profile"), self._snapshot
+        path, snapshot = self.settings.get("profile"), self.snapshot
         if not path:
             return False
         return not Path(path).exists() if snapshot is None else snapshot.get("profile") is None
@@ -252,7 +306,7 @@ class Hub:
         record = self._records.get(slo_id)
         if record is None:
             record = {"id": slo_id, "class": slo_class, "tenant": tenant, "verdict": "pending", "reason": ""}
-            record |= {"_parts": {}, "_aliases": []}
+            record |= {"_parts": {}, "_ended": {}, "_aliases": []}
             self._records[slo_id] = record
             while len(self._records) > self._max_records:
                 _, old = self._records.popitem(last=False)

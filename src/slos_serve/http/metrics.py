@@ -53,6 +53,9 @@ class SloMetrics:
             buckets=_TENTHS_OF_MS,
         )
         self.mode = gauge("slos_serve_mode", "What steers the engine: 0 its own order, 1 observing, 2 enforcing.")
+        self.class_mode = gauge(
+            "slos_serve_class_mode", "The mode of a class that differs: as slos_serve_mode.", "class"
+        )
         self.promised = gauge("slos_serve_promised_requests", "Live requests that hold a promise.")
         self.best_effort = gauge("slos_serve_best_effort_requests", "Live best-effort requests.")
         self.headroom = gauge("slos_serve_prefill_headroom_tokens_per_second", "Prefill rate not yet promised away.")
@@ -92,8 +95,8 @@ class SloMetrics:
             if outcome in {"met", "missed"}:
                 self.stage_slo.labels(slo_class, stage, outcome).inc()
 
-    def show(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:
-        """Move gauges and cumulative counters to a snapshot."""
+    def show(self, snapshot: Mapping[str, Any]) -> None:
+        """Move the gauges to a snapshot."""
         self.mode.set(MODES.get(str(snapshot.get("effective_mode")), 0))
         for gauge, key in (
             (self.promised, "num_promised"),
@@ -105,6 +108,12 @@ class SloMetrics:
                 gauge.set(snapshot[key])
         for slo_class, length in (snapshot.get("draft_lengths") or {}).items():
             self.draft_length.labels(slo_class).set(length)
+        self.class_mode.clear()
+        for slo_class, mode in (snapshot.get("class_modes") or {}).items():
+            self.class_mode.labels(slo_class).set(MODES.get(str(mode), 0))
+
+    def count(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:
+        """Move the counters by what an engine's cumulative counts have grown."""
         self.preemptions.inc(self._increment(engine, "preemptions", snapshot.get("best_effort_preemptions") or 0))
         for kind, count in (snapshot.get("planner_faults") or {}).items():
             self.faults.labels(kind).inc(self._increment(engine, f"fault {kind}", count))

@@ -7,7 +7,8 @@ refused client gets replaces the server's own complaint about the empty body it 
 
 On the way back a streamed response's headers wait for the verdict, or for the first chunk, or for the
 deadline, whichever comes first; vLLM submits a request only when its stream is first read, so the server
-inside is never made to wait. The last data event carries `slo` and `service_tier`, every other byte
+inside is never made to wait. A class whose wait is bounded (`ttl_ms`) may still be refused until it begins, so
+its headers wait for its first chunk. The last data event carries `slo` and `service_tier`, every other byte
 passes untouched. Requests that say nothing about latency cost one scan of their body.
 """
 
@@ -25,12 +26,15 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slos_serve.http import replies
+from slos_serve.http import modes, replies
 from slos_serve.http.hub import HUB, Hub, Record
 from slos_serve.http.slo import RequestError, SloRequest
-from slos_serve.http.stream import DONE, StreamTail, append_member, write_into
+from slos_serve.http.stream import ResponsesTail, StreamTail, append_member, write_into
 
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+RESPONSES = "/v1/responses"
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES})
+MODE_PATH = replies.SLO_PREFIX + "mode"
+MAX_BODY = 1 << 16  # of what is posted to us
 PROBE_HEADER = (b"x-slos-serve-probe", b"1")
 INVALID_BODY = b"{"
 XARGS = "vllm_xargs"
@@ -52,7 +56,7 @@ class SloMiddleware:
             if method == "POST" and path in PATHS:
                 await _Exchange(self.app, self.hub, scope, receive, send).run()
                 return
-            if method == "GET" and path.startswith(replies.SLO_PREFIX):
+            if (method == "GET" and path.startswith(replies.SLO_PREFIX)) or (method == "POST" and path == MODE_PATH):
                 await self._page(path, scope, receive, send)
                 return
             if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
@@ -68,13 +72,18 @@ class SloMiddleware:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] == 404:
                 replaced = True
-                response = replies.page(self.hub, path)
+                response = await self._answer(path, scope["method"], receive)
                 response.raw_headers += [h for h in message["headers"] if h[0].startswith(b"access-control-")]
                 await response(scope, receive, send)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_page)
+
+    async def _answer(self, path: str, method: str, receive: Receive) -> Response:
+        if method == "POST":
+            return await modes.switch(self.hub, await _read(receive))
+        return modes.show(self.hub) if path == MODE_PATH else replies.page(self.hub, path)
 
 
 class _Exchange:
@@ -92,13 +101,14 @@ class _Exchange:
         self._slo_id = ""
         self._request = SloRequest(slo_class="")
         self._num_choices = 1
+        self._may_stop_early = False
         self._start: Message | None = None
         self._is_started = False
         self._is_refused = False
         self._refused = asyncio.Event()
         self._starting = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
-        self._tail: StreamTail | None = None
+        self._tail: StreamTail | ResponsesTail | None = None
         self._document: list[bytes] | None = None
 
     async def run(self) -> None:
@@ -177,6 +187,7 @@ class _Exchange:
                 best_effort=request.best_effort,
             )
             self._num_choices = _num_choices(document)
+            self._may_stop_early = bool(document.get("stop"))
             if request.rejects:
                 self._watch = asyncio.create_task(self._await_verdict())
         if json.detect_encoding(body) == "utf-8":
@@ -208,7 +219,8 @@ class _Exchange:
             return
         self._start = message
         if kind.startswith(b"text/event-stream"):
-            self._tail = StreamTail(self._extra, self._num_choices)
+            is_responses = self._scope["path"].endswith(RESPONSES)
+            self._tail = ResponsesTail(self._extra) if is_responses else StreamTail(self._extra, self._num_choices)
             if self._watch is None or self._watch.done():
                 self._watch = asyncio.create_task(self._await_verdict())
         elif kind.startswith(b"application/json"):
@@ -221,12 +233,17 @@ class _Exchange:
             self._document.append(data)
             if more:
                 return
-            await self._settle()
+            await self._settle(ended=True)
+            if await self._was_sent_away():
+                return
             data = write_into(b"".join(self._document), self._extra())
             await self._begin(content_length=len(data))
         elif self._tail is not None:
-            if DONE in data or (self._request.rejects and not self._is_started):
-                await self._settle()
+            ended = self._tail.ends_in(data)
+            if ended or (self._request.rejects and not self._is_started):
+                await self._settle(ended=ended)
+            if await self._was_sent_away():
+                return
             await self._begin()
             data = self._tail.feed(data)
             if not more:
@@ -238,9 +255,27 @@ class _Exchange:
         if not self._is_refused:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def _settle(self) -> None:
-        """Wait a moment for a verdict that is on its way, where it cannot be told or acted on later."""
+    async def _was_sent_away(self) -> bool:
+        """Refuse a request that the engine ended because it had waited too long; tell whether it did."""
+        ttl_s = self._request.ttl_s
+        if ttl_s is None or self._is_started or self._is_refused or time.time() - self._arrival_s < ttl_s:
+            return False
+        await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
+        if not self._hub.was_sent_away(self._slo_id):
+            return False
+        await self._answer(replies.refusal("ttl-expired", self._hub.retry_after_s))
+        return True
+
+    async def _settle(self, *, ended: bool) -> None:
+        """Wait a moment for what is on its way, where it cannot be told or acted on later.
+
+        That is the verdict, and of a request that has `ended` how it went. One that stops at a text of the
+        client's ends here before the engine hears of it: that one is not waited for.
+        """
         if not self._hub.is_heard:
+            return
+        if ended and not self._may_stop_early:
+            await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
             return
         if self._watch is not None and not self._watch.done():
             await asyncio.wait((self._watch,), timeout=LAST_WAIT_S)
@@ -268,7 +303,7 @@ class _Exchange:
                 async with self._starting:
                     if not self._is_started:
                         await self._refuse(verdict["reason"])
-            elif self._document is None:
+            elif self._document is None and (self._request.ttl_s is None or _is_yes(verdict)):
                 await self._begin()
 
     async def _refuse(self, reason: str) -> bytes:
@@ -291,6 +326,8 @@ class _Exchange:
     def _extra(self) -> Mapping[str, Any]:
         record = self._record()
         keys = ["class", "verdict", "reason", "predicted_ttft_ms"]
+        if record.get("outcome") != "none":
+            keys.append("outcome")
         if record["verdict"] not in {"pending", "best-effort"}:
             keys.append("slack_ms")
         extra: dict[str, Any] = {
@@ -303,8 +340,23 @@ class _Exchange:
         return extra
 
 
+async def _read(receive: Receive) -> bytes:
+    """Return the body of a request, as far as one of ours can be long."""
+    body = b""
+    while len(body) <= MAX_BODY:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return body
+
+
 def _is_no(verdict: Record) -> bool:
     return bool(verdict["verdict"] == "best-effort" and verdict["reason"] != "observe")
+
+
+def _is_yes(verdict: Record | None) -> bool:
+    return verdict is not None and verdict["verdict"] in {"promised", "promoted"}
 
 
 def _is_known(value: object) -> bool:

@@ -33,6 +33,8 @@ def refusal(reason: str, retry_after_s: int) -> Response:
     message = f"no promise can be given now ({reason}) and this class of requests asks to be refused then"
     if reason == "queue-full":
         message = "the queue for requests without a promise is full"
+    if reason == "ttl-expired":
+        message = "the request waited longer than its class allows (ttl_ms) and was never begun"
     headers = {"retry-after": str(retry_after_s), "x-slo-verdict": "rejected", "x-slo-reason": reason}
     return error(HTTPStatus.TOO_MANY_REQUESTS, f"{message}; try again in {retry_after_s} s", headers=headers)
 
@@ -55,7 +57,8 @@ def page(hub: Hub, path: str) -> Response:
             return JSONResponse(finite({"object": "slo.request", **record}))
         message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
         return error(HTTPStatus.NOT_FOUND, message, param="id")
-    return error(HTTPStatus.NOT_FOUND, f"{path[:100]} is not one of classes, status, requests/ID below {SLO_PREFIX}")
+    message = f"{path[:100]} is not one of classes, status, mode, requests/ID below {SLO_PREFIX}"
+    return error(HTTPStatus.NOT_FOUND, message)
 
 
 def classes(hub: Hub) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def status(hub: Hub) -> dict[str, Any]:
         "object": "slo.status",
         "model": hub.model,
         "mode": (snapshot or hub.settings).get("mode"),
+        "class_modes": (snapshot or hub.settings).get("class_modes") or {},
         "effective_mode": (snapshot or {}).get("effective_mode"),
         "profiling": hub.is_profiling,
         "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),

@@ -49,7 +49,8 @@ class SloRequest:
     client nor the operator said anything: such a request is served as on any other server. `keeps_own`: the
     client's own `slo_*` keys in `vllm_xargs` stay (form 4). `hold_s` bounds how long after arrival the
     response's headers wait for a verdict: until the first token is due, where that is known, but a class that
-    wants to be rejected rather than served late waits for its verdict.
+    wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may wait in the
+    queue before the engine sends it away.
     """
 
     slo_class: str
@@ -61,6 +62,7 @@ class SloRequest:
     tenant: str = ""
     tier: str | None = None
     hold_s: float = DEFAULT_HOLD_S
+    ttl_s: float | None = None
 
 
 class Operator:
@@ -69,7 +71,12 @@ class Operator:
     def __init__(self, config: SloConfig) -> None:
         self.config = config
         self._api_keys = {key.key_sha256: (tenant, key) for tenant, key in config.api_keys.items()}
-        self._always = config.default_class != BEST_EFFORT or bool(config.tenants or config.models or config.api_keys)
+        mapped = bool(config.tenants or config.models or config.api_keys)
+        self._always = config.default_class != BEST_EFFORT or mapped or self._ttl_s(BEST_EFFORT) is not None
+
+    def _ttl_s(self, label: str) -> float | None:
+        ttl_ms = self.config.ttl_ms(label)
+        return None if ttl_ms is None else ttl_ms / 1000
 
     def concerns(self, headers: Headers, body: bytes) -> bool:
         """Tell cheaply whether a request can be about an SLO at all; its body need not be parsed otherwise."""
@@ -97,7 +104,8 @@ class Operator:
             return self._form_4(own, xargs, tenant, body.get("service_tier"))
         class_name, overrides = said or (None, {})
         label = self.config.label(class_name, overrides)
-        asked = label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT)
+        ttl_s = self._ttl_s(label)
+        asked = label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
         if asked:
             # `custom` is a name for people: the engine gets the numbers and falls back on the default class.
             xargs |= {"slo_class": label} if label != CUSTOM else {}
@@ -114,6 +122,7 @@ class Operator:
             tenant=tenant,
             tier=body.get("service_tier") if isinstance(body.get("service_tier"), str) else None,
             hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
+            ttl_s=ttl_s,
         )
 
     def _form_4(self, own: Mapping[str, Any], xargs: dict[str, str | float], tenant: str, tier: Any) -> SloRequest:
@@ -130,6 +139,7 @@ class Operator:
             rejects=slo_class is not None and slo_class.on_unattainable == "reject" and label != BEST_EFFORT,
             tenant=tenant,
             tier=tier if isinstance(tier, str) else None,
+            ttl_s=self._ttl_s(label),
         )
 
     def _body(self, slo: Mapping[str, Any]) -> tuple[str | None, dict[str, float]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 END = b"\n\n"
 DONE = b"data: [DONE]"
+COMPLETED = b"event: response.completed\n"
 FINISHED = (b'"finish_reason":"', b'"finish_reason": "')
 
 Extra = Callable[[], Mapping[str, Any]]
@@ -56,6 +57,11 @@ class StreamTail:
         self._held = b""
         self._is_foreign = False
 
+    @staticmethod
+    def ends_in(data: bytes) -> bool:
+        """Tell whether the end of the stream is in these bytes, so that everything has to be known now."""
+        return DONE in data
+
     def feed(self, data: bytes) -> bytes:
         """Take bytes in, give bytes out."""
         if self._is_foreign:
@@ -96,6 +102,46 @@ class StreamTail:
 
     def _annotated(self, event: bytes) -> bytes:
         return b"data: " + write_into(event[len(b"data:") :].strip(), self._extra()) + END
+
+
+class ResponsesTail:
+    """The same for a stream of the Responses API: its last event carries the whole response, and that the keys."""
+
+    def __init__(self, extra: Extra) -> None:
+        self._extra = extra
+        self._pending = b""
+
+    @staticmethod
+    def ends_in(data: bytes) -> bool:
+        """Tell whether the last event begins in these bytes."""
+        return COMPLETED in data
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes in, give bytes out; nothing is held back but the end of an event that was cut."""
+        if not self._pending and data.endswith(END) and COMPLETED not in data:
+            return data
+        data = self._pending + data
+        end = data.rfind(END) + len(END) if END in data else 0
+        self._pending = data[end:]
+        return b"".join([self._event(event + END) for event in data[:end].split(END)[:-1]])
+
+    def close(self) -> bytes:
+        """End the stream."""
+        pending, self._pending = self._pending, b""
+        return pending
+
+    def _event(self, event: bytes) -> bytes:
+        if not event.startswith(COMPLETED):
+            return event
+        name, _, data = event.partition(b"\ndata: ")
+        try:
+            values = json.loads(data)
+        except ValueError:
+            return event
+        response = values.get("response") if isinstance(values, dict) else None
+        if not isinstance(response, dict):
+            return event
+        return name + b"\ndata: " + write_into(data, {"response": {**response, **self._extra()}}) + END
 
 
 def _num_finished(data: bytes) -> int:

@@ -10,6 +10,7 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,15 @@ class SloStatLogger(StatLoggerBase):
             return
         from slos_serve.http.hub import HUB  # noqa: PLC0415 - prometheus_client and all, only where used
         from slos_serve.vllm_plugin.channel import address  # noqa: PLC0415
+        from slos_serve.vllm_plugin.control import ask  # noqa: PLC0415
 
         additional = vllm_config.additional_config
         slo = additional.get("slo") if isinstance(additional, dict) else None
-        HUB.configure(slo=slo or {}, model=vllm_config.model_config.served_model_name or vllm_config.model_config.model)
-        self.listener = Listener(address(vllm_config.instance_id, engine_index), HUB.feed)
+        model, instance = vllm_config.model_config, vllm_config.instance_id
+        client = max(0, vllm_config.parallel_config._api_process_rank)
+        HUB.configure(slo=slo or {}, model=model.served_model_name or model.model, client=client)
+        HUB.controls.append(partial(ask, address(instance, engine_index, "control")))
+        self.listener = Listener(address(instance, engine_index), HUB.feed)
         atexit.register(self.listener.close)
 
     def record(self, *args: Any, **kwargs: Any) -> None:

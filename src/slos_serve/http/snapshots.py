@@ -1,0 +1,69 @@
+"""What the engines behind one server last said about themselves, as one snapshot.
+
+Usually there is one engine and this is its snapshot. Several independent ones (data parallelism) add up: counts
+and rates are sums, and the whole enforces only where every engine does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+SUMS = (
+    *("num_promised", "num_best_effort", "num_pending", "num_running", "num_waiting", "free_kv_blocks"),
+    *("num_kv_blocks", "headroom_tokens_per_s", "best_effort_preemptions", "expired", "steps", "invalid"),
+    *("step_downs",),
+)
+LARGEST = ("drain_s",)
+
+Snapshot = Mapping[str, Any]
+
+
+class Snapshots:
+    """The last snapshot of each engine. One thread writes, others read."""
+
+    def __init__(self) -> None:
+        self.by_engine: dict[object, Snapshot] = {}
+        self._whole: Snapshot | None = None
+        self._taken_s = self._worked_s = -math.inf
+
+    def take(self, engine: object, snapshot: Snapshot) -> Snapshot:
+        """Keep an engine's newest snapshot; return the whole."""
+        now, before = time.monotonic(), self.by_engine.get(engine) or {}
+        steps = snapshot.get("steps")
+        if steps is None or steps != before.get("steps"):
+            self._worked_s = now
+        self.by_engine = {**self.by_engine, engine: dict(snapshot)}
+        self._whole, self._taken_s = self._merged(snapshot), now
+        return self._whole
+
+    def _merged(self, newest: Snapshot) -> Snapshot:
+        every = list(self.by_engine.values())
+        if len(every) == 1:
+            return every[0]
+        whole = dict(newest)
+        for names, join in ((SUMS, sum), (LARGEST, max)):
+            for name in names:
+                values = [one[name] for one in every if one.get(name) is not None]
+                whole[name] = join(values) if values else None
+        held_back = next((one for one in every if one.get("effective_mode") != "enforce"), newest)
+        whole["effective_mode"], whole["reason"] = held_back.get("effective_mode"), held_back.get("reason")
+        whole["profile"] = None if any(one.get("profile") is None for one in every) else newest.get("profile")
+        return whole
+
+    @property
+    def whole(self) -> Snapshot | None:
+        """The last snapshot, however old."""
+        return self._whole
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last snapshot; infinite before the first."""
+        return time.monotonic() - self._taken_s
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since an engine was last seen to have made a step; infinite before the first."""
+        return time.monotonic() - self._worked_s
