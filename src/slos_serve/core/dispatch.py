@@ -109,9 +109,14 @@ class Route:
 
 
 class Router(Protocol):
-    """Rank replicas for arrivals. `hops`: how many more replicas to try after one that gave no promise."""
+    """Rank replicas for arrivals.
+
+    `hops`: how many more replicas to try after one that gave no promise. `uses_snapshots`: without them the
+    policy goes by what it has sent itself.
+    """
 
     hops: int
+    uses_snapshots: bool
 
     def observe(self, snapshot: ReplicaSnapshot) -> None:
         """Take a replica's newer snapshot; older ones than the last are ignored."""
@@ -122,8 +127,15 @@ class Router(Protocol):
     def ended(self, request_id: str) -> None:
         """Note that a request sent earlier has ended, or was taken back; unknown ids are fine."""
 
+    def rank(self, arrival: Arrival, replica_ids: Sequence[str], now_s: float) -> Route:
+        """Rank `replica_ids` for a request; those in `arrival.tried` only where there is no other."""
+        ...
+
+    def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
+        """Count a request as sent to a replica, and nowhere else."""
+
     def choose(self, arrival: Arrival, replica_ids: Sequence[str], now_s: float) -> Route:
-        """Rank `replica_ids` for a request and count it as sent to the first."""
+        """Rank, and place with the first."""
         ...
 
 
@@ -169,6 +181,7 @@ class Dispatcher:
     """
 
     hops = 0
+    uses_snapshots = False
 
     def __init__(self, *, stale_s: float = 3.0, transit_s: float = 0.0) -> None:
         if not stale_s > 0 or transit_s < 0:
@@ -201,15 +214,20 @@ class Dispatcher:
     def choose(self, arrival: Arrival, replica_ids: Sequence[str], now_s: float) -> Route:
         """Rank the replicas that are open to a request, and count it as sent to the first."""
         self.ended(arrival.request_id)
+        route = self.rank(arrival, replica_ids, now_s)
+        if route.replica_id is not None:
+            self.place(arrival, route.replica_id, now_s)
+        return route
+
+    def rank(self, arrival: Arrival, replica_ids: Sequence[str], now_s: float) -> Route:
+        """Rank the replicas that are open to a request."""
         usable = [name for name in replica_ids if not self._is_leaving(name)] or list(replica_ids)
         open_to = [name for name in usable if name not in arrival.tried] or usable
         if not open_to:
             return Route(choices=(), reason="no-replica")
         for name in open_to:
             self._known.setdefault(name, Known(since_s=now_s))
-        route = self._rank(arrival, open_to, now_s)
-        self._send(arrival, route.choices[0].replica_id, now_s)
-        return route
+        return self._rank(arrival, open_to, now_s)
 
     def num_requests(self, replica_id: str, now_s: float) -> int:
         """Return the requests at a replica, as far as can be known; 0 for an unknown one."""
@@ -250,8 +268,10 @@ class Dispatcher:
             promised=False,
         )
 
-    def _send(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
-        known = self._known[replica_id]
+    def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
+        """Count a request as sent to a replica."""
+        self.ended(arrival.request_id)
+        known = self._known.setdefault(replica_id, Known(since_s=now_s))
         known.sent[arrival.request_id] = None
         known.recent[arrival.request_id] = now_s + self.transit_s, self._row(arrival, replica_id)
         self._where[arrival.request_id] = replica_id

@@ -107,6 +107,8 @@ class SloRouter(Dispatcher):
     long a replica that has just come carries phantom load.
     """
 
+    uses_snapshots = True
+
     def __init__(
         self,
         *,
@@ -136,8 +138,9 @@ class SloRouter(Dispatcher):
         super().forget(replica_id)
         self._copies.pop(replica_id, None)
 
-    def _send(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
-        super()._send(arrival, replica_id, now_s)
+    def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
+        """Count a request as sent to a replica, and remember where its session is."""
+        super().place(arrival, replica_id, now_s)
         if arrival.session_id:
             self._sessions.pop(arrival.session_id, None)
             self._sessions[arrival.session_id] = replica_id, arrival.num_prompt_tokens
