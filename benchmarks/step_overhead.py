@@ -4,9 +4,13 @@ Three engines with a mock model run in turns, step by step: vLLM's scheduler, ou
 enforcing. A step counts `schedule()` + `update_from_output()`. Time is virtual (each step lasts what the
 performance model says), so that every run makes the same batches on any machine.
 
-- steady: as many decodes as seats, more requests waiting; all three engines run the same batches, which is
-  asserted, so that the difference is the plug-in;
-- churn: requests finish and arrive all the time; what the plug-in adds is timed inside it.
+- steady: as many decodes as seats, four more requests waiting; all three engines run the same batches, which is
+  asserted, so that the difference is the plug-in. Measuring begins where the last engine has filled its seats:
+  ours does it in shorter batches, so that promised decodes are not held up;
+- plain: the same, and no request asks for anything;
+- queue: the same as steady, and 500 requests that ask for nothing wait;
+- churn: requests finish and arrive all the time; what the plug-in adds is timed inside it;
+- burst: the same, with 500 requests waiting, three in four of which want a promise.
 
     python benchmarks/step_overhead.py --sizes 64 256 1024 --steps 300 --json out.json
 """
@@ -15,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +43,65 @@ from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler,
 PERF = PerfModel.from_terms([{"per_token_s": 20e-6, "per_context_token_s": 1e-9, "fixed_s": 8e-3}])
 # Slack to the first token, so that what runs has been promised; every fourth request wants nothing.
 ARGS = (*({"slo_ttft_ms": 60_000, "slo_tpot_ms": tpot_ms} for tpot_ms in (100, 60, 80)), None)
-WAITING = 4
+MAX_FILL_STEPS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What an engine is given. `asking` requests, from the first on, want a promise, but for every fourth."""
+
+    name: str
+    waiting: int = 4
+    asking: float = math.inf
+    is_steady: bool = True
+
+
+def cases(size: int) -> tuple[Case, ...]:
+    """Return the cases of one size."""
+    return (
+        Case("steady"),
+        Case("plain", asking=0),
+        Case("queue", waiting=500, asking=size),
+        Case("churn", is_steady=False),
+        Case("burst", waiting=500, is_steady=False),
+    )
 
 
 class Timed(Engine):
     """An engine that keeps the CPU time of each step without the mock model's, and runs on virtual time."""
 
-    def __init__(self, scheduler: Any, size: int, max_tokens: tuple[int, int]) -> None:
+    def __init__(self, scheduler: Any, size: int, case: Case) -> None:
         super().__init__(scheduler)
         self.size = size
-        self.max_tokens = max_tokens
+        self.case = case
+        self.max_tokens = (7000, 7001) if case.is_steady else (100, 600)
         self.now = 1e9
         self.rng = np.random.default_rng(0)
         self.times: list[float] = []
         self.num_made = 0
 
     def refill(self) -> None:
-        """Keep `size` requests and a few more alive."""
-        while len(self.scheduler.requests) < self.size + WAITING:
+        """Keep `size` requests, and those that wait, alive."""
+        while len(self.scheduler.requests) < self.size + self.case.waiting:
+            asks = self.num_made < self.case.asking
             self.num_made += 1
             request = make_request(
                 f"r{self.num_made}",
                 prompt_tokens=int(self.rng.integers(100, 900)),
                 max_tokens=int(self.rng.integers(*self.max_tokens)),
-                args=ARGS[self.num_made % len(ARGS)],
+                args=ARGS[self.num_made % len(ARGS)] if asks else None,
                 arrival_s=self.now,
             )
             self.scheduler.add_request(request)
+
+    def fill(self) -> int:
+        """Step until every seat decodes; return the steps it took."""
+        for step in range(MAX_FILL_STEPS):
+            self.refill()
+            self.timed_step()
+            if list(self.batches[-1].values()) == [1] * self.size:
+                return step + 1
+        raise AssertionError(f"not every seat decodes after {MAX_FILL_STEPS} steps")
 
     def timed_step(self) -> None:
         """Run one step and keep its time."""
@@ -82,8 +120,7 @@ def settle(scheduler: Any, engine: Timed) -> None:
     """Give the plug-in the model and virtual time, and keep its thread out of the measurement."""
     slo = scheduler.slo
     slo.learner.poll()
-    slo._stop.set()
-    slo._thread.join()
+    slo.house.stop()
     slo.clock._read = lambda: engine.now
     slo.clock._last = 0.0
     learn = slo._learn
@@ -109,55 +146,61 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": p50, "p99": p99}
 
 
-def measure(root: Path, size: int, steps: int, *, churn: bool) -> dict[str, Any]:
+def measure(root: Path, size: int, steps: int, case: Case) -> dict[str, Any]:
     """Run the three engines in turns at one size; microseconds."""
     profile = str(write_profile(root / "profile.json", PERF))
     options = {
         "max_num_seqs": size,
         "max_num_batched_tokens": 8192,
-        "num_blocks": 300 * size + 2000,
+        "num_blocks": 600 * size + 2000,
         "max_model_len": 8192,
     }
-    slo = {"profile": profile, "safety": {"is_enabled": False}}
+    slo = {"profile": profile, "state": False, "safety": {"is_enabled": False}}
     schedulers = {
         "stock": make_scheduler(root, cls=Scheduler, **options),
         "observe": make_scheduler(root, cls=SloScheduler, slo={"mode": "observe", **slo}, **options),
         "enforce": make_scheduler(root, cls=SloScheduler, slo={"mode": "enforce", **slo}, **options),
     }
-    lengths = (100, 600) if churn else (4000, 4001)
-    engines = {name: Timed(scheduler, size, lengths) for name, scheduler in schedulers.items()}
+    engines = {name: Timed(scheduler, size, case) for name, scheduler in schedulers.items()}
     inside: dict[str, list[float]] = {"observe": [], "enforce": []}
     plans: dict[str, list[float]] = {"observe": [], "enforce": []}
-    for name, spent in inside.items():
+    for name in inside:
         settle(schedulers[name], engines[name])
+    for engine in engines.values():
+        if case.is_steady:
+            engine.fill()
+        else:
+            for _ in range(1000 * size // 8192 + 40):
+                engine.refill()
+                engine.timed_step()
+        engine.times.clear()
+        engine.batches.clear()
+    for name, spent in inside.items():
         runtime = schedulers[name].slo
         for method in ("before_schedule", "end_steering", "after_schedule", "before_update", "after_update"):
             setattr(runtime, method, timed(getattr(runtime, method), spent))
         runtime.planner.plan = timed(runtime.planner.plan, plans[name])
-    fill = 1000 * size // 8192 + 40
-    for step in range(fill + steps):
+    for _ in range(steps):
         for name, engine in engines.items():
             engine.refill()
             if name in plans:
                 inside[name].append(0.0)
                 plans[name].append(0.0)
-            if step == fill:
-                engine.times.clear()
-                engine.batches.clear()
             engine.timed_step()
-    row: dict[str, Any] = {"size": size, "waiting": WAITING, "steps": steps, "churn": churn}
+    row: dict[str, Any] = {"case": case.name, "size": size, "waiting": case.waiting, "steps": steps}
     for name, engine in engines.items():
         row[name] = quantiles(engine.times)
         row[name]["mean_batch"] = float(np.mean([len(batch) for batch in engine.batches]))
-        if not churn:
+        if case.is_steady:
             shares = [sorted(batch.values()) for batch in engine.batches]
             assert shares == [[1] * size] * steps, f"{name}: not the batches of stock vLLM"
     for name, spent in inside.items():
         runtime = schedulers[name].slo
         assert not runtime.faults.counts, runtime.faults.counts
-        row[name]["added"] = row[name]["p50"] - row["stock"]["p50"]
-        row[name]["inside"] = quantiles(spent[fill:])
-        row[name]["plan"] = quantiles(plans[name][fill:])
+        if case.is_steady:
+            row[name]["added"] = row[name]["p50"] - row["stock"]["p50"]
+        row[name]["inside"] = quantiles(spent)
+        row[name]["plan"] = quantiles(plans[name])
         row[name]["divergences"] = dict(runtime.divergences)
         runtime.shutdown()
     return row
@@ -169,10 +212,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "microseconds of thread CPU time    added by observing: median, inside p50/p99, planner p50/p99    by enforcing"
     ]
     for row in rows:
-        text = f"{'churn ' if row['churn'] else 'steady'} {row['size']:5d}  stock {row['stock']['p50']:7.0f}"
+        text = f"{row['case']:6s} {row['size']:5d}  stock {row['stock']['p50']:7.0f}"
         for name in ("observe", "enforce"):
             one = row[name]
-            added = "      -" if row["churn"] else f"{one['added']:7.0f}"
+            added = f"{one['added']:7.0f}" if "added" in one else "      -"
             text += f"   {name} {added}  {one['inside']['p50']:6.0f}/{one['inside']['p99']:6.0f}"
             text += f"  {one['plan']['p50']:6.0f}/{one['plan']['p99']:6.0f}"
         lines.append(text)
@@ -183,12 +226,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases(1)])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="slos-serve-bench-") as folder:
-        for churn in (False, True):
-            rows += [measure(Path(folder), size, args.steps, churn=churn) for size in args.sizes]
+        for size in args.sizes:
+            chosen = [case for case in cases(size) if not args.cases or case.name in args.cases]
+            rows += [measure(Path(folder), size, args.steps, case) for case in chosen]
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps({"unit": "microseconds of thread CPU time", "rows": rows}, indent=1))

@@ -167,6 +167,6 @@ def test_the_demo_writes_its_report(runs, tmp_path, profile):
 
 
 def test_the_step_overhead_is_that_of_equal_batches():
-    steady = {"churn": False, "stock": {"p50": 300.0}, "enforce": {"p50": 470.0}}
-    churn = {"churn": True, "stock": {"p50": 260.0}, "enforce": {"p50": 900.0}}
+    steady = {"case": "steady", "stock": {"p50": 300.0}, "enforce": {"p50": 470.0}}
+    churn = {"case": "churn", "stock": {"p50": 260.0}, "enforce": {"p50": 900.0}}
     assert read_overhead({"rows": [churn, steady]}) == pytest.approx({"stock_p50": 3e-4, "ours_p50": 4.7e-4})

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slos_serve import figures, pages
 from slos_serve.bench import plots, report
 from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, run_once, save_run
 from slos_serve.bench.lab import MODEL_NAME, Lab, Say, Side, describe_engine, read_status
@@ -109,7 +110,8 @@ class Overhead:
         self.out.unlink(missing_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
         if script.exists():
-            command = [sys.executable, str(script), "--sizes", "16", "--steps", "200", "--json", str(self.out)]
+            command = [sys.executable, str(script), "--sizes", "16", "--steps", "200", "--cases", "steady"]
+            command += ["--json", str(self.out)]
             with (folder / "step_overhead.log").open("wb") as log:
                 self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
@@ -134,7 +136,7 @@ class Overhead:
 
 def read_overhead(document: Mapping[str, Any]) -> dict[str, float | None]:
     """Return seconds per step, stock and ours, from the benchmark's row of equal batches."""
-    row = next(row for row in document["rows"] if not row["churn"])
+    row = next(row for row in document["rows"] if row["case"] == "steady")
     return {"stock_p50": row["stock"]["p50"] / 1e6, "ours_p50": row["enforce"]["p50"] / 1e6}
 
 
@@ -196,9 +198,9 @@ def write_report(outcome: Outcome, options: Options) -> None:
     busiest = max(outcome.rates_rps)
     rows = {name: run["requests"] for name, runs in chosen.items() for run in runs if run["rate_rps"] == busiest}
     (options.out / "report.html").write_text(html_page(document, rows), encoding="utf-8")
-    plots.save(plots.attainment_figure(systems), options.out / "attainment.png")
+    figures.save(plots.attainment_figure(systems), options.out / "attainment.png")
     end_s = max(row["sent_s"] for part in rows.values() for row in part) + 0.5
-    plots.save(plots.timeline_figure(rows, start_s=0.0, end_s=end_s), options.out / "timeline.png")
+    figures.save(plots.timeline_figure(rows, start_s=0.0, end_s=end_s), options.out / "timeline.png")
 
 
 def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -208,13 +210,13 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
     kept, promised = (sum(entry[key] for entry in systems[OURS]) for key in ("kept", "promised"))
     rate = f"{ours['rate_rps']:.2f} requests per second"
     lead = (
-        f"At {rate} in bursts, vLLM with slos-serve served <b>{report.percent(ours['attainment'])}</b> of requests "
+        f"At {rate} in bursts, vLLM with slos-serve served <b>{pages.percent(ours['attainment'])}</b> of requests "
         f"with every token in time; plain vLLM, at the better of two token budgets, "
-        f"<b>{report.percent(stock['attainment'])}</b>. Same model, same requests, same machine."
+        f"<b>{pages.percent(stock['attainment'])}</b>. Same model, same requests, same machine."
     )
     tiles = [
-        (report.percent(ours["attainment"]), f"attainment with slos-serve at {rate}", "ours"),
-        (report.percent(stock["attainment"]), f"attainment of plain vLLM at {rate}", "stock"),
+        (pages.percent(ours["attainment"]), f"attainment with slos-serve at {rate}", "ours"),
+        (pages.percent(stock["attainment"]), f"attainment of plain vLLM at {rate}", "stock"),
         (f"{kept} of {promised}", "promises kept, all runs", "good"),
     ]
     workload, profile, engine = document["workload"], document["profile"], document["engine"]
@@ -237,5 +239,5 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
         stock_us, ours_us = overhead["stock_p50"] * 1e6, overhead["ours_p50"] * 1e6
         facts["scheduler, CPU time a step"] = f"{stock_us:.0f} us plain, {ours_us:.0f} us with slos-serve (16 decodes)"
     sections = report.comparison_sections(systems, timeline=rows, rate=rate)
-    sections.append(("How it was measured", report.facts(facts)))
-    return report.page(title="vLLM and vLLM with slos-serve, side by side", lead=lead, tiles=tiles, sections=sections)
+    sections.append(("How it was measured", pages.facts(facts)))
+    return pages.page(title="vLLM and vLLM with slos-serve, side by side", lead=lead, tiles=tiles, sections=sections)
