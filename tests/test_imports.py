@@ -35,9 +35,11 @@ RULES = {
     "": Rule(frozenset()),
     "errors": rule(),
     "cache": rule("errors"),
+    "figures": rule("errors", "matplotlib"),
+    "pages": rule("figures"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
     "config": rule("core.types errors", "yaml"),
-    "sim": rule("sim core config errors", "numpy yaml matplotlib"),
+    "sim": rule("sim core config errors figures pages", "numpy yaml"),
     "sim.vllm_replica": rule("sim core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(
@@ -45,7 +47,8 @@ RULES = {
     ),
     "ray_serve": rule("ray_serve core config errors http", "ray starlette fastapi"),
     "bench": rule(
-        "bench cache core config errors sim.traces", "numpy aiohttp matplotlib torch transformers safetensors"
+        "bench cache core config errors figures pages sim.traces",
+        "numpy aiohttp matplotlib torch transformers safetensors",
     ),
     # The commands join everything, each import inside the function that needs it.
     "cli": Rule(ALL_OURS),

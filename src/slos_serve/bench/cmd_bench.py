@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from slos_serve import figures, pages
 from slos_serve.bench import plots, report
 from slos_serve.bench.client import (
     ENDPOINTS,
@@ -186,14 +187,14 @@ def _write(folder: Path, document: dict[str, Any], streams: list[GradedStream]) 
     rate = f"{document['workload']['rate_rps']:.2f} requests per second"
     sections = report.comparison_sections(systems, timeline=timeline, rate=rate)
     graded = systems[name][0]
-    page = report.page(
+    page = pages.page(
         title=f"{report.NAMES.get(name, name)}: {document['model']}",
         lead=f"{graded['num_requests']} requests at {rate}.",
-        tiles=[(report.percent(graded["attainment"]), "SLO attainment", "ours")],
+        tiles=[(pages.percent(graded["attainment"]), "SLO attainment", "ours")],
         sections=sections,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
-    plots.save(plots.attainment_figure(systems), folder / "attainment.png")
+    figures.save(plots.attainment_figure(systems), folder / "attainment.png")
 
 
 def _print(args: argparse.Namespace, document: dict[str, Any], system: str) -> None:

@@ -1,82 +1,22 @@
-"""Figures of the benchmark, as PNG or SVG, legible in print, in the dark and by the colour-blind."""
+"""Figures of the benchmark."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slos_serve.errors import MissingExtraError
+from slos_serve.figures import GREY, INK, OURS, STOCK, save, style
 
-OURS, STOCK, ACCENT, GREY = "#1f77d0", "#e0702a", "#2a9d6a", "#8a8f98"
 SYSTEM_COLOURS = {"slos-serve": OURS, "vllm": STOCK}
 SYSTEM_NAMES = {"slos-serve": "vLLM + slos-serve", "vllm": "vLLM"}
-INK = "#7b8190"  # axes and text: grey that is legible on white and on near-black
 
 Row = Mapping[str, Any]
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl  # noqa: PLC0415
-
-        mpl.use("Agg", force=True)
-        from matplotlib import pyplot as plt  # noqa: PLC0415
-    except ModuleNotFoundError:
-        raise MissingExtraError(module="matplotlib", extra="bench") from None
-    return plt
-
-
-@contextmanager
-def _style() -> Iterator[Any]:
-    pyplot = _pyplot()
-    settings = {
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "text.color": INK,
-        "grid.color": INK,
-        "grid.alpha": 0.25,
-        "axes.grid": True,
-        "legend.frameon": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "slos-serve",
-    }
-    with pyplot.rc_context(settings):
-        yield pyplot
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG on white and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight", metadata={"Software": None})
-    _pyplot().close(figure)
-
-
-def svg(figure: Any) -> str:
-    """Return a figure as SVG for a page of any colour, and leave it open."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 width="100%"', text, count=1)
-
-
 def fit_figure(predicted: Sequence[float], measured: Sequence[float], prefill: Sequence[bool], path: Path) -> None:
     """Draw predicted against measured step times, in milliseconds, on logarithmic axes."""
-    with _style() as pyplot:
+    with style() as pyplot:
         figure, axes = pyplot.subplots(figsize=(5.2, 4.6))
         for kind, colour, label in ((False, OURS, "decodes only"), (True, STOCK, "with prefill")):
             pairs = [(p * 1e3, m * 1e3) for p, m, k in zip(predicted, measured, prefill, strict=True) if k is kind]
@@ -93,7 +33,7 @@ def fit_figure(predicted: Sequence[float], measured: Sequence[float], prefill: S
 def attainment_figure(systems: Mapping[str, Sequence[Row]]) -> Any:
     """Draw attainment by rate, all requests and each class, one line per system. `systems[name]`: entries."""
     classes = sorted({name for entries in systems.values() for entry in entries for name in entry["by_class"]})
-    with _style() as pyplot:
+    with style() as pyplot:
         columns = 1 + len(classes)
         figure, grid = pyplot.subplots(1, columns, figsize=(2.9 * columns, 2.9), sharey=True, squeeze=False)
         for axes, name in zip(grid[0], ["", *classes], strict=True):
@@ -121,7 +61,7 @@ def timeline_figure(runs: Mapping[str, Sequence[Row]], *, start_s: float, end_s:
 
     `runs[system]`: the rows of one run (see `grade.request_row`), the same requests for each system.
     """
-    with _style() as pyplot:
+    with style() as pyplot:
         figure, grid = pyplot.subplots(3, 1, figsize=(10, 7.4), sharex=True, height_ratios=(1, 2, 2))
         arrivals, waits, late = grid
         first = next(iter(runs.values()))
@@ -177,7 +117,7 @@ def _stems(axes: Any, points: Sequence[tuple[float, float, bool]], system: str, 
 
 def difference_figure(points: Sequence[Row]) -> Any:
     """Draw ours minus the best stock setting by rate, with its interval. Rows: rate_rps, difference, low, high."""
-    with _style() as pyplot:
+    with style() as pyplot:
         figure, axes = pyplot.subplots(figsize=(6, 3.2))
         rates = [row["rate_rps"] for row in points]
         middle = [row["difference"] * 100 for row in points]

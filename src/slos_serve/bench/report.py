@@ -5,12 +5,12 @@ The page holds its figures as SVG that takes its ink from the page, so that it r
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slos_serve.bench import plots
+from slos_serve.pages import inline, percent, text
 
 Entry = Mapping[str, Any]
 Document = Mapping[str, Any]
@@ -29,32 +29,6 @@ everybody a little instead. Plain vLLM promises nothing.</p>
 ran one at a time on this machine. The promises are fixed multiples of what the idle engine needs, measured once,
 before any load.</p>
 """
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2129; --soft: #5b6472; --line: #d9dde3; --card: #f6f7f9; --page: #ffffff;
-  --ours: #1767b8; --stock: #b8531a; --good: #1c7a4f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #9aa3b0; --line: #333a45; --card: #1b2028;
-  --page: #12151a; --ours: #62aef5; --stock: #f0935a; --good: #56c993; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 64rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-.lead { font-size: 1.1rem; margin: .2rem 0 1rem; } .soft, footer { color: var(--soft); font-size: .9rem; }
-.figures { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1.2rem 0; }
-.figure { background: var(--card); border-radius: 10px; padding: .8rem 1.1rem; flex: 1 1 12rem; }
-.figure b { display: block; font-size: 1.6rem; line-height: 1.2; }
-.ours { color: var(--ours); } .stock { color: var(--stock); } .good { color: var(--good); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); font-size: .85rem; } th:first-child, td:first-child { text-align: left; }
-tr.all td { font-weight: 600; } tr.rate td { text-align: left; padding-top: 1rem; font-weight: 600; }
-svg { display: block; height: auto; color: var(--soft); } code { font-size: .9em; }
-"""
-
-
-def percent(value: float | None) -> str:
-    """Return a share as a percentage, a dash where there is none."""
-    return "–" if value is None else f"{value * 100:.0f} %"
 
 
 def entry_at(entries: Sequence[Entry], rate_rps: float) -> Entry | None:
@@ -104,14 +78,14 @@ def text_table(systems: Mapping[str, Sequence[Entry]], *, labels: Mapping[str, s
 def html_table(systems: Mapping[str, Sequence[Entry]]) -> str:
     """Return the comparison as an HTML table."""
     promising = [name for name in systems if any(entry["promised"] for entry in systems[name])]
-    head = "".join(f"<th>{_text(NAMES.get(name, name))}</th>" for name in systems)
-    head += "".join(f"<th>{_text(title)}</th>" for _ in promising for title in ("promised", "kept", "declined"))
+    head = "".join(f"<th>{text(NAMES.get(name, name))}</th>" for name in systems)
+    head += "".join(f"<th>{text(title)}</th>" for _ in promising for title in ("promised", "kept", "declined"))
     body = []
     columns = 2 + len(systems) + 3 * len(promising)
     for rate in rates_of(systems):
         body.append(f'<tr class="rate"><td colspan="{columns}">{rate:.2f} requests per second</td></tr>')
         for row in comparison_rows(systems, rate):
-            cells = [f"<td>{_text(row['name'])}</td><td>{row['offered']}</td>"]
+            cells = [f"<td>{text(row['name'])}</td><td>{row['offered']}</td>"]
             for name in systems:
                 part = row["parts"].get(name)
                 style = ' class="ours"' if name == "slos-serve" else ""
@@ -137,7 +111,7 @@ def latency_table(systems: Mapping[str, Sequence[Entry]]) -> str:
             cells = [_seconds(entry[key][rank]) for key in ("ttft_s", "tpot_s") for rank in ("p50", "p99")]
             numbers = "".join(f"<td>{cell}</td>" for cell in cells)
             goodput = f"<td>{entry['goodput_rps']:.2f}</td>"
-            rows.append(f"<tr><td>{rate:.2f}/s, {_text(NAMES.get(name, name))}</td>{numbers}{goodput}</tr>")
+            rows.append(f"<tr><td>{rate:.2f}/s, {text(NAMES.get(name, name))}</td>{numbers}{goodput}</tr>")
     return (
         '<div class="scroll"><table><thead><tr><th></th><th>TTFT p50</th><th>p99</th><th>per token p50</th>'
         f"<th>p99</th><th>met per second</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -148,36 +122,6 @@ def _seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value * 1e3:.0f} ms" if value < 10 else f"{value:.1f} s"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def inline(figure: Any) -> str:
-    """Return a figure as SVG whose ink is the page's."""
-    return plots.svg(figure).replace(plots.INK, "currentColor")
-
-
-def facts(items: Mapping[str, object]) -> str:
-    """Return names and values as a table."""
-    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in items.items())
-    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
-
-
-def page(*, title: str, lead: str, tiles: Sequence[tuple[str, str, str]], sections: Sequence[tuple[str, str]]) -> str:
-    """Return a whole page. Tiles are (big text, what it is, class); sections are (heading, HTML)."""
-    shown = "".join(
-        f'<div class="figure"><b class="{style}">{_text(big)}</b>{_text(what)}</div>' for big, what, style in tiles
-    )
-    body = "".join(f"<section><h2>{_text(heading)}</h2>{content}</section>" for heading, content in sections)
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main><h1>{_text(title)}</h1>"
-        f'<p class="lead">{lead}</p><div class="figures">{shown}</div>{body}</main></body></html>\n'
-    )
 
 
 def busiest_window(rows: Sequence[Mapping[str, Any]], width_s: float) -> tuple[float, float]:

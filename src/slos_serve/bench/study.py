@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slos_serve import figures, pages
 from slos_serve.bench import plots, report
 from slos_serve.bench.compare import (
     OURS,
@@ -207,13 +208,13 @@ def as_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
         kept = f"{everything['kept']} of {everything['promised']}"
         budget = row["best_setting"].removeprefix(STOCK + "-")
         lines.append(
-            f"{row['rate_rps']:>7.2f}{row['num_seeds']:>7}{report.percent(row['stock']):>8}"
-            f"{report.percent(row['ours']):>8}   {interval:<27}{kept:>16}{budget:>14}"
+            f"{row['rate_rps']:>7.2f}{row['num_seeds']:>7}{pages.percent(row['stock']):>8}"
+            f"{pages.percent(row['ours']):>8}   {interval:<27}{kept:>16}{budget:>14}"
         )
         for name in sorted(set(row["by_class"][OURS]) - {"all"}):
             ours, stock = row["by_class"][OURS][name], row["by_class"][STOCK][name]
             lines.append(
-                f"  {name:<12}{report.percent(stock['attainment']):>8}{report.percent(ours['attainment']):>8}"
+                f"  {name:<12}{pages.percent(stock['attainment']):>8}{pages.percent(ours['attainment']):>8}"
                 f"   {ours['kept']} of {ours['promised']} promises kept, {ours['offered']} offered"
             )
     return "\n".join(lines)
@@ -226,7 +227,7 @@ def verdict(comparisons: Sequence[Mapping[str, Any]]) -> str:
         return f"vLLM held {HOLDS * 100:.0f} % at every rate of this study: no claim."
     return (
         f"At {row['rate_rps']:.2f} requests/s, the first rate where vLLM falls under {HOLDS * 100:.0f} %: "
-        f"{report.percent(row['stock'])} with vLLM at its best budget, {report.percent(row['ours'])} with slos-serve, "
+        f"{pages.percent(row['stock'])} with vLLM at its best budget, {pages.percent(row['ours'])} with slos-serve, "
         f"{row['difference'] * 100:+.0f} points (95 % interval {row['low'] * 100:+.0f} to {row['high'] * 100:+.0f}, "
         f"{row['num_seeds']} paired seeds)."
     )
@@ -250,7 +251,7 @@ def write_study(runs: Sequence[Run], options: StudyOptions) -> list[dict[str, An
     write_json(document, options.out / "report.json")
     if comparisons:
         figure = plots.difference_figure(comparisons)
-        plots.save(figure, options.out / "difference.png")
+        figures.save(figure, options.out / "difference.png")
         (options.out / "report.html").write_text(_page(document), encoding="utf-8")
     return comparisons
 
@@ -272,17 +273,17 @@ def _page(document: Mapping[str, Any]) -> str:
     rate = f"{row['rate_rps']:.2f} requests per second"
     kept, promised = (sum(c["by_class"][OURS]["all"][key] for c in comparisons) for key in ("kept", "promised"))
     tiles = [
-        (report.percent(row["ours"]), f"attainment with slos-serve at {rate}", "ours"),
-        (report.percent(row["stock"]), f"attainment of vLLM's best budget at {rate}", "stock"),
+        (pages.percent(row["ours"]), f"attainment with slos-serve at {rate}", "ours"),
+        (pages.percent(row["stock"]), f"attainment of vLLM's best budget at {rate}", "stock"),
         (f"{kept} of {promised}", "promises kept, all runs", "good"),
     ]
     sections = [
-        ("Attainment by rate", report.inline(plots.attainment_figure(systems))),
-        ("Difference, with its interval", report.inline(plots.difference_figure(comparisons))),
+        ("Attainment by rate", pages.inline(plots.attainment_figure(systems))),
+        ("Difference, with its interval", pages.inline(plots.difference_figure(comparisons))),
         ("Numbers", f"<pre>{as_text(comparisons)}</pre>"),
         ("What the numbers mean", report.EXPLANATION),
     ]
-    return report.page(title="vLLM and slos-serve: the study", lead=document["claim"], tiles=tiles, sections=sections)
+    return pages.page(title="vLLM and slos-serve: the study", lead=document["claim"], tiles=tiles, sections=sections)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
