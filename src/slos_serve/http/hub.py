@@ -177,6 +177,13 @@ class Hub:
             if best_effort:
                 record.update(verdict="best-effort", reason="requested")
 
+    def annotate(self, slo_id: str, **facts: Any) -> None:
+        """Add to a request's record what others than its engine know of it."""
+        with self._lock:
+            record = self._records.get(slo_id)
+            if record is not None:
+                record.update(facts)
+
     async def wait_verdict(self, slo_id: str, timeout_s: float) -> Record | None:
         """Return a request's verdict as soon as there is one, or None after `timeout_s`."""
         with self._lock:

@@ -36,6 +36,7 @@ class SloMetrics:
         self.verdicts = counter("slos_serve_verdicts_total", "Verdicts given.", "class", "verdict", "reason")
         self.preemptions = counter("slos_serve_best_effort_preemptions_total", "Best-effort requests preempted.")
         self.faults = counter("slos_serve_planner_faults_total", "Steps the planner did not plan.", "kind")
+        self.hops = counter("slos_serve_router_hops_total", "Requests sent to a replica, by what it did.", "outcome")
         self.slack = Histogram(
             "slos_serve_slack_seconds",
             "Planned time to spare before a promised deadline.",
@@ -88,6 +89,10 @@ class SloMetrics:
         """Count a promise as kept or broken; one whose client left is neither."""
         if outcome != "cancelled":
             self.promises.labels(slo_class, "kept" if outcome == "met" else "broken").inc()
+
+    def count_hop(self, outcome: str) -> None:
+        """Count one replica's answer to a request: served, passed, lost, broken or refused."""
+        self.hops.labels(outcome).inc()
 
     def count_stages(self, slo_class: str, stages: Mapping[str, str]) -> None:
         """Count the stages that were graded."""

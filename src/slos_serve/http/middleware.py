@@ -325,7 +325,7 @@ class _Exchange:
 
     def _extra(self) -> Mapping[str, Any]:
         record = self._record()
-        keys = ["class", "verdict", "reason", "predicted_ttft_ms"]
+        keys = ["class", "verdict", "reason", "predicted_ttft_ms", "hops"]
         if record.get("outcome") != "none":
             keys.append("outcome")
         if record["verdict"] not in {"pending", "best-effort"}:
@@ -370,6 +370,8 @@ def _verdict_headers(record: Record) -> list[tuple[bytes, bytes]]:
     predicted = record.get("predicted_ttft_ms")
     if predicted is not None and math.isfinite(predicted):
         headers.append((b"x-slo-predicted-ttft-ms", str(round(predicted)).encode()))
+    if "hops" in record:
+        headers.append((b"x-slo-hops", str(record["hops"]).encode()))
     return headers
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
 from slos_serve.http.hub import Hub
@@ -42,6 +43,11 @@ def refusal(reason: str, retry_after_s: int) -> Response:
 def profiling() -> Response:
     """Return what /health says until the performance profile is there."""
     return JSONResponse({"status": "profiling"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def metrics() -> Response:
+    """Return this process's metrics as Prometheus reads them."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 def page(hub: Hub, path: str) -> Response:

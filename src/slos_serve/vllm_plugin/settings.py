@@ -28,7 +28,7 @@ class Settings:
     keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners). `report_s`: how
     often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
     up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
-    (`None`: the temporary folder).
+    (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -45,6 +45,7 @@ class Settings:
     report_s: float = 60.0
     thinking_end: str | tuple[int, ...] = "</think>"
     fault_dir: Path | None = None
+    publish_replica: bool = False
     safety: SafetyLimits = field(default_factory=SafetyLimits)
 
     @classmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.types import Status, Tier
+from slos_serve.core.snapshots import snapshot_of
+from slos_serve.core.types import ReplicaState, Status, Tier
 from slos_serve.vllm_plugin import view
 
 if TYPE_CHECKING:
@@ -44,7 +45,26 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
         "step_downs": runtime.safety.num_step_downs,
+        **({"replica": replica(runtime)} if runtime.settings.publish_replica else {}),
     }
+
+
+def replica(runtime: SloRuntime) -> dict[str, Any] | None:
+    """Return what a router plans with, None before there is a performance model. The router knows the name."""
+    model, table, plan = runtime.learner.model, runtime.tracker.table, runtime.last_plan
+    if model is None:
+        return None
+    drafts = runtime.drafts
+    state = ReplicaState(
+        now_s=runtime.clock.peek(),
+        requests=table,
+        num_free_kv_blocks=view.free_units(runtime.scheduler, runtime.per_unit),
+        limits=runtime.limits,
+        perf_model=model,
+        **({} if drafts is None else drafts.state(table.classes, runtime.limits.max_draft_length)),
+    )
+    headroom = (plan.headroom_tokens_per_s if plan is not None else None) or 0.0
+    return snapshot_of(state, replica_id="-", headroom_tokens_per_s=headroom, mode=runtime.effective_mode).to_json()
 
 
 def facts(runtime: SloRuntime) -> dict[str, Any]:
