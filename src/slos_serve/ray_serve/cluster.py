@@ -1,0 +1,123 @@
+"""Ray and Serve under one command: find or start a cluster, check that there is room, run, drain, leave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.ray_serve import names
+
+if TYPE_CHECKING:
+    from typing import Self
+
+APPLICATION = "slos-serve"
+CONNECT_S = 5.0
+POLL_S = 0.5
+# A replica that hangs would keep its place for the whole patience.
+CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
+
+
+class Cluster:
+    """A Ray cluster, started here (`address` None) or joined. A context manager: leaving ends what it started."""
+
+    def __init__(self, address: str | None, *, num_cpus: int, num_gpus: int | None = None) -> None:
+        self.is_own = address is None
+        if address is not None:
+            check_address(address)
+        if self.is_own:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
+        if self.is_own:
+            options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
+        try:
+            ray.init(address=address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            expected = f"the address of a running cluster, from one of its machines ({_line(error)})"
+            raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
+        self._is_serving = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_own:
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+        ray.shutdown()
+
+    def check_room(self, num_replicas: int, bundle: Mapping[str, float]) -> None:
+        """Raise `ConfigError` where so many replicas would wait for a place for ever."""
+        free = ray.available_resources()
+        for name, each in bundle.items():
+            if each and free.get(name, 0.0) + 1e-9 < num_replicas * each:
+                most = int(free.get(name, 0.0) / each + 1e-9)
+                has = f"each takes {each:g} {name}, {free.get(name, 0.0):g} free here"
+                expected = f"at most {most} ({has})" if most else f"a cluster with room for one ({has})"
+                raise ConfigError(where="arguments", key="--replicas", value=num_replicas, expected=expected)
+
+    def run(self, application: Any, *, host: str | None, port: int) -> None:
+        """Deploy and wait until every replica is ready; `SlosServeError` says why one never will be."""
+        http = {"host": host or "0.0.0.0", "port": port}  # noqa: S104 -- as vLLM does
+        serve.start(proxy_location="HeadOnly", http_options=http, controller_options=CONTROLLER)
+        found = names.http_port()
+        if found != port:
+            expected = f"{found}: Serve listens there on this cluster, and that cannot be changed while it runs"
+            raise ConfigError(where="arguments", key="--port", value=port, expected=expected)
+        if APPLICATION in serve.status().applications:
+            raise SlosServeError(f"this cluster runs an application {APPLICATION!r} already: serve shutdown ends it")
+        self._is_serving = True
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise SlosServeError(f"no replica came up: {_line(error)}") from error
+
+    def wait(self) -> None:
+        """Return when the application has gone from the cluster, or failed for good."""
+        while self.is_deployed():
+            time.sleep(POLL_S)
+
+    def is_deployed(self) -> bool:
+        """Tell whether the application is there, ready or not."""
+        return APPLICATION in serve.status().applications
+
+    def drain(self, patience_s: float) -> bool:
+        """Take no more requests and let what is under way end; tell whether it did in time."""
+        if not self._is_serving:
+            return True
+        deadline = time.monotonic() + patience_s
+        serve.delete(APPLICATION, _blocking=False)
+        while self.is_deployed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+
+def check_address(address: str) -> None:
+    """Raise `ConfigError` for an address where nobody answers: Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdigit():
+        raise ConfigError(
+            where="arguments", key="--ray-address", value=address, expected="HOST:PORT of a head, or auto"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        expected = f"the address of a running cluster ({error.strerror or error})"
+        raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
+
+
+def _line(error: BaseException) -> str:
+    """Return the line of an error that says most: of a remote traceback that is the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

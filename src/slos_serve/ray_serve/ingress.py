@@ -1,0 +1,203 @@
+"""The front door of a cluster: Ray Serve LLM's OpenAI ingress, with promises and second tries.
+
+The same middleware as on a single server stands around it: it reads SLOs, stamps the arrival, holds the
+headers for a verdict and writes the last chunk. Its hub is fed here, from the notes of the replicas and the
+sum of their reports, so that a client sees one server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from ray import serve
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from slos_serve.config import BEST_EFFORT
+from slos_serve.http import replies
+from slos_serve.http.hub import HUB
+from slos_serve.http.middleware import SloMiddleware
+from slos_serve.ray_serve import names
+from slos_serve.ray_serve.arrivals import Estimator
+from slos_serve.ray_serve.fleet import Fleet, fleet_of
+from slos_serve.ray_serve.hops import FINISHED, Hop, Note
+from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
+
+HOPPING = ("chat", "completions")
+SESSION_HEADER = "x-session-id"
+ENGINE_FAULTS = ("EngineDeadError", "EngineLostError", "EngineGenerateError")
+
+
+class SloIngress(OpenAiIngress):
+    """See the module's text. `slo`: classes and pinned profile; `digests`: by model, see `server.digest_of`."""
+
+    def __init__(
+        self,
+        llm_deployments: dict[str, Any],
+        model_cards: dict[str, Any],
+        *,
+        slo: Mapping[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(llm_deployments, model_cards, **options)
+        slo = dict(slo or {})
+        profile = slo.pop("profile", None)
+        HUB.configure(slo=slo, model=", ".join(model_cards))
+        self._estimator = Estimator(HUB.config, profile)
+        self._fleets: dict[str, Fleet] = {}
+        for model_id, handle in llm_deployments.items():
+            fleet = self._fleets[model_id] = fleet_of(handle.app_name, handle.deployment_name)
+            fleet.digest = (digests or {}).get(model_id, "")
+            fleet.on_update = self._publish
+            self._get_configured_serve_handle(model_id)  # its router starts listening now
+
+    # -- what Ray's ingress calls -------------------------------------------------------------------
+
+    async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
+        try:
+            return await super()._process_llm_request(body, call_method, raw_request)
+        except RefusedError as refused:
+            return self._refuse(body, str(refused))
+        except LostError as lost:
+            return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, str(lost), headers={"retry-after": "5"})
+
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncIterator[Any]:
+        if call_method not in HOPPING:
+            async for item in super()._get_response(body=body, call_method=call_method, raw_request=raw_request):
+                yield item
+            return
+        journey = await self._journey(body, call_method, raw_request)
+        async with contextlib.aclosing(journey.items()) as items:
+            async for item in items:
+                yield item
+
+    async def _journey(self, body: Any, call_method: str, raw_request: Request | None) -> Journey:
+        model_id = await self._get_model_id(body.model)
+        handle = self._get_configured_serve_handle(model_id)
+        headers = raw_request.headers if raw_request is not None else {}
+        session_id = names.session_id_from_headers(headers) if headers else None
+        if session_id:
+            handle = handle.options(session_id=session_id)
+        if isinstance(body, names.ChatCompletionRequest):
+            body = names.sanitize_chat(body)
+        info = names.RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
+        method = getattr(handle, call_method)
+
+        def send(hop: Hop) -> Any:
+            return method.remote(body, info, hop=hop)
+
+        def tell(note: Note, num_hops: int) -> None:
+            self._tell(note, num_hops, body)
+
+        fleet = self._fleets[names.base_model_id(model_id)]
+        asked = getattr(body, "vllm_xargs", None) or {}
+        slo_id = str(asked.get("slo_id") or "")
+        record = (HUB.find(slo_id) if slo_id else None) or {"class": BEST_EFFORT, "verdict": "pending", "tenant": ""}
+        slo_class = HUB.config.classes.get(str(asked.get("slo_class") or HUB.config.default_class))
+        best_effort = record["verdict"] == "best-effort"
+        arrival = self._estimator.arrival(
+            body,
+            fleet,
+            request_id=slo_id or names.request_id(),
+            slo_class=record["class"],
+            session_id=str(getattr(body, "session_id", None) or headers.get(SESSION_HEADER) or ""),
+        )
+        traveller = Traveller(
+            arrival=arrival,
+            send=send,
+            tell=tell,
+            is_fault=is_fault,
+            count=HUB.metrics.count_hop,
+            slo_id=slo_id,
+            slo_class=record["class"],
+            tenant=record["tenant"],
+            best_effort=best_effort,
+            rejects=bool(slo_id and not best_effort and slo_class and slo_class.on_unattainable == "reject"),
+            num_parts=0 if getattr(body, "stop", None) else 1,  # a stop text ends it before the engine hears of it
+        )
+        return Journey(traveller, fleet)
+
+    # -- what clients see ---------------------------------------------------------------------------
+
+    def _tell(self, note: Note, num_hops: int, body: Any) -> None:
+        record = {**note.record, "slo_class": note.record.get("class"), "slo_id": note.record.get("id")}
+        HUB.annotate(str(record["slo_id"]), hops=num_hops, replica=note.replica_id)
+        if note.kind == FINISHED:
+            self._estimator.learn(body, note.record)
+            HUB.feed({"finished": [record]})
+        else:
+            HUB.feed({"verdicts": [record]})
+
+    def _refuse(self, body: Any, reason: str) -> Response:
+        slo_id = str(body.vllm_xargs["slo_id"])
+        record = HUB.find(slo_id) or {"class": BEST_EFFORT, "tenant": ""}
+        HUB.reject(slo_id, slo_class=record["class"], tenant=record["tenant"], reason=reason)
+        HUB.metrics.count_hop("refused")
+        return replies.refusal(reason, HUB.retry_after_s)
+
+    def _publish(self) -> None:
+        """Show the fleets as one engine: their sum for the hub's rules, each replica for people."""
+        replicas = [line for fleet in self._fleets.values() for line in fleet.status()]
+        HUB.feed({"snapshot": summed(replicas)})
+
+    async def health(self) -> Response:
+        """Answer 200 while a replica can serve, else 503."""
+        if any(fleet.num_usable for fleet in self._fleets.values()):
+            return Response(status_code=HTTPStatus.OK)
+        return JSONResponse({"status": "no replica"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def metrics(self) -> Response:
+        """Answer what Prometheus asks of this ingress: SLO counters; Ray exports the engines' own metrics."""
+        return replies.metrics()
+
+
+def is_fault(error: BaseException) -> bool:
+    """Tell whether an error means that the replica is lost, rather than that the request is wrong."""
+    if isinstance(error, names.RayTaskError):
+        return isinstance(error.cause, names.RayActorError) or type(error.cause).__name__ in ENGINE_FAULTS
+    return isinstance(error, names.RayError)
+
+
+def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one snapshot for many replicas; see `http.hub` for who reads which key."""
+    heard = [one for one in replicas if one["usable"] and one.get("effective_mode")]
+
+    def total(key: str) -> float:
+        return sum(one.get(key) or 0 for one in heard)
+
+    headrooms = [one["headroom_tokens_per_s"] for one in heard if one.get("headroom_tokens_per_s") is not None]
+    enforcing = any(one["effective_mode"] == "enforce" for one in heard)
+    counts = ("num_promised", "num_best_effort", "num_pending", "num_running", "num_waiting", "steps")
+    return {
+        **{key: total(key) for key in counts},
+        "mode": "enforce" if enforcing else "observe",
+        "effective_mode": "enforce" if enforcing else "observe",
+        "headroom_tokens_per_s": sum(headrooms) if len(headrooms) == len(heard) and heard else None,
+        "drain_s": min((one.get("drain_s") or 0.0 for one in heard), default=0.0),
+        "replicas": replicas,
+    }
+
+
+def make_ingress() -> Any:
+    """Return the ingress class with its routes, for `serve.deployment`."""
+    app = names.init()
+    app.user_middleware.insert(0, Middleware(SloMiddleware))
+    endpoints = {
+        **names.DEFAULT_ENDPOINTS,
+        "health": lambda app: app.get("/health"),
+        "metrics": lambda app: app.get("/metrics"),
+    }
+    return make_fastapi_ingress(SloIngress, endpoint_map=endpoints, app=app)
+
+
+def deployment(options: Mapping[str, Any]) -> Any:
+    """Return the ingress as a Serve deployment."""
+    return serve.deployment(make_ingress(), **options)

@@ -1,0 +1,169 @@
+"""`slos-serve serve --replicas N`: the same options, on Ray Serve instead of one server of vLLM's own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from slos_serve.errors import ConfigError, MissingExtraError
+from slos_serve.serving import launch
+from slos_serve.serving.arguments import EngineArguments
+from slos_serve.serving.platforms import Engine, num_cores
+from slos_serve.serving.verb import Launch, measure, prepare, say
+
+# What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
+REFUSED = (
+    *("api-key", "middleware", "uds", "headless", "api-server-count", "grpc", "root-path", "ssl-keyfile"),
+    *("ssl-certfile", "ssl-ca-certs", "allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials"),
+    *("distributed-executor-backend", "data-parallel-size", "data-parallel-backend", "data-parallel-address"),
+)
+NOT_ENGINE = ("model", "host", "port", "served_model_name", "middleware", "additional_config", "scheduler_cls")
+PATIENCE_S = 310.0
+
+
+def run(args: argparse.Namespace, engine: Engine) -> int:
+    """Serve until told to end; what is promised is finished first. 0 where that took no longer than patience."""
+    num_replicas = args.replicas or 1
+    check(args)
+    try:
+        from slos_serve.ray_serve.app import build_openai_app  # noqa: PLC0415
+        from slos_serve.ray_serve.cluster import Cluster  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(module=error.name or "ray", extra="ray") from error
+    plan = prepare(args, engine, os.environ, share=1 if args.ray_address else num_replicas)
+    bundle = bundle_of(args, engine)
+    try:
+        with quiet_stdout(args.json), _interrupts():
+            for note in plan.notes:
+                say(note)
+            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster:
+                cluster.check_room(num_replicas, bundle)
+                document = application(args, engine, plan, _profile(args, plan), bundle)
+                say(f"starting {num_replicas} replicas of {plan.model_name} on Ray Serve ({plan.mode})")
+                app = build_openai_app(document)
+                try:
+                    cluster.run(app, host=args.host, port=args.port)
+                    say(f"ready: {plan.url}/v1, {num_replicas} replicas")
+                    _tell(args, plan, num_replicas)
+                    cluster.wait()
+                except KeyboardInterrupt:
+                    say("finishing what is under way; again to stop at once")
+                return 0 if cluster.drain(PATIENCE_S) else 1
+    finally:
+        if plan.scratch is not None:
+            shutil.rmtree(plan.scratch, ignore_errors=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for a flag that would have no effect on Ray Serve."""
+    arguments = EngineArguments(args.extra)
+    for name in REFUSED:
+        if arguments.has(name):
+            expected = "none with --replicas or --ray-address (a proxy in front of them can do that)"
+            raise ConfigError(where="arguments", key=f"--{name}", value=arguments.get(name), expected=expected)
+
+
+def bundle_of(args: argparse.Namespace, engine: Engine) -> dict[str, float]:
+    """Return what one replica takes of a cluster: a GPU for each of vLLM's workers, or one core."""
+    arguments = EngineArguments(args.extra)
+    sizes = [arguments.get(name) or "1" for name in ("tensor-parallel-size", "pipeline-parallel-size")]
+    workers = 1
+    for size in sizes:
+        workers *= int(size) if size.isdigit() else 1
+    return {"CPU" if engine.is_cpu else "GPU": float(workers)}
+
+
+def application(
+    args: argparse.Namespace, engine: Engine, plan: Launch, profile: str | None, bundle: dict[str, float]
+) -> dict[str, Any]:
+    """Return what `ray_serve.app.build_openai_app` takes, from the launch of a single server."""
+    from slos_serve.vllm_plugin.flags import engine_kwargs  # noqa: PLC0415
+
+    flags = engine_kwargs(plan.command[plan.command.index("--model") :])
+    additional = dict(flags.get("additional_config") or {})
+    slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key != "profile_key"}
+    slo |= {"profile": profile, "router": args.router or "slo"}
+    if args.record is None:
+        slo.pop("record", None)
+    kwargs = {name: value for name, value in flags.items() if name not in NOT_ENGINE}
+    if additional:
+        kwargs["additional_config"] = additional
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": plan.model_name, "model_source": flags["model"]},
+        "engine_kwargs": {**kwargs, "scheduler_cls": flags["scheduler_cls"]},
+        "deployment_config": {"num_replicas": args.replicas or 1},
+    }
+    if plan.env:
+        config["runtime_env"] = {"env_vars": dict(plan.env)}
+    if engine.is_cpu:
+        config["placement_group_config"] = {"bundles": [bundle]}
+        config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}
+    return {"llm_configs": [config], "slo": slo}
+
+
+def _profile(args: argparse.Namespace, plan: Launch) -> str | None:
+    """Return the profile's file; measured now, on one server, where there is none. None: observe only."""
+    if not plan.must_profile or plan.profile is None or plan.record is None:
+        return str(plan.profile) if plan.profile else None
+    if args.ray_address:
+        say("no profile of the cluster's machines: observing only, until --profile names one")
+        return None
+    say("no profile yet: measuring on one server first")
+    plan.profile.unlink(missing_ok=True)
+    child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
+    try:
+        launch.wait_healthy(child, plan.url, probe=True)
+        measure(plan, plan.profile, plan.record)
+    finally:
+        launch.end(child)
+    return str(plan.profile)
+
+
+def _tell(args: argparse.Namespace, plan: Launch, num_replicas: int) -> None:
+    if args.json:
+        document = {"url": plan.url, "model": plan.model_name, "mode": plan.mode, "replicas": num_replicas}
+        os.write(_STDOUT[-1], json.dumps(document).encode() + b"\n")
+
+
+_STDOUT: list[int] = [1]
+
+
+@contextlib.contextmanager
+def quiet_stdout(wanted: bool) -> Iterator[None]:
+    """Send what Ray prints to standard error, so that standard output holds one document."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    _STDOUT.append(os.dup(1))
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        real = _STDOUT.pop()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let a request to end reach `run` as `KeyboardInterrupt`, whichever signal it comes by."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
