@@ -26,6 +26,10 @@ VERBS = {
     "profile": "slos_serve.bench.cmd_profile",
     "simulate": "slos_serve.sim.cmd_simulate",
     "capacity": "slos_serve.sim.cmd_capacity",
+    "verify": "slos_serve.serving.cmd_verify",
+    "whatif": "slos_serve.sim.cmd_whatif",
+    "replay": "slos_serve.sim.cmd_replay",
+    "explain": "slos_serve.serving.cmd_explain",
     "doctor": "slos_serve.doctor",
 }
 

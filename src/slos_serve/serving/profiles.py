@@ -40,13 +40,14 @@ def profile_key(model: str, engine: Engine, arguments: EngineArguments, environ:
     }
 
 
+def key_digest(key: Mapping[str, Any]) -> str:
+    """Return what files about an engine are called."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -> tuple[Path, bool]:
     """Return the profile's file, `given` or the cache's for `key`, and whether it must be measured first."""
-    if given is not None:
-        path = given.resolve()
-    else:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = cache_folder("profiles") / f"{digest}.json"
+    path = cache_folder("profiles") / f"{key_digest(key)}.json" if given is None else given.resolve()
     if again or not path.exists():
         return path, True
     try:

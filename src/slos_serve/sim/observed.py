@@ -1,0 +1,220 @@
+"""A recorded run on the virtual clock: the same requests, the steps as long as they were measured.
+
+The engine of the replay is fitted to the record's own steps (and spreads as they did around the fit), its
+limits are the recorded ones, its scheduler is what ran: vLLM's order where plans were only made, the SLO
+planner where they were carried out. What cannot be replayed is refused by name, never approximated in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slos_serve.config import OVERRIDES, SloConfig
+from slos_serve.core.baselines import VllmPlanner
+from slos_serve.core.fit import fit_perf_model, from_records
+from slos_serve.core.types import Request, Slo
+from slos_serve.errors import ConfigError
+from slos_serve.sim.hardware import Hardware
+from slos_serve.sim.records import SimRequest
+from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.run import run_workload
+from slos_serve.sim.workload import Workload
+
+if TYPE_CHECKING:
+    from slos_serve.core.summary import GradedRequest
+    from slos_serve.core.types import Planner
+    from slos_serve.sim.recording import Recording
+
+UNGRADED = ("cancelled", "failed", "none")
+MAX_NOISE = 0.5
+MIN_STEPS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """A recorded run, ready to be replayed. `own_numbers` requests brought promises of their own in numbers.
+
+    `attainment[slo_class]` and `num_by_class[slo_class]` are what was really observed of graded requests.
+    """
+
+    recording: Recording
+    hardware: Hardware
+    noise_sigma: float
+    is_enforced: bool
+    attainment: Mapping[str, float]
+    num_by_class: Mapping[str, int]
+    own_numbers: int
+
+    @classmethod
+    def of(cls, recording: Recording) -> Observed:
+        """Judge a recording; `ConfigError` where it cannot be replayed."""
+        where, engine = str(recording.path), recording.engine
+        if engine.get("policy") != "fcfs":
+            expected = "fcfs: other policies cannot be replayed"
+            raise ConfigError(where=where, key="policy", value=engine.get("policy"), expected=expected)
+        requests = _requests(recording)
+        graded = [line for line in requests if line["outcome"] not in UNGRADED]
+        if not graded:
+            raise ConfigError(where=where, key="request", value="none", expected="finished requests with an SLO")
+        enforced = Counter(bool(line.get("enforced")) for line in graded)
+        if len(enforced) > 1:
+            value = f"{enforced[True]} of {len(graded)} requests enforced"
+            raise ConfigError(where=where, key="mode", value=value, expected="one mode for the whole record")
+        hardware, sigma = _hardware(recording)
+        num = Counter(line["slo_class"] for line in graded)
+        met = Counter(line["slo_class"] for line in graded if line["outcome"] == "met")
+        own = sum(any(f"slo_{name}" in line["said"] for name in OVERRIDES) for line in graded)
+        return cls(
+            recording=recording,
+            hardware=hardware,
+            noise_sigma=sigma,
+            is_enforced=enforced[True] > 0,
+            attainment={name: met[name] / count for name, count in sorted(num.items())},
+            num_by_class=dict(sorted(num.items())),
+            own_numbers=own,
+        )
+
+    def workload(self, config: SloConfig | None = None) -> Workload:
+        """Return the recorded requests, with their own promises or those of another configuration.
+
+        What a client said in numbers stays; what was cancelled or failed is load that nobody grades.
+        """
+        lines = _requests(self.recording)
+        start = min(line["arrival_s"] for line in lines)
+        arrivals = [self._request(line, start, config) for line in lines if line["num_output_tokens"]]
+        span = max(sim.request.arrival_s for sim in arrivals)
+        classes = (config or SloConfig.from_json(self.recording.engine["config"])).classes.values()
+        hints = {one.name: float(one.output_tokens_hint) for one in classes if one.output_tokens_hint}
+        return Workload(
+            name=self.recording.path.name,
+            arrivals=arrivals,
+            duration_s=max(span, 1e-3),
+            num_dropped=len(lines) - len(arrivals),
+            hints=hints,
+        )
+
+    def _request(self, line: Mapping[str, Any], start: float, config: SloConfig | None) -> SimRequest:
+        slo, weight, label, thinks = Slo(**line["slo"]), line["weight"], line["slo_class"], line["thinks"]
+        if config is not None and line["outcome"] not in UNGRADED:
+            said = {name.removeprefix("slo_"): value for name, value in line["said"].items()}
+            name = said.pop("class", None)
+            numbers = {key: value for key, value in said.items() if key in (*OVERRIDES, "stage")}
+            slo, weight, thinks = config.resolve(name, numbers, line["num_prompt_tokens"], self.reference_s)
+            label = config.label(name, numbers)
+        if line["outcome"] in UNGRADED:
+            slo = Slo()
+        return SimRequest(
+            request=Request(
+                request_id=line["request_id"],
+                arrival_s=line["arrival_s"] - start,
+                num_prompt_tokens=line["num_prompt_tokens"],
+                max_output_tokens=max(line["max_output_tokens"], line["num_output_tokens"]),
+                slo=slo,
+                slo_class=label,
+                weight=weight,
+                thinks=thinks,
+            ),
+            num_output_tokens=line["num_output_tokens"],
+            num_thinking_tokens=min(line["num_thinking_tokens"], line["num_output_tokens"]) if thinks else 0,
+            num_cached_tokens=min(line["num_cached_tokens"], line["num_prompt_tokens"]),
+        )
+
+    def reference_s(self, prompt_tokens: int) -> float:
+        """Return the pinned unloaded prefill time in seconds."""
+        model, budget = self.recording.reference()
+        return model.prefill_seconds(prompt_tokens, budget)
+
+    def planner(self, *, enforced: bool) -> Planner:
+        """Return what decides: the recorded planner, or vLLM's own order."""
+        limits = self.recording.engine["limits"]
+        if enforced:
+            return self.recording.planner()
+        return VllmPlanner(
+            token_budget=limits["max_num_batched_tokens"], draft_length=int(limits.get("max_draft_length", 0))
+        )
+
+    def run(self, workload: Workload, *, enforced: bool, seed: int) -> list[GradedRequest]:
+        """Serve the workload once and return the grades."""
+        limits = self.recording.engine["limits"]
+        options = ReplicaOptions(
+            async_lag=bool(self.recording.engine.get("is_async")),
+            noise_sigma=self.noise_sigma,
+            makes_promises=enforced,
+            acceptance=_acceptance(self.recording),
+        )
+        result = run_workload(
+            workload,
+            self.planner(enforced=enforced),
+            self.hardware,
+            seed=seed,
+            options=options,
+            max_draft_length=int(limits.get("max_draft_length", 0)),
+        )
+        return result.graded
+
+
+def attainment(graded: Sequence[GradedRequest]) -> dict[str, float]:
+    """Return the share of graded requests that met every promise, by class."""
+    num: Counter[str] = Counter()
+    met: Counter[str] = Counter()
+    for one in graded:
+        if one.outcome not in UNGRADED:
+            num[one.slo_class] += 1
+            met[one.slo_class] += one.outcome == "met"
+    return {name: met[name] / count for name, count in sorted(num.items())}
+
+
+def _requests(recording: Recording) -> list[dict[str, Any]]:
+    """Return the requests from the first one with promises on, in order of arrival."""
+    first = min((line["arrival_s"] for line in recording.requests if line["slo"]), default=math.inf)
+    return sorted((line for line in recording.requests if line["t"] >= first), key=lambda line: line["arrival_s"])
+
+
+def _hardware(recording: Recording) -> tuple[Hardware, float]:
+    """Return the engine that the record's steps describe, and how they spread around it."""
+    lines = _requests(recording)
+    first, last = min(line["arrival_s"] for line in lines), max(line["t"] for line in lines)
+    steps = [step for step in recording.steps if first <= step["t"] <= last]
+    if len(steps) < MIN_STEPS:
+        steps = recording.steps
+    try:
+        samples = from_records(steps)
+        model = fit_perf_model(samples, rng=np.random.default_rng(0)).model
+        limits = recording.engine["limits"]
+        hardware = Hardware(
+            name=recording.path.name,
+            perf_model=model,
+            kv_tokens=limits["num_kv_blocks"] * limits["block_size"],
+            max_model_len=limits["max_model_len"],
+            max_num_batched_tokens=limits["max_num_batched_tokens"],
+            max_num_seqs=limits["max_num_seqs"],
+            block_size=limits["block_size"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        expected = f"steps that can be fitted and the engine's limits ({error})"
+        raise ConfigError(where=str(recording.path), key="steps", value=len(steps), expected=expected) from error
+    ratios = [
+        sample.seconds
+        / model.seconds(
+            sample.num_tokens,
+            sample.num_requests,
+            context_tokens=sample.context_tokens,
+            draft_steps=sample.draft_steps,
+            attention_pairs=sample.attention_pairs,
+        )
+        for sample in samples
+        if sample.seconds > 0
+    ]
+    return hardware, float(min(np.std(np.log(ratios)), MAX_NOISE))
+
+
+def _acceptance(recording: Recording) -> dict[str, float]:
+    """Return the last measured chance that a draft token is accepted, by class."""
+    last = recording.plans[-1].document["state"].get("acceptance", {}) if recording.plans else {}
+    return {name: float(value) for name, value in last.items()}
