@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check bench format clean
+.PHONY: help demo serve test check bench conformance format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -40,6 +40,10 @@ bench: ## the claims: scheduler cost, then vLLM against slos-serve at five rates
 	$(INSTALL) cpu bench
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 	@$(BIN)/python -m slos_serve.bench.study --out bench-report $(STUDY)
+
+conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
+	$(INSTALL) cpu dev
+	@$(BIN)/python scripts/conformance.py $(ARGS)
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev

@@ -1,0 +1,109 @@
+"""Pytest plug-in of `scripts/conformance.py`: put one of our scheduler classes in the place of vLLM's own.
+
+`CONFORMANCE_KIND` says which: `stock` (vLLM's), `observe` (ours, no plan) or `enforce` (ours, steered in every
+step by a first-come-first-served plan of everything). Outcomes go to the JSON file `CONFORMANCE_OUT`. Configurations of
+the models that the tests name lie in the working directory, so that nothing is looked up on a hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.model_executor.models import llava, qwen2_vl
+from vllm.v1.core.sched import async_scheduler, scheduler
+
+KIND = os.environ["CONFORMANCE_KIND"]
+IMAGE_TOKENS = {"llava": 576, "qwen2_vl": 16384}  # what these models' processors say; they cannot be had offline
+
+OUTCOMES: dict[str, str] = {}
+STEPS: Counter[str] = Counter()
+FAULTS: Counter[str] = Counter()
+DIVERGENCES: Counter[str] = Counter()
+
+
+def _say_image_tokens(info: type[Any], tokens: Mapping[str, int]) -> None:
+    """Answer the one question that the scheduler has for a model's image processor."""
+    info.get_mm_max_tokens_per_item = lambda _self, **_: dict(tokens)
+
+
+_say_image_tokens(llava.BaseLlavaProcessingInfo, {"image": IMAGE_TOKENS["llava"]})
+_say_image_tokens(qwen2_vl.Qwen2VLProcessingInfo, dict.fromkeys(("image", "video"), IMAGE_TOKENS["qwen2_vl"]))
+
+if KIND != "stock":
+    from slos_serve.core.baselines import VllmPlanner
+    from slos_serve.core.perf import PerfModel
+    from slos_serve.vllm_plugin import runtime
+    from slos_serve.vllm_plugin.scheduler import SloMixin
+
+    MODEL = PerfModel.from_terms([{"per_token_s": 1e-5, "fixed_s": 1e-3}])
+    runtime.warm_up = lambda *_: 0.0  # compiled once, in the first plan of the run
+
+    class Watched(SloMixin):
+        """Our scheduler, told to enforce where the kind says so, and counted."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if KIND == "enforce":
+                slo = self.slo
+                slo.mode = "enforce"
+                slo.settings = dataclasses.replace(slo.settings, always_plan=True)
+                slo.planner = VllmPlanner(draft_length=self.num_spec_tokens)
+                slo.learner._new = ({"schema": "conformance"}, MODEL)  # noqa: SLF001 - as if a profile had been read
+                slo.learner._is_done = True  # noqa: SLF001
+                slo.safety.limits = dataclasses.replace(slo.safety.limits, is_enabled=False)
+
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            """Count the step."""
+            output = super().schedule(*args, **kwargs)
+            slo = self.slo
+            STEPS["steered" if slo.last_plan is not None and slo.is_enforcing else "own order"] += 1
+            for name in slo.differences:
+                STEPS[f"not steered: {name}"] += 1
+            FAULTS.update(slo.faults.counts)
+            slo.faults.counts.clear()
+            DIVERGENCES.update(slo.divergences)
+            slo.divergences.clear()
+            return output
+
+    class Scheduler(Watched, scheduler.Scheduler):
+        """In place of vLLM's."""
+
+    class AsyncScheduler(Watched, async_scheduler.AsyncScheduler):
+        """In place of vLLM's."""
+
+    scheduler.Scheduler = Scheduler
+    async_scheduler.AsyncScheduler = AsyncScheduler
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Capture vLLM's log, which does not propagate by itself (as the fixture of its own conftest does)."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep the outcome of each test: the worst of its phases."""
+    if report.outcome != "passed" or (report.when == "call" and report.nodeid not in OUTCOMES):
+        word = "error" if report.failed and report.when != "call" else report.outcome
+        OUTCOMES[report.nodeid] = word
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Count a file that cannot be collected as an error."""
+    if report.failed:
+        OUTCOMES[report.nodeid] = "error"
+
+
+def pytest_sessionfinish() -> None:
+    """Write what was found."""
+    document = {"outcomes": OUTCOMES, "steps": STEPS, "faults": FAULTS, "divergences": DIVERGENCES}
+    Path(os.environ["CONFORMANCE_OUT"]).write_text(json.dumps(document), encoding="utf-8")
