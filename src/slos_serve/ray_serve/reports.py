@@ -8,6 +8,7 @@ the time since the report last changed.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Reporter:
             "silent_s": silent_s if math.isfinite(silent_s) else None,
             "stalled_s": now - self._stepped_s,
             "digest": self._digest,
-            "status": {key: heard.get(key) for key in STATUS_KEYS},
+            "status": {"pid": os.getpid(), **{key: heard.get(key) for key in STATUS_KEYS}},
             "replica": replica,
         }
 

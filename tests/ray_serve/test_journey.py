@@ -1,0 +1,206 @@
+import asyncio
+import contextlib
+import json
+
+import pytest
+from parts import FakeStream, arrival, note, stats
+
+from slos_serve.core.routing import make_router
+from slos_serve.ray_serve import journey
+from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT
+from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
+
+FAULT = ConnectionError("the replica died")
+
+
+class Cluster:
+    """Two replicas that answer each hop with what a test wrote down for them."""
+
+    def __init__(self, fleet, clocks, *answers):
+        fleet.use(make_router("slo"))
+        fleet.update({"a": stats(clocks.now), "b": stats(clocks.now)})
+        self.fleet = fleet
+        self.answers = list(answers)
+        self.hops = []
+        self.places = []
+        self.streams = []
+        self.told = []
+        self.counts = []
+
+    def send(self, hop):
+        self.hops.append(hop)
+        self.places.append(self.fleet.choose(hop, ["a", "b"])[0])
+        self.streams.append(FakeStream(*self.answers.pop(0)))
+        return self.streams[-1]
+
+    def journey(self, **more):
+        options = {"slo_id": "s", "slo_class": "chat", **more}
+        traveller = Traveller(
+            arrival=arrival(),
+            send=self.send,
+            tell=lambda one, hops: self.told.append((one.kind, one.replica_id, hops)),
+            is_fault=lambda error: isinstance(error, ConnectionError),
+            count=self.counts.append,
+            **options,
+        )
+        return Journey(traveller, self.fleet, monotonic=self.fleet._monotonic)
+
+    async def run(self, **more):
+        return [item async for item in self.journey(**more).items()]
+
+
+@pytest.fixture
+def cluster(fleet, clocks):
+    return lambda *answers: Cluster(fleet, clocks, *answers)
+
+
+async def test_chunks_pass_and_notes_do_not(cluster):
+    replicas = cluster([note(VERDICT, verdict="promised"), "one", "two", note(FINISHED, outcome="met"), "done"])
+    assert await replicas.run() == ["one", "two", "done"]
+    assert replicas.told == [(VERDICT, "a", 0), (FINISHED, "a", 0)]
+    assert replicas.counts == ["served"]
+    assert not replicas.streams[0].is_cancelled
+
+
+async def test_a_request_that_is_handed_back_goes_to_the_other_replica_with_its_first_arrival(cluster):
+    replicas = cluster([note(PASSED, "a")], [note(VERDICT, "b", verdict="promised"), "one"])
+    assert await replicas.run() == ["one"]
+    assert replicas.hops[0].may_pass
+    assert replicas.hops[1].arrival.tried == ("a",)
+    assert replicas.hops[1].arrival.arrival_s == replicas.hops[0].arrival.arrival_s
+    assert replicas.places == ["a", "b"]
+    assert replicas.told == [(VERDICT, "b", 1)]
+    assert replicas.counts == ["passed", "served"]
+
+
+async def test_the_last_replica_may_not_hand_a_request_back(cluster):
+    replicas = cluster([note(PASSED, "a")], ["one"])
+    await replicas.run()
+    assert [hop.may_pass for hop in replicas.hops] == [True, False]
+
+
+@pytest.mark.parametrize("more", [{"slo_id": ""}, {"best_effort": True}])
+async def test_a_request_that_wants_no_promise_stays_where_it_is(cluster, more):
+    replicas = cluster(["one"])
+    await replicas.run(**more)
+    assert not replicas.hops[0].may_pass
+
+
+async def test_on_the_last_hop_a_class_that_rejects_is_refused(cluster):
+    refusal = note(VERDICT, "b", verdict="best-effort", reason="compute")
+    replicas = cluster([note(PASSED, "a")], [refusal, "never"])
+    with pytest.raises(RefusedError, match="compute"):
+        await replicas.run(rejects=True)
+    assert replicas.streams[1].is_cancelled
+    assert not replicas.told
+
+
+async def test_on_the_last_hop_any_other_class_is_served_as_best_effort(cluster):
+    refusal = note(VERDICT, "b", verdict="best-effort", reason="compute")
+    replicas = cluster([note(PASSED, "a")], [refusal, "one"])
+    assert await replicas.run() == ["one"]
+    assert replicas.told == [(VERDICT, "b", 1)]
+
+
+async def test_a_replica_that_dies_before_the_first_chunk_costs_a_hop_and_nothing_else(cluster):
+    replicas = cluster([note(VERDICT, verdict="promised"), FAULT], ["one", "two"])
+    assert await replicas.run() == ["one", "two"]
+    assert replicas.places == ["a", "b"]
+    assert replicas.counts == ["lost", "served"]
+
+
+async def test_a_replica_that_dies_after_the_first_chunk_ends_the_stream_with_an_error_and_is_never_retried(cluster):
+    replicas = cluster(["one", FAULT])
+    first, last = await replicas.run()
+    assert first == "one"
+    event, done, _ = last.split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == 503
+    assert done == "data: [DONE]"
+    assert len(replicas.hops) == 1
+    assert replicas.counts == ["broken"]
+
+
+async def test_a_replica_that_falls_silent_before_the_first_chunk_is_given_up(cluster, clocks, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster([3600], ["one"])
+    task = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    replicas.fleet.update({"a": stats(clocks.now + 1, silent_s=60.0), "b": stats(clocks.now + 1)})
+    assert await task == ["one"]
+    assert replicas.places == ["a", "b"]
+    assert replicas.streams[0].is_cancelled
+
+
+async def test_a_replica_that_falls_silent_in_the_middle_ends_the_stream_with_an_error(cluster, clocks, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster(["one", 3600])
+    task = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    replicas.fleet.update({"a": stats(clocks.now + 1, silent_s=60.0), "b": stats(clocks.now + 1)})
+    items = await task
+    assert items[0] == "one"
+    assert "stopped answering" in items[1]
+
+
+async def test_a_slow_replica_is_waited_for(cluster, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster([0.1, "one", 0.1, "two"])
+    assert await replicas.run() == ["one", "two"]
+
+
+async def test_after_three_losses_the_client_is_told(cluster):
+    replicas = cluster([FAULT], [FAULT], [FAULT])
+    with pytest.raises(LostError, match="no replica could serve"):
+        await replicas.run()
+    assert replicas.counts == ["lost"] * 3
+
+
+async def test_without_any_replica_a_request_waits_for_one_and_then_gives_up(cluster, clocks, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster([3600])
+    replicas.fleet.update({})
+    task = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    clocks.now += journey.UNPLACED_S + 1
+    with pytest.raises(LostError):
+        await task
+
+
+async def test_an_error_that_any_replica_would_give_is_not_retried(cluster):
+    replicas = cluster([ValueError("too long")])
+    with pytest.raises(ValueError, match="too long"):
+        await replicas.run()
+    assert replicas.streams[0].is_cancelled
+
+
+@pytest.mark.parametrize("answer", [[3600], ["one", 3600]])
+async def test_a_client_that_leaves_takes_its_request_along(cluster, answer):
+    replicas = cluster(answer)
+    task = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert replicas.streams[0].is_cancelled
+    assert replicas.fleet.where(replicas.hops[0].key) is None
+
+
+async def test_a_client_that_leaves_between_two_hops_leaves_nothing_behind(cluster):
+    replicas = cluster([note(PASSED, "a")], [3600])
+    task = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert len(replicas.hops) == 2
+    assert replicas.streams[1].is_cancelled
+
+
+async def test_closing_the_stream_early_gives_the_request_up_at_its_replica(cluster):
+    replicas = cluster(["one", "two"])
+    items = replicas.journey().items()
+    assert await anext(items) == "one"
+    await items.aclose()
+    assert replicas.streams[0].is_cancelled

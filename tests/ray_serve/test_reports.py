@@ -1,0 +1,68 @@
+import math
+
+import pytest
+from parts import replica_state, stats
+from prometheus_client import CollectorRegistry
+
+from slos_serve.http.hub import Hub
+from slos_serve.http.metrics import SloMetrics
+from slos_serve.ray_serve.reports import KEY, Reporter, parse_report
+
+
+@pytest.fixture
+def hub():
+    return Hub(SloMetrics(CollectorRegistry()))
+
+
+@pytest.fixture
+def reporter(hub, clocks):
+    return Reporter(hub, "digest", clock=clocks.wall)
+
+
+def heard(hub, clocks, **more):
+    hub.feed({"snapshot": {"steps": 1, "num_running": 1, "replica": replica_state(clocks.now), **more}})
+
+
+def test_what_a_replica_reports_can_be_read_by_a_router(hub, reporter, clocks):
+    heard(hub, clocks)
+    report = parse_report({KEY: reporter.report()}, "a", clocks.now)
+    assert report.digest == "digest"
+    assert report.status["num_running"] == 1
+    assert report.snapshot.replica_id == "a"
+
+
+def test_an_engine_never_heard_of_is_reported_as_such(reporter, clocks):
+    report = parse_report({KEY: reporter.report()}, "a", clocks.now)
+    assert report.silent_s == math.inf
+    assert report.snapshot is None
+
+
+def test_an_engine_that_makes_no_step_although_it_has_requests_is_stalled(hub, reporter, clocks):
+    heard(hub, clocks)
+    reporter.report()
+    clocks.now += 7.0
+    heard(hub, clocks)
+    assert reporter.report()["stalled_s"] == 7.0
+    heard(hub, clocks, steps=2)
+    assert reporter.report()["stalled_s"] == 0.0
+
+
+def test_an_idle_engine_is_never_stalled_and_its_state_never_old(hub, reporter, clocks):
+    heard(hub, clocks, num_running=0)
+    reporter.report()
+    clocks.now += 100.0
+    report = reporter.report()
+    assert report["stalled_s"] == 0.0
+    assert report["replica"]["time_s"] == pytest.approx(clocks.now, abs=1.0)
+
+
+def test_a_clock_that_is_ahead_counts_as_now(clocks):
+    report = parse_report(stats(clocks.now, replica=replica_state(clocks.now + 50)), "a", clocks.now)
+    assert report.snapshot.time_s == clocks.now
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {KEY: None}, {KEY: {"version": 0}}, {KEY: {"version": 1}}, {KEY: {"version": 1, "made_s": "x"}}]
+)
+def test_what_is_no_report_of_this_version_is_none(data, clocks):
+    assert parse_report(data, "a", clocks.now) is None
