@@ -26,6 +26,8 @@ VERBS = {
     "profile": "slos_serve.bench.cmd_profile",
     "simulate": "slos_serve.sim.cmd_simulate",
     "capacity": "slos_serve.sim.cmd_capacity",
+    "plan": "slos_serve.sim.cmd_plan",
+    "data": "slos_serve.sim.cmd_data",
     "verify": "slos_serve.serving.cmd_verify",
     "whatif": "slos_serve.sim.cmd_whatif",
     "replay": "slos_serve.sim.cmd_replay",

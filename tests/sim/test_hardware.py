@@ -79,3 +79,59 @@ def test_a_file_that_is_no_json_is_told(tmp_path):
     path.write_text("{")
     with pytest.raises(ConfigError, match="readable JSON"):
         load_hardware(str(path))
+
+
+def write_profile(tmp_path, **changes):
+    line = {"per_token_s": 1e-4, "per_context_token_s": 1e-7, "fixed_s": 0.008}
+    document = {
+        "schema": "slos-serve-profile/1",
+        "key": {"model": "m", "hardware": "h", "flags": ["vllm=1", "max-model-len=2048", "max-num-seqs=64"]},
+        "perf_model": {"lines": [line], "margin_prefill": 1.3, "margin_decode": 1.2},
+        "r2": 0.99,
+        "num_steps": 900,
+        "max_num_batched_tokens": 512,
+        **changes,
+    }
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+def test_a_profile_is_hardware_and_says_what_it_does_not_know(tmp_path):
+    hardware = load_hardware(write_profile(tmp_path))
+    assert (hardware.name, hardware.max_model_len, hardware.max_num_seqs) == ("mine", 2048, 64)
+    assert hardware.max_num_batched_tokens == 512
+    assert hardware.kv_tokens == 2048 * 64
+    assert hardware.perf_model.seconds(10) == pytest.approx(0.009)
+    assert hardware.perf_model.margin_prefill == 1.0
+    assert hardware.perf_model.seconds(10, draft_steps=1) == pytest.approx(0.009 + 0.125 * 0.0081)
+    kinds = {key: source["kind"] for key, source in hardware.provenance.items()}
+    assert kinds == {"perf_model": "measured", "kv_tokens": "derived", "drafter": "derived"}
+
+
+def test_a_profile_that_knows_its_memory_and_drafter_keeps_them(tmp_path):
+    lines = [{"per_token_s": 1e-4, "per_draft_step_s": 0.002, "fixed_s": 0.008}]
+    hardware = load_hardware(write_profile(tmp_path, kv_tokens=30_000, perf_model={"lines": lines}))
+    assert hardware.kv_tokens == 30_000
+    assert hardware.perf_model.seconds(10, draft_steps=1) == pytest.approx(0.011)
+    assert {source["kind"] for source in hardware.provenance.values()} == {"measured"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"perf_model": {"lines": []}}, "perf_model"),
+        ({"kv_tokens": -1}, "kv_tokens"),
+        ({"max_model_len": "x", "kv_tokens": 9000}, "max_model_len"),
+    ],
+)
+def test_a_wrong_value_in_a_profile_is_named(tmp_path, changes, key):
+    with pytest.raises(ConfigError) as error:
+        load_hardware(write_profile(tmp_path, **changes))
+    assert error.value.key == key
+
+
+def test_a_mixture_of_experts_reads_all_of_its_weights_and_computes_with_some():
+    moe, dense = load_hardware("h100-mixtral-8x7b-tp2-derived"), load_hardware("h100-8b-derived")
+    assert moe.perf_model.seconds(1) > 2.5 * dense.perf_model.seconds(1)
+    assert moe.reference_s(4096) < 1.2 * dense.reference_s(4096)

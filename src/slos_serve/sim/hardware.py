@@ -8,6 +8,10 @@ A hardware file is JSON, schema `slos-serve-hardware/1`, shipped beside this mod
      "block_size": 16, "provenance": {"perf_model": {"kind": "measured", "source": "..."}, ...}}
 
 `kind` is `published` (a paper's own constants), `measured` (fitted to measured steps) or `derived`.
+
+The file that `slos-serve profile` writes is hardware too. What it does not hold is filled in and labelled
+`derived`: KV room for every seat at full length (memory never binds; `kv_tokens` in the file says better),
+and, where no drafter ran, the cost of a drafter step as a share of a decode step.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Limits
 from slos_serve.errors import ConfigError
 
-SCHEMA = "slos-serve-hardware/1"
+SCHEMA, PROFILE_SCHEMA = "slos-serve-hardware/1", "slos-serve-profile/1"
+DRAFTER_SHARE = 0.125  # of a decode step: OPT-125M beside OPT-6.7B in the SLOs-Serve paper's constants
+PROFILE_DEFAULTS = {"max-model-len": 4096, "max-num-seqs": 256}
 KINDS = ("published", "measured", "derived")
 
 
@@ -104,7 +110,49 @@ def load_hardware(name_or_file: str) -> Hardware:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(where=name_or_file, key="file", value=str(error), expected="readable JSON") from error
+    if isinstance(document, Mapping) and document.get("schema") == PROFILE_SCHEMA:
+        document = hardware_of_profile(document, name=path.stem, where=name_or_file)
     return parse_hardware(document, where=name_or_file)
+
+
+def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -> dict[str, Any]:
+    """Return a profile as a hardware document. `ConfigError` names the key that does not fit."""
+    try:
+        model = PerfModel.from_json(document["perf_model"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(where=where, key="perf_model", value=str(error), expected="lines of named terms") from error
+    key = document.get("key")
+    key = key if isinstance(key, Mapping) else {}
+    texts = [flag.partition("=") for flag in key.get("flags", ()) if isinstance(flag, str)]
+    flags = {flag: int(value) for flag, _, value in texts if value.isdecimal()}
+    longest, seats = (document.get(flag.replace("-", "_"), flags.get(flag, n)) for flag, n in PROFILE_DEFAULTS.items())
+    measured = f"fit to {document.get('num_steps')} steps of {key.get('model')} on {key.get('hardware')}"
+    provenance = {
+        "perf_model": {"kind": "measured", "source": f"{measured}, R2 {document.get('r2')}"},
+        "kv_tokens": {"kind": "measured", "source": "the profile"},
+        "drafter": {"kind": "measured", "source": "the profile"},
+    }
+    kv_tokens = document.get("kv_tokens")
+    if kv_tokens is None and isinstance(longest, int) and isinstance(seats, int):
+        kv_tokens = longest * seats
+        provenance["kv_tokens"] = {"kind": "derived", "source": "room for every seat at full length: not measured"}
+    lines = model.lines
+    if not any(line[3] for line in lines):
+        step_s = DRAFTER_SHARE * model.seconds(1, 1)
+        lines = tuple((*line[:3], step_s, *line[4:]) for line in lines)
+        source = f"no drafter was measured: {DRAFTER_SHARE:g} of a decode step, as OPT-125M beside OPT-6.7B"
+        provenance["drafter"] = {"kind": "derived", "source": source}
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "description": f"{key.get('model')} on {key.get('hardware')}, as profiled",
+        "perf_model": PerfModel(lines=lines).to_json(),
+        "kv_tokens": kv_tokens,
+        "max_model_len": longest,
+        "max_num_seqs": seats,
+        "max_num_batched_tokens": document.get("max_num_batched_tokens") or 2048,
+        "provenance": provenance,
+    }
 
 
 def parse_hardware(document: object, *, where: str) -> Hardware:

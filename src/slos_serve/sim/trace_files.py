@@ -22,7 +22,14 @@ LABELS = ("session_id", "slo_class")
 REQUIRED = ("arrived_at_s", "prompt_tokens", "output_tokens")
 MOONCAKE_BLOCK_TOKENS = 512  # prompt tokens behind one of its hash ids
 
-_AZURE = {"TIMESTAMP": "arrived_at_s", "ContextTokens": "prompt_tokens", "GeneratedTokens": "output_tokens"}
+# What Azure's traces and the length files of Vidur and Sarathi-Serve call our columns.
+_ALIASES = {
+    "TIMESTAMP": "arrived_at_s",
+    "ContextTokens": "prompt_tokens",
+    "GeneratedTokens": "output_tokens",
+    "num_prefill_tokens": "prompt_tokens",
+    "num_decode_tokens": "output_tokens",
+}
 _FIRST_ROW = 2  # the line of a CSV file's first row
 
 Columns = dict[str, Any]  # arrays by column name
@@ -87,7 +94,7 @@ def _open(path: Path) -> TextIO:
 
 def _read_texts(path: Path) -> dict[str, list[str]]:
     reader = csv.reader(_lines(path))
-    header = [_AZURE.get(name.strip(), name.strip()) for name in next(reader, [])]
+    header = [_ALIASES.get(name.strip(), name.strip()) for name in next(reader, [])]
     columns: dict[str, list[str]] = {name: [] for name in header}
     if len(columns) != len(header):
         raise ValueError(f"{path}:1: {header}: expected every column name once")
