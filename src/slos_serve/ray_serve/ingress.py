@@ -14,7 +14,6 @@ from typing import Any
 
 from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -163,7 +162,7 @@ def is_fault(error: BaseException) -> bool:
     """Tell whether an error means that the replica is lost, rather than that the request is wrong."""
     if isinstance(error, names.RayTaskError):
         return isinstance(error.cause, names.RayActorError) or type(error.cause).__name__ in ENGINE_FAULTS
-    return isinstance(error, names.RayError)
+    return isinstance(error, names.RayError) and not isinstance(error, names.TaskCancelledError)
 
 
 def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +188,7 @@ def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
 def make_ingress() -> Any:
     """Return the ingress class with its routes, for `serve.deployment`."""
     app = names.init()
-    app.user_middleware.insert(0, Middleware(SloMiddleware))
+    app.add_middleware(SloMiddleware)
     endpoints = {
         **names.DEFAULT_ENDPOINTS,
         "health": lambda app: app.get("/health"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults as merge_options
 from ray.llm._internal.common.utils.lora_utils import get_base_model_id
 from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, to_model_metadata
@@ -17,8 +17,6 @@ from ray.serve._private.request_router.request_router import LocalityMixin, Mult
 
 __all__ = [
     "DEFAULT_ENDPOINTS",
-    "ActorDiedError",
-    "ActorUnavailableError",
     "ChatCompletionRequest",
     "LLMServingArgs",
     "LocalityMixin",
@@ -28,6 +26,7 @@ __all__ = [
     "RayError",
     "RayTaskError",
     "RequestRouter",
+    "TaskCancelledError",
     "base_model_id",
     "http_port",
     "init",
