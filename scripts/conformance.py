@@ -140,7 +140,7 @@ def run(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         here = Path(__file__).parent
         env = {**os.environ, "CONFORMANCE_KIND": kind, "CONFORMANCE_OUT": str(out), "HF_HUB_OFFLINE": "1"}
         env |= {"PYTHONPATH": os.pathsep.join([str(folder), str(here), os.environ.get("PYTHONPATH", "")])}
-        env |= {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_OFFLINE": "1", "PYTEST_ADDOPTS": ""}
+        env |= {"TRANSFORMERS_OFFLINE": "1", "PYTEST_ADDOPTS": ""}
         command = [sys.executable, "-m", "pytest", "tests/v1/core", "-p", "conformance_plugin", "-q", "--tb=short"]
         command += ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(folder), "-c", os.devnull]
         command += [f"--ignore=tests/v1/core/{name}" for name in NOT_RUN]

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ OUTCOMES: dict[str, str] = {}
 STEPS: Counter[str] = Counter()
 FAULTS: Counter[str] = Counter()
 DIVERGENCES: Counter[str] = Counter()
+RUNTIMES: list[Any] = []
 
 
 def _say_image_tokens(info: type[Any], tokens: Mapping[str, int]) -> None:
@@ -51,6 +52,7 @@ if KIND != "stock":
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            RUNTIMES.append(self.slo)
             if KIND == "enforce":
                 slo = self.slo
                 slo.mode = "enforce"
@@ -88,6 +90,15 @@ def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
     """Capture vLLM's log, which does not propagate by itself (as the fixture of its own conftest does)."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     return caplog
+
+
+@pytest.fixture(autouse=True)
+def _end_threads() -> Iterator[None]:
+    """Stop what each scheduler of ours has started; the tests do not."""
+    yield
+    for runtime in RUNTIMES:
+        runtime.shutdown()
+    RUNTIMES.clear()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
