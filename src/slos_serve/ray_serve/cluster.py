@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 APPLICATION = "slos-serve"
-CONNECT_S = 5.0
 POLL_S = 0.5
 # A replica that hangs would keep its place for the whole patience.
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
@@ -30,8 +28,6 @@ class Cluster:
 
     def __init__(self, address: str | None, *, num_cpus: int, num_gpus: int | None = None) -> None:
         self.is_own = address is None
-        if address is not None:
-            check_address(address)
         if self.is_own:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
@@ -99,22 +95,6 @@ class Cluster:
                 return False
             time.sleep(POLL_S)
         return True
-
-
-def check_address(address: str) -> None:
-    """Raise `ConfigError` for an address where nobody answers: Ray itself would try for a minute."""
-    if address == "auto":
-        return
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdigit():
-        raise ConfigError(
-            where="arguments", key="--ray-address", value=address, expected="HOST:PORT of a head, or auto"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        expected = f"the address of a running cluster ({error.strerror or error})"
-        raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
 
 
 def _line(error: BaseException) -> str:

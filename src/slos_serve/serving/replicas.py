@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -27,26 +28,29 @@ REFUSED = (
 )
 NOT_ENGINE = ("model", "host", "port", "served_model_name", "middleware", "additional_config", "scheduler_cls")
 PATIENCE_S = 310.0
+CONNECT_S = 5.0
 
 
 def run(args: argparse.Namespace, engine: Engine) -> int:
     """Serve until told to end; what is promised is finished first. 0 where that took no longer than patience."""
     num_replicas = args.replicas or 1
-    check(args)
+    bundle = bundle_of(args, engine)
+    check(args, bundle)
+    if args.ray_address is not None:
+        check_address(args.ray_address)
     try:
         from slos_serve.ray_serve.app import build_openai_app  # noqa: PLC0415
         from slos_serve.ray_serve.cluster import Cluster  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise MissingExtraError(module=error.name or "ray", extra="ray") from error
     plan = prepare(args, engine, os.environ, share=1 if args.ray_address else num_replicas)
-    bundle = bundle_of(args, engine)
     try:
         with quiet_stdout(args.json), _interrupts():
             for note in plan.notes:
                 say(note)
             with Cluster(args.ray_address, num_cpus=num_cores()) as cluster:
                 cluster.check_room(num_replicas, bundle)
-                document = application(args, engine, plan, _profile(args, plan), bundle)
+                document = application(args, engine, plan, profile_of(args, plan), bundle)
                 say(f"starting {num_replicas} replicas of {plan.model_name} on Ray Serve ({plan.mode})")
                 app = build_openai_app(document)
                 try:
@@ -62,13 +66,38 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
             shutil.rmtree(plan.scratch, ignore_errors=True)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` for a flag that would have no effect on Ray Serve."""
+def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
+    """Raise `ConfigError` for a flag that would have no effect on Ray Serve, or more replicas than there are cores."""
+    most = int(num_cores() / bundle.get("CPU", 1e-9)) if args.ray_address is None else sys.maxsize
+    if (args.replicas or 1) > most:
+        expected = f"at most {most}: each takes {bundle['CPU']:g} core, this machine has {num_cores()}"
+        raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected=expected)
+    from slos_serve.core.routing import ROUTERS  # noqa: PLC0415
+
+    if args.router not in (None, "ray", *ROUTERS):
+        expected = f"one of {', '.join((*ROUTERS, 'ray'))}"
+        raise ConfigError(where="arguments", key="--router", value=args.router, expected=expected)
     arguments = EngineArguments(args.extra)
     for name in REFUSED:
         if arguments.has(name):
             expected = "none with --replicas or --ray-address (a proxy in front of them can do that)"
             raise ConfigError(where="arguments", key=f"--{name}", value=arguments.get(name), expected=expected)
+
+
+def check_address(address: str) -> None:
+    """Raise `ConfigError` for an address where nobody answers: Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdigit():
+        raise ConfigError(
+            where="arguments", key="--ray-address", value=address, expected="HOST:PORT of a head, or auto"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        expected = f"the address of a running cluster ({error.strerror or error})"
+        raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
 
 
 def bundle_of(args: argparse.Namespace, engine: Engine) -> dict[str, float]:
@@ -109,7 +138,7 @@ def application(
     return {"llm_configs": [config], "slo": slo}
 
 
-def _profile(args: argparse.Namespace, plan: Launch) -> str | None:
+def profile_of(args: argparse.Namespace, plan: Launch) -> str | None:
     """Return the profile's file; measured now, on one server, where there is none. None: observe only."""
     if not plan.must_profile or plan.profile is None or plan.record is None:
         return str(plan.profile) if plan.profile else None

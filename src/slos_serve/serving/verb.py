@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from slos_serve.serving.platforms import (
     uses_async_scheduling,
 )
 from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
+from slos_serve.serving.verification import why_not_verified
 
 HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
 TAKES_UNKNOWN = True
@@ -53,7 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Every other flag goes to vLLM unchanged; give MODEL before them.\n\n"
         "examples:\n"
         "  slos-serve serve Qwen/Qwen3-8B --port 8000\n"
-        "  slos-serve serve ./my-model --slo-config classes.yaml --slo-mode observe --max-model-len 8192"
+        "  slos-serve serve ./my-model --slo-config classes.yaml --slo-mode observe --max-model-len 8192\n"
+        "  slos-serve serve Qwen/Qwen3-8B --replicas 4"
     )
     parser.add_argument("model", metavar="MODEL", help="a local model folder or a Hugging Face name")
     parser.add_argument("--host", help="address to listen on (default: all)")
@@ -62,12 +64,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slo-mode",
         choices=("observe", "enforce"),
-        help="observe: change nothing and report; enforce: keep promises (default: enforce on CPUs, observe on GPUs)",
+        help="observe: change nothing and report; enforce (default): keep promises, on GPUs where verify has passed",
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="measured profile to use (default: the cache)")
     parser.add_argument("--reprofile", action="store_true", help="measure again, even where a profile exists")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append one JSON line for each engine step")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="number of replicas (only 1 so far)")
+    parser.add_argument("--replicas", type=int, metavar="N", help="serve with N replicas behind one port, on Ray Serve")
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="run them on this Ray cluster: HOST:PORT, or auto (default: a new one)"
+    )
+    parser.add_argument("--router", metavar="NAME", help="how replicas are chosen (default: slo)")
     parser.add_argument("--no-slo", action="store_true", help="vLLM alone, for comparison")
     parser.add_argument("--json", action="store_true", help="print one JSON document when ready; logs go to stderr")
 
@@ -94,23 +100,33 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to end; return vLLM's own exit status."""
     check(args)
     engine = find_engine()
+    if is_cluster(args):
+        from slos_serve.serving import replicas  # noqa: PLC0415
+
+        return replicas.run(args, engine)
     plan = prepare(args, engine, os.environ)
     try:
         for note in plan.notes:
-            _say(note)
+            say(note)
         return _serve(plan, as_json=args.json)
     finally:
         if plan.scratch is not None:
             shutil.rmtree(plan.scratch, ignore_errors=True)
 
 
+def is_cluster(args: argparse.Namespace) -> bool:
+    """Tell whether replicas on Ray are asked for, rather than one server of vLLM's own."""
+    return args.ray_address is not None or (args.replicas or 1) > 1
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise `ConfigError` for what would only fail after a minute of loading."""
-    if args.replicas != 1:
-        expected = "1: many replicas are not available yet (run several servers behind a proxy)"
-        raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected=expected)
+    if args.replicas is not None and args.replicas < 1:
+        raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected="1 or more")
+    if args.router is not None and not is_cluster(args):
+        raise ConfigError(where="arguments", key="--router", value=args.router, expected="--replicas beside it")
     if args.no_slo:
-        for name in ("slo_config", "slo_mode", "profile", "record", "reprofile"):
+        for name in ("slo_config", "slo_mode", "profile", "record", "reprofile", "ray_address", "router", "replicas"):
             if getattr(args, name):
                 key = "--" + name.replace("_", "-")
                 raise ConfigError(
@@ -166,19 +182,42 @@ def find_engine() -> Engine:
     return engines[0]
 
 
-def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]) -> Launch:
-    """Work out the whole launch from the arguments; starts nothing, makes nothing but folders."""
+def local_name(model: str) -> str:
+    """Return a model's folder with `~` resolved, or its name as it is."""
+    path = Path(model).expanduser()
+    return str(path) if path.exists() else model
+
+
+def platform_settings(
+    engine: Engine, arguments: EngineArguments, environ: Mapping[str, str], *, share: int = 1
+) -> tuple[dict[str, str], list[str]]:
+    """Return the environment and flags that the platform needs beside the user's, for one of `share` servers."""
+    if not engine.is_cpu:
+        return {}, []
+    cores, memory = max(1, num_cores() // share), available_memory() // share
+    return cpu_settings(arguments, environ, cores=cores, memory=memory, compiler=has_compiler(environ))
+
+
+def engine_key(
+    model: str, engine: Engine, arguments: Sequence[str], environ: Mapping[str, str], *, share: int = 1
+) -> dict[str, Any]:
+    """Return what a profile and a verification of an engine are valid for."""
+    given = EngineArguments(arguments)
+    env, flags = platform_settings(engine, given, environ, share=share)
+    return profile_key(local_name(model), engine, EngineArguments([*arguments, *flags]), {**environ, **env})
+
+
+def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str], *, share: int = 1) -> Launch:
+    """Work out the whole launch from the arguments; starts nothing, makes nothing but folders.
+
+    `share`: how many servers this machine's cores and memory are for.
+    """
     arguments = EngineArguments(args.extra)
-    env: dict[str, str] = {}
-    flags: list[str] = []
     notes: list[str] = []
     if not engine.is_pinned:
         notes.append(f"vLLM {engine.version} is not the version this release was tested with; see slos-serve doctor")
-    if engine.is_cpu:
-        env, flags = cpu_settings(
-            arguments, environ, cores=num_cores(), memory=available_memory(), compiler=has_compiler(environ)
-        )
-    model = str(Path(args.model).expanduser()) if Path(args.model).expanduser().exists() else args.model
+    env, flags = platform_settings(engine, arguments, environ, share=share)
+    model = local_name(args.model)
     tls = arguments.has("ssl-certfile", "ssl-keyfile")
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--port", str(args.port), *(["--host", args.host] if args.host else [])]
@@ -196,12 +235,13 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
 
     additional = arguments.take_additional_config()
-    mode = args.slo_mode or ("enforce" if engine.is_cpu else "observe")
-    slo: dict[str, Any] = {"mode": mode}
+    key = engine_key(model, engine, arguments.arguments, environ, share=share)
+    problem = "" if engine.is_cpu or args.slo_mode == "observe" else why_not_verified(key)
+    if problem:
+        notes.append(f"observing, for {problem}: run slos-serve verify --model {args.model} with the same flags, once")
+    slo: dict[str, Any] = {"mode": "observe" if problem else args.slo_mode or "enforce"}
     if args.slo_config:
         slo["config"] = str(args.slo_config.resolve())
-    shaping = EngineArguments([*arguments.arguments, *flags])
-    key = profile_key(model, engine, shaping, {**environ, **env})
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
     record: Path | None = args.record.resolve() if args.record else None
     scratch: Path | None = None
@@ -237,7 +277,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
 def _serve(plan: Launch, *, as_json: bool) -> int:
     if plan.must_profile and plan.profile is not None:
         plan.profile.unlink(missing_ok=True)
-    _say(f"starting vLLM with {plan.model_name} at {plan.url} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
+    say(f"starting vLLM with {plan.model_name} at {plan.url} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
     child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)
     failures: list[str] = []
 
@@ -259,7 +299,7 @@ def _serve(plan: Launch, *, as_json: bool) -> int:
             launch.end(child)
     thread.join(timeout=5)
     if failures:
-        _say(f"not ready, so stopped: {' '.join(failures[0].split())}")
+        say(f"not ready, so stopped: {' '.join(failures[0].split())}")
         return 1
     return launch.exit_status(code)
 
@@ -267,20 +307,21 @@ def _serve(plan: Launch, *, as_json: bool) -> int:
 def _make_ready(plan: Launch, child: subprocess.Popen[bytes], *, as_json: bool) -> None:
     launch.wait_healthy(child, plan.url, probe=True)
     if plan.must_profile and plan.profile is not None and plan.record is not None:
-        _profile(plan, plan.profile, plan.record)
+        measure(plan, plan.profile, plan.record)
     if not launch.wait_healthy(child, plan.url, probe=False, timeout_s=ACCEPT_PROFILE_S):
         raise SlosServeError(f"the server did not take up {plan.profile} within {ACCEPT_PROFILE_S:.0f} s")
-    _say(f"ready: {plan.url}/v1")
+    say(f"ready: {plan.url}/v1")
     if as_json:
         document = {"url": plan.url, "model": plan.model_name, "mode": plan.mode}
         document["profile"] = str(plan.profile) if plan.profile else ""
         print(json.dumps(document), flush=True)
 
 
-def _profile(plan: Launch, out: Path, record: Path) -> None:
+def measure(plan: Launch, out: Path, record: Path) -> None:
+    """Profile a server that is up, and write the profile to `out`."""
     from slos_serve.bench.profiling import profile_server  # noqa: PLC0415
 
-    _say("measuring how long steps take (once for this model, machine and flags) ...")
+    say("measuring how long steps take (once for this model, machine and flags) ...")
     show = _show_progress if sys.stderr.isatty() else None
     profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key, on_progress=show)
     _judge(read_profile(out))
@@ -298,12 +339,13 @@ def _judge(profile: Mapping[str, Any]) -> None:
     if not isinstance(error, float):
         return
     advice = "; something else kept the machine busy, so measure again with --reprofile" if error > POOR_PROFILE else ""
-    _say(f"measured {profile.get('num_steps')} steps, error on held-out ones {error:.0%}{advice}")
+    say(f"measured {profile.get('num_steps')} steps, error on held-out ones {error:.0%}{advice}")
 
 
 def _show_progress(share: float) -> None:
     print(f"\rslos-serve: measured {share:4.0%} ", end="", file=sys.stderr, flush=True)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user on standard error."""
     print(f"slos-serve: {text}", file=sys.stderr, flush=True)
