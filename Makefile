@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check bench conformance format clean
+.PHONY: help demo demo-cluster serve test check bench conformance format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -14,19 +14,23 @@ INSTALL := @VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/install
 
 help: ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='...']"
-	@sed -n 's/^\([a-z]*\):.*## /  \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  \1	/p' $(MAKEFILE_LIST)
 
 demo: ## vLLM against vLLM with slos-serve, same load, same machine: report in demo-report/
 	$(INSTALL) cpu bench
 	@$(BIN)/slos-serve demo --out demo-report $(ARGS)
+
+demo-cluster: ## two replicas behind one port, one of them killed under load: what its clients see
+	$(INSTALL) cpu bench ray
+	@$(BIN)/python benchmarks/cluster.py demo $(ARGS)
 
 serve: ## OpenAI-compatible server on port 8000 (MODEL=... for your own, ARGS for more flags)
 	$(INSTALL) cpu bench
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python -m slos_serve.bench.model) && \
 	    exec $(BIN)/slos-serve serve "$$model" --enforce-eager $(ARGS)
 
-test: ## the whole test suite, real engine included
-	$(INSTALL) cpu bench dev
+test: ## the whole test suite, real engine and real cluster included
+	$(INSTALL) cpu bench dev ray
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: ## formatting, lint, types, import rules
@@ -51,5 +55,5 @@ format: ## rewrite the sources the way check wants them
 	@$(BIN)/ruff check --quiet --fix .
 
 clean: ## remove the environment and everything generated
-	@rm -rf "$(VENV)" build dist demo-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@rm -rf "$(VENV)" build dist demo-report cluster-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

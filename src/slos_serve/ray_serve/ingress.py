@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -28,6 +29,7 @@ from slos_serve.ray_serve.hops import FINISHED, Hop, Note
 from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
 
 HOPPING = ("chat", "completions")
+CONTROL_S = 10.0
 SESSION_HEADER = "x-session-id"
 ENGINE_FAULTS = ("EngineDeadError", "EngineLostError", "EngineGenerateError")
 
@@ -55,6 +57,7 @@ class SloIngress(OpenAiIngress):
             fleet.digest = (digests or {}).get(model_id, "")
             fleet.on_update = self._publish
             self._get_configured_serve_handle(model_id)  # its router starts listening now
+            HUB.controls.append(partial(_switch, handle))
 
     # -- what Ray's ingress calls -------------------------------------------------------------------
 
@@ -156,6 +159,13 @@ class SloIngress(OpenAiIngress):
     async def metrics(self) -> Response:
         """Answer what Prometheus asks of this ingress: SLO counters; Ray exports the engines' own metrics."""
         return replies.metrics()
+
+
+def _switch(handle: Any, order: dict[str, Any]) -> Mapping[str, Any]:
+    """Give an order about the mode to every replica that runs now; `TimeoutError` where one does not answer."""
+    said = handle.broadcast("set_mode", order).results(timeout_s=CONTROL_S)
+    refused = [one for one in said if "error" in one]
+    return (refused or said or [{"error": "no replica runs"}])[0]
 
 
 def is_fault(error: BaseException) -> bool:

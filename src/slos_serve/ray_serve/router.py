@@ -22,6 +22,9 @@ class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     """Rank replicas by plan. Options (`request_router_kwargs`): `policy`, and what that policy takes."""
 
     fleet: Fleet
+    # Ray passes over a replica that does not tell its queue's length in time; a busy machine takes its time.
+    queue_len_response_deadline_s = 1.0
+    max_queue_len_response_deadline_s = 2.0
 
     def initialize_state(self, policy: str = POLICY, **options: Any) -> None:
         """Make the policy; `ValueError` for an unknown one. Several routers must not all draw alike."""

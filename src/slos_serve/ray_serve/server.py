@@ -6,6 +6,7 @@ process's hub through the stat-logger plug-in, as it does in a server of its own
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -88,6 +89,13 @@ class SloServer(LLMServer):
             "slo_refused_per_s": refused / passed_s,
             "slo_drain_s": min(float(snapshot.get("drain_s") or 0.0), 1e6),
         }
+
+    async def set_mode(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Give this replica's engine an order about its mode; return what it says."""
+        said: dict[str, Any] = {}
+        for control in HUB.controls:
+            said = dict(await asyncio.to_thread(control, order))
+        return said
 
     async def check_health(self) -> None:
         """Raise where the engine has died, fallen silent, or stopped finishing steps."""
