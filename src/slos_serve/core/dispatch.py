@@ -252,21 +252,36 @@ class Dispatcher:
 
     def _row(self, arrival: Arrival, replica_id: str) -> PrefillRow:
         """Return the request as it will look on a replica."""
-        known = self._known[replica_id].snapshot
-        block_size = known.limits.block_size if known else 16
-        cached = min(self._cached_tokens(arrival, replica_id), arrival.num_prompt_tokens - 1)
-        return PrefillRow(
-            arrival.request_id,
-            float(arrival.num_prompt_tokens - cached),
-            float(cached),
-            arrival.deadline_s - (known.limits.guard_s if known else 0.0),
-            arrival.pace_s,
-            max(1.0, arrival.predicted_output_tokens),
-            held_blocks=0.0,
-            start_blocks=float(-(-(arrival.num_prompt_tokens + 1) // block_size)),
-            acceptance=min(max(known.acceptance.get(arrival.slo_class, 0.0), 0.0), 0.99) if known else 0.0,
-            promised=False,
-        )
+        return self._rows(arrival, [replica_id])[0]
+
+    def _rows(self, arrival: Arrival, replica_ids: Sequence[str]) -> list[PrefillRow]:
+        """Return the request as it will look on each replica."""
+        deadline_s, pace_s, prompt = arrival.deadline_s, arrival.pace_s, arrival.num_prompt_tokens
+        output = max(1.0, arrival.predicted_output_tokens)
+        rows = []
+        for name in replica_ids:
+            snapshot = self._known[name].snapshot
+            guard_s, block_size, acceptance = 0.0, 16, 0.0
+            if snapshot is not None:
+                guard_s, block_size = snapshot.limits.guard_s, snapshot.limits.block_size
+                acceptance = min(max(snapshot.acceptance.get(arrival.slo_class, 0.0), 0.0), 0.99)
+            cached = min(self._cached_tokens(arrival, name), prompt - 1)
+            blocks = float(-(-(prompt + 1) // block_size))
+            rows.append(
+                PrefillRow(
+                    arrival.request_id,
+                    float(prompt - cached),
+                    float(cached),
+                    deadline_s - guard_s,
+                    pace_s,
+                    output,
+                    0.0,
+                    blocks,
+                    acceptance,
+                    promised=False,
+                )
+            )
+        return rows
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
         """Count a request as sent to a replica."""

@@ -158,7 +158,7 @@ class SloRouter(Dispatcher):
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
         guesses, blind = [], []
         phantom = self._phantom_tokens(names, now_s)
-        for name in names:
+        for name, row in zip(names, self._rows(arrival, names), strict=True):
             known = self._known[name]
             copy = self._copies.get(name)
             if copy is None or copy.snapshot.mode != "enforce" or not known.is_fresh(now_s, self.stale_s):
@@ -166,7 +166,7 @@ class SloRouter(Dispatcher):
                 continue
             age_s = now_s - known.since_s
             extra = phantom * (1.0 - age_s / self.ramp_s) if age_s < self.ramp_s else 0.0
-            guesses.append(copy.guess(name, self._row(arrival, name), _rows(known), now_s, extra))
+            guesses.append(copy.guess(name, row, _recent(known), now_s, extra))
         blind = self._by_load(blind, now_s)
         if not guesses:
             return _plain(blind, "load")
@@ -176,7 +176,7 @@ class SloRouter(Dispatcher):
         tested: dict[str, float] = {}
         for guess in guesses[: self.num_tested]:
             copy, known = self._copies[guess.replica_id], self._known[guess.replica_id]
-            slack = copy.slack_s(_rows(known), guess.row, now_s, self.work_limit)
+            slack = copy.slack_s(_recent(known), guess.row, now_s, self.work_limit)
             if slack is not None:
                 best = Choice(replica_id=guess.replica_id, feasible=True, slack_s=slack)
                 rest = [one for one in guesses if one is not guess]
@@ -195,7 +195,7 @@ class SloRouter(Dispatcher):
         if all(now_s - self._known[name].since_s >= self.ramp_s for name in names):
             return 0.0
         backlogs = [
-            copy.backlog[-1] + sum(row.left_tokens for row in _rows(self._known[name]))
+            copy.backlog[-1] + sum(row.left_tokens for row in _recent(self._known[name]))
             for name in names
             if (copy := self._copies.get(name)) is not None
         ]
@@ -223,7 +223,7 @@ def _is_owed(row: PrefillRow) -> bool:
     return math.isfinite(row.deadline_s) or math.isfinite(row.tpot_s)
 
 
-def _rows(known: Known) -> list[PrefillRow]:
+def _recent(known: Known) -> list[PrefillRow]:
     """Return what was sent since the snapshot and has an SLO."""
     return [row for _, row in known.recent.values() if _is_owed(row)]
 

@@ -38,7 +38,7 @@ MAX_SESSIONS = 256
 MIN_TPOT_S = 1e-6
 BATCH_FIXED_MULTIPLE = 8.0  # as the planner bounds a batch
 # Decodes of one TPOT are told apart by how many periods ahead of schedule they are.
-AHEAD_PERIODS = (1.0, 4.0, 16.0)
+AHEAD_PERIODS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class PrefillRow(NamedTuple):
