@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import CONTEXT, add_decode, make_limits, make_request, make_state, random_state, states
 
+from slos_serve.core.deadlines import next_due_s, pace_s
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing import ROUTERS, Arrival, ReplicaSnapshot, make_router, snapshot_of
 from slos_serve.core.snapshots import MAX_PREFILLS
@@ -66,8 +67,7 @@ def test_a_snapshot_counts_every_promised_decode_and_token(state):
     total = rows["num_prompt_tokens"] + rows["num_output_tokens"]
     is_decode = (rows["num_output_tokens"] > 0) & (total - rows["num_computed_tokens"] == 1)
     alive = (rows["tier"] == Tier.PROMISED) & (rows["missed"] == 0)
-    paced = np.isfinite(rows["tpot_s"]) | np.isfinite(rows["ttft_deadline_s"]) | np.isfinite(rows["e2e_deadline_s"])
-    paced |= np.isfinite(rows["thinking_tpot_s"]) | np.isfinite(rows["max_gap_s"])
+    paced = np.isfinite(next_due_s(rows)) | np.isfinite(pace_s(rows)) | np.isfinite(rows["max_gap_s"])
     live = is_decode & alive & paced
     assert sum(group.count for group in snapshot.decodes) == int(live.sum())
     assert sum(group.context_tokens for group in snapshot.decodes) == int(rows["num_computed_tokens"][live].sum())

@@ -156,6 +156,33 @@ class SloRouter(Dispatcher):
         return hit
 
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
+        guesses, blind = self._guess(arrival, names, now_s)
+        if not guesses:
+            return _plain(blind, "load")
+        if not arrival.has_slo:
+            return _plain([*self._parked(guesses), *blind], "requested")
+        guesses.sort(key=lambda guess: (not guess.fits, guess.price))
+        # Who has been declined somewhere is asked about often: only where it looks good.
+        worth_it = [guess for guess in guesses if guess.fits] if arrival.tried else guesses
+        tested: set[str] = set()
+        for guess in worth_it[: self.num_tested]:
+            copy, known = self._copies[guess.replica_id], self._known[guess.replica_id]
+            slack = copy.slack_s(_recent(known), guess.row, now_s, self.work_limit)
+            if slack is not None:
+                best = Choice(replica_id=guess.replica_id, feasible=True, slack_s=slack)
+                rest = [one for one in guesses if one is not guess]
+                return Route(choices=(best, *_choices(rest, tested), *_plain(blind, "").choices), reason="feasible")
+            tested.add(guess.replica_id)
+        left_s = arrival.deadline_s - now_s
+        if all(guess.row.left_tokens > self._copies[guess.replica_id].peak * left_s for guess in guesses):
+            order = self._parked(guesses)
+            full = self._num_parked(order[0]) >= self.max_parked
+            return _plain([*order, *blind], "full" if full else "parked")
+        guesses.sort(key=lambda guess: (guess.slack_s < 0, guess.price))
+        return Route(choices=(*_choices(guesses, tested), *_plain(blind, "").choices), reason="deferred")
+
+    def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[list[Guess], list[str]]:
+        """Return the closed form's view of each replica, and those of which too little is known, by load."""
         guesses, blind = [], []
         phantom = self._phantom_tokens(names, now_s)
         for name, row in zip(names, self._rows(arrival, names), strict=True):
@@ -167,28 +194,7 @@ class SloRouter(Dispatcher):
             age_s = now_s - known.since_s
             extra = phantom * (1.0 - age_s / self.ramp_s) if age_s < self.ramp_s else 0.0
             guesses.append(copy.guess(name, row, _recent(known), now_s, extra))
-        blind = self._by_load(blind, now_s)
-        if not guesses:
-            return _plain(blind, "load")
-        if not arrival.has_slo:
-            return _plain([*self._parked(guesses), *blind], "requested")
-        guesses.sort(key=lambda guess: (not guess.fits, guess.price))
-        tested: dict[str, float] = {}
-        for guess in guesses[: self.num_tested]:
-            copy, known = self._copies[guess.replica_id], self._known[guess.replica_id]
-            slack = copy.slack_s(_recent(known), guess.row, now_s, self.work_limit)
-            if slack is not None:
-                best = Choice(replica_id=guess.replica_id, feasible=True, slack_s=slack)
-                rest = [one for one in guesses if one is not guess]
-                return Route(choices=(best, *_choices(rest, tested), *_plain(blind, "").choices), reason="feasible")
-            tested[guess.replica_id] = guess.slack_s
-        left_s = arrival.deadline_s - now_s
-        if all(guess.row.left_tokens > self._copies[guess.replica_id].peak * left_s for guess in guesses):
-            order = self._parked(guesses)
-            full = self._num_parked(order[0]) >= self.max_parked
-            return _plain([*order, *blind], "full" if full else "parked")
-        guesses.sort(key=lambda guess: -guess.slack_s)
-        return Route(choices=(*_choices(guesses, tested), *_plain(blind, "").choices), reason="deferred")
+        return guesses, self._by_load(blind, now_s)
 
     def _phantom_tokens(self, names: Sequence[str], now_s: float) -> float:
         """Return the mean prefill backlog, as what a newcomer is taken to have; 0 where nobody is new."""
@@ -228,7 +234,7 @@ def _recent(known: Known) -> list[PrefillRow]:
     return [row for _, row in known.recent.values() if _is_owed(row)]
 
 
-def _choices(guesses: Sequence[Guess], tested: Mapping[str, float]) -> Iterator[Choice]:
+def _choices(guesses: Sequence[Guess], tested: set[str]) -> Iterator[Choice]:
     for guess in guesses:
         feasible = False if guess.replica_id in tested else None
         yield Choice(replica_id=guess.replica_id, feasible=feasible, slack_s=guess.slack_s)
