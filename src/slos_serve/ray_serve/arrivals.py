@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from slos_serve.config import BEST_EFFORT, OVERRIDES, SloConfig
@@ -85,17 +86,16 @@ class Estimator:
         if name is None and not overrides:
             return Slo(), 1.0, False
         try:
-            return self._config.resolve(name, overrides, tokens, self._reference or _reference_of(fleet))
+            return self._config.resolve(name, overrides, tokens, self._reference or partial(_reference_s, fleet))
         except (ValueError, KeyError, TypeError):
             return Slo(), 1.0, False  # the engine says what is wrong with it
 
 
-def _reference_of(fleet: Fleet) -> Callable[[int], float]:
+def _reference_s(fleet: Fleet, tokens: int) -> float:
     """Return the prefill time of any replica; raises `ValueError` where none has told its model."""
     for report in fleet.reports().values():
         if report.snapshot is not None:
-            model, budget = report.snapshot.perf_model, report.snapshot.limits.max_num_batched_tokens
-            return lambda tokens: model.prefill_seconds(tokens, budget)
+            return report.snapshot.perf_model.prefill_seconds(tokens, report.snapshot.limits.max_num_batched_tokens)
     raise ValueError("no performance model is known yet")
 
 
