@@ -294,6 +294,22 @@ def test_most_steps_end_within_the_margin_from_the_start_and_later():
     assert not correction.drift
 
 
+@pytest.mark.parametrize("seed", [30, 31, 32])
+def test_the_margin_covers_its_share_of_steps_on_a_machine_that_drifts(seed):
+    rng = np.random.default_rng(seed)
+    drifting, drift = [], 0.0
+    for step in steps_of(ONE_LINE, 6000, rng):
+        drift = 0.998 * drift + rng.normal(0, 0.01)  # a window's own 95 % covers 91 % of these
+        drifting.append(step._replace(seconds=step.seconds * math.exp(drift)))
+    correction, covered = OnlineCorrection(ONE_LINE), 0
+    for step in drifting:
+        model = correction.model
+        margin = model.margin_prefill if step.has_prefill else model.margin_decode
+        covered += step.seconds <= margin * seconds_of(model, step[:6])
+        correction.observe(step)
+    assert covered / len(drifting) >= 0.95
+
+
 def test_a_slower_engine_is_followed_without_touching_the_profile():
     rng = np.random.default_rng(22)
     slower = PerfModel(lines=tuple(tuple(value * 1.4 for value in line) for line in ONE_LINE.lines))
@@ -375,5 +391,7 @@ def test_an_unusable_correction_is_an_error():
     data = OnlineCorrection(ONE_LINE).to_json()
     with pytest.raises(ValueError, match="slos-serve-correction/1"):
         OnlineCorrection.from_json(data | {"schema": "x"})
+    with pytest.raises(ValueError, match="quantiles"):
+        OnlineCorrection.from_json(data | {"quantiles": [0.2, 0.95]})
     with pytest.raises(ValueError, match="positive finite"):
         OnlineCorrection.from_json(data | {"ratios": {"decode": [math.nan], "prefill": []}})

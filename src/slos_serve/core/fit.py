@@ -9,8 +9,11 @@ has not seen, where there are shapes enough; what is reported about them include
 
 Online (`OnlineCorrection`). The lines are multiplied by one slowly moving factor, the geometric mean of
 measured / fitted with clipped steps. Over it, a margin for each kind of batch (with prefill tokens or
-decodes only): the 95 % quantile of measured / predicted in a sliding window, at the rank that covers the
-next step with that chance. It starts at 1.3 and approaches the quantile as n / (n + `EVIDENCE`).
+decodes only): a quantile of measured / predicted in a sliding window, at the rank that covers the next
+step with that chance. Where the machine drifts, a window's 95 % covers less than 95 % of what comes next;
+so the quantile itself follows what is covered (adaptive conformal inference, Gibbs and Candes 2021): up a
+little after a step that took longer, down less after one that did not, never below 95 %. The margin starts
+at 1.3 and approaches the quantile as n / (n + `EVIDENCE`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 MIN_STEPS = 8
 MARGIN_QUANTILE = 0.95
+MAX_QUANTILE = 0.99
+QUANTILE_STEP = 0.005  # how far the quantile moves after a step beyond its margin; the other way, by 1/19 of it
 STALL_FACTOR = 3.0  # a step this much slower than predicted is a stall,
 MAX_STALL_SHARE = 0.1  # unless there are so many that the model must be what is wrong
 SECOND_LINE_GAIN = 0.98  # held-out error of two lines, relative to one, that pays for six more coefficients
@@ -241,9 +246,9 @@ def _fit_with_margins(steps: _Steps, num_lines: int) -> tuple[PerfModel, BoolArr
     return replace(model, margin_prefill=margins[0], margin_decode=margins[1]), stalled
 
 
-def _upper_quantile(ratios: FloatArray) -> float:
-    """Return the value that covers the next ratio with chance `MARGIN_QUANTILE`: rank ceil((n + 1) * q)."""
-    rank = min(math.ceil((len(ratios) + 1) * MARGIN_QUANTILE), len(ratios)) - 1
+def _upper_quantile(ratios: FloatArray, quantile: float = MARGIN_QUANTILE) -> float:
+    """Return the value that covers the next ratio with chance `quantile`: rank ceil((n + 1) * q)."""
+    rank = min(math.ceil((len(ratios) + 1) * quantile), len(ratios)) - 1
     return float(np.partition(ratios, rank)[rank])
 
 
@@ -265,6 +270,7 @@ class OnlineCorrection:
         self._num_within = 0
         self._until_refresh = 1
         self._limits = [0.0, 0.0]  # margin of each kind times the factor: what a ratio may reach
+        self._quantiles = [MARGIN_QUANTILE, MARGIN_QUANTILE]
         self._model = model
         self._refresh()
 
@@ -312,6 +318,8 @@ class OnlineCorrection:
             self._num_within -= self._within[0]
         self._within.append(within)
         self._num_within += within
+        moved = self._quantiles[kind] + QUANTILE_STEP * (MARGIN_QUANTILE - within)
+        self._quantiles[kind] = min(max(moved, MARGIN_QUANTILE), MAX_QUANTILE)
         self._ratios[kind].append(ratio)
         self._counts[kind] += 1
         self.num_steps += 1
@@ -330,6 +338,7 @@ class OnlineCorrection:
             "num_steps": self.num_steps,
             "num_bad": self.num_bad,
             "counts": list(self._counts),
+            "quantiles": list(self._quantiles),
             "ratios": {kind: list(self._ratios[i]) for i, kind in enumerate(_KINDS)},
             "within": [int(value) for value in self._within],
         }
@@ -343,6 +352,10 @@ class OnlineCorrection:
         correction._log_factor = float(data["log_factor"])
         correction.num_steps, correction.num_bad = int(data["num_steps"]), int(data["num_bad"])
         correction._counts = [int(count) for count in data["counts"]]
+        quantiles = [float(quantile) for quantile in data["quantiles"]]
+        if len(quantiles) != 2 or not all(MARGIN_QUANTILE <= quantile <= MAX_QUANTILE for quantile in quantiles):
+            raise ValueError(f"quantiles = {quantiles!r}: expected two of {MARGIN_QUANTILE} to {MAX_QUANTILE}")
+        correction._quantiles = quantiles
         for i, kind in enumerate(_KINDS):
             ratios = [float(ratio) for ratio in data["ratios"][kind]]
             if not all(0 < ratio < math.inf for ratio in ratios):
@@ -365,7 +378,7 @@ class OnlineCorrection:
         for kind, ratios in enumerate(self._ratios):
             margin = start = max(START_MARGIN, starts[kind])
             if ratios:
-                measured = _upper_quantile(np.array(ratios)) / factor
+                measured = _upper_quantile(np.array(ratios), self._quantiles[kind]) / factor
                 trust = self._counts[kind] / (self._counts[kind] + EVIDENCE)
                 margin = max(measured, start + (measured - start) * trust)
             margins.append(min(margin, MAX_MARGIN))
