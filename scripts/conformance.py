@@ -45,7 +45,7 @@ def get_requires_for_build_wheel(config_settings=None):
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    name = "fetched.dist-info"
+    name = "vllm.dist-info"
     os.makedirs(os.path.join(metadata_directory, name))
     shutil.copy("PKG-INFO", os.path.join(metadata_directory, name, "METADATA"))
     return name
