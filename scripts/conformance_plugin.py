@@ -28,8 +28,8 @@ DIVERGENCES: Counter[str] = Counter()
 RUNTIMES: list[Any] = []
 
 
-# What the processors of two models answer to the scheduler's one question; their files cannot be had offline. The models
-# need torchvision, which vLLM's CPU build goes without: where it is missing, tests with images fail on every kind.
+# What the processors of two models answer to the scheduler's one question; their files cannot be had offline. They need
+# torchvision, which vLLM's CPU build goes without: where it is missing, tests with images fail on every kind.
 with contextlib.suppress(ImportError):
     from vllm.model_executor.models import llava, qwen2_vl
 

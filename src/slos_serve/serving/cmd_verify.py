@@ -18,7 +18,7 @@ from slos_serve.bench.acceptance import Evidence, Size, complete, measure, serve
 from slos_serve.bench.ask import get_json
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import checks
-from slos_serve.serving.verification import PASS, Check, document_of, verification_path
+from slos_serve.serving.verification import FAIL, PASS, Check, document_of, verification_path
 
 HELP = "Verify this engine against vLLM alone: what enforcing on a GPU asks for."
 TAKES_UNKNOWN = True
@@ -149,7 +149,7 @@ def _other_scheduling(fleet: Any, args: argparse.Namespace, forced: Sequence[str
     counts = sum((snapshot.get("planner_faults") or {}).values())
     good = all(texts) and not counts and snapshot.get("effective_mode") == "enforce"
     return Check(
-        name="async", status=PASS if good else checks.FAIL, detail=f"both kinds of scheduling, {counts} faults"
+        name="async", status=PASS if good else FAIL, detail=f"both kinds of scheduling, {counts} faults"
     )
 
 

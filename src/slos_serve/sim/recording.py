@@ -65,7 +65,7 @@ class Recording:
 
         The engine's id is the client's with something appended.
         """
-        known = {line["request_id"]: line.get("slo_id") for line in self.requests}
+        known: dict[str, str | None] = {line["request_id"]: line.get("slo_id") for line in self.requests}
         for recorded in self.plans:
             known.update(dict.fromkeys(recorded.document["state"]["requests"]["request_ids"]) | known)
         for name, slo_id in known.items():
