@@ -69,7 +69,7 @@ def test_a_snapshot_counts_every_promised_decode_and_token(state):
     alive = (rows["tier"] == Tier.PROMISED) & (rows["missed"] == 0)
     paced = np.isfinite(next_due_s(rows)) | np.isfinite(pace_s(rows)) | np.isfinite(rows["max_gap_s"])
     live = is_decode & alive & paced
-    assert sum(group.count for group in snapshot.decodes) == int(live.sum())
+    assert sum(group.size for group in snapshot.decodes) == int(live.sum())
     assert sum(group.context_tokens for group in snapshot.decodes) == int(rows["num_computed_tokens"][live].sum())
     assert snapshot.num_running + snapshot.num_waiting == len(rows)
 

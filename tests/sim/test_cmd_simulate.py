@@ -11,6 +11,7 @@ KEYS = {
     *("system", "scenario", "rate_rps", "num_requests", "met", "missed", "declined", "rejected", "failed", "cancelled"),
     *("promised", "kept", "attainment", "attainment_mean_tpot", "attainment_window", "goodput_rps", "ttft_s", "tpot_s"),
     *("drain_s", "by_class", "num_steps", "simulated_s", "wall_s", "plan_s", "kv_peak_tokens"),
+    *("replicas", "router", "hops"),
 }
 
 
@@ -45,6 +46,32 @@ def test_the_answer_has_the_documented_keys_and_outcomes_add_up(capsys, trace, s
     assert entry["system"] == system
 
 
+@pytest.mark.parametrize("system", ["distserve", "siloed"])
+def test_a_system_of_several_replicas_is_one_unit(capsys, trace, system):
+    entry = entry_of(capsys, "--trace", trace, "--system", system)
+    assert entry["replicas"] == {"distserve": 2, "siloed": 3}[system]
+    assert sum(entry[name] for name in OUTCOMES if name != "none") == 60
+
+
+def test_replicas_and_a_router_are_told_of_and_used(capsys, trace):
+    arguments = (
+        "--trace",
+        trace,
+        "--system",
+        "slos-serve",
+        "--rate",
+        "300",
+        "--replicas",
+        "3",
+        "--fault",
+        "slow:1@0.5",
+    )
+    entry = entry_of(capsys, *arguments)
+    assert (entry["replicas"], entry["router"]) == (3, "slo")
+    assert entry["attainment"] > entry_of(capsys, *arguments[:-4], "--replicas", "1")["attainment"]
+    assert entry_of(capsys, *arguments, "--router", "round-robin")["hops"] == 0
+
+
 def test_our_own_system_makes_promises(capsys, trace):
     entry = entry_of(capsys, "--trace", trace, "--system", "slos-serve")
     assert entry["promised"] > 50
@@ -55,7 +82,7 @@ def test_the_same_seed_gives_the_same_bytes_wall_time_aside(capsys, trace):
     arguments = ("--trace", trace, "--system", "vllm-spec", "--noise", "0.1", "--seed", "3")
     first, second = entry_of(capsys, *arguments), entry_of(capsys, *arguments)
     for entry in (first, second):
-        del entry["wall_s"], entry["plan_s"]
+        del entry["wall_s"], entry["plan_s"], entry["route_s"]
     assert json.dumps(first) == json.dumps(second)
 
 
@@ -89,7 +116,13 @@ def test_a_setting_of_the_system_can_be_given(capsys, trace):
         (("--rate", "-1"), "rate"),
         (("--acceptance", "1.5"), "acceptance"),
         (("--kv-tokens", "0"), "kv_tokens"),
-        (("--replicas", "4"), "replicas"),
+        (("--replicas", "0"), "replicas"),
+        (("--hops", "-1"), "hops"),
+        (("--snapshot-period", "0"), "snapshot_period"),
+        (("--length-error", "0"), "length_error"),
+        (("--fault", "melt:0@3"), "fault"),
+        (("--fault", "kill:4@3"), "fault"),
+        (("--system", "distserve", "--set", "prefill=0"), "prefill"),
         (("--seed", "-1"), "seed"),
         (("--system", "vllm", "--set", "token_budget"), "set"),
         (("--system", "vllm", "--set", "colour=1"), "colour"),

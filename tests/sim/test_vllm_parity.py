@@ -1,10 +1,12 @@
-"""The vLLM baseline makes the batches that vLLM's own scheduler makes, at the same virtual times."""
+"""The simulator makes the batches that vLLM's own scheduler makes, at the same virtual times: stock and ours."""
 
 import numpy as np
 import pytest
 from tests.sim.worlds import hardware, sim, workload
 
 from slos_serve.core.baselines import VllmPlanner
+from slos_serve.core.planner import SloPlanner
+from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 pytest.importorskip("vllm")
@@ -58,3 +60,24 @@ def test_the_vllm_baseline_and_vllm_make_the_same_batches_at_the_same_times(tmp_
     assert last == pytest.approx(sorted(grade.finish_s for grade in ours.graded))
     if case.startswith("little"):
         assert ours.replica.engine.num_preemptions > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["plenty of everything", "few seats", "little memory"])
+def test_the_plug_in_inside_vllm_serves_as_the_simulated_replica_does(tmp_path, case, seed):
+    from slos_serve.sim.vllm_replica import serve
+    from slos_serve.vllm_plugin.scheduler import SloScheduler
+
+    hw = hardware(**CASES[case])
+    load = load_of(seed, 30)
+    theirs = serve(load, hw, tmp_path, SloScheduler)
+    options = ReplicaOptions(makes_promises=True)
+    planner = Watched(SloPlanner())
+    ours = run_workload(load, planner, hw, options=options)
+    mine = [batch for batch in planner.batches if batch]
+    same = sum(a == b for a, b in zip(mine, theirs.batches, strict=False))
+    assert same >= 0.97 * max(len(mine), len(theirs.batches))
+    met = sum(grade.outcome == "met" for grade in ours.graded)
+    assert abs(met - sum(grade.outcome == "met" for grade in theirs.graded)) <= 1
+    promised = sum(grade.promised for grade in ours.graded)
+    assert abs(promised - sum(grade.promised for grade in theirs.graded)) <= 1

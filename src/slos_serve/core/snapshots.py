@@ -2,7 +2,7 @@
 
 A snapshot holds what the planner's own feasibility test needs: the performance model with its margins,
 the engine's limits, free KV blocks, one row for each prefill that is promised or still undecided, and the
-promised decodes in groups of like TPOT and urgency. A group of `count` decodes is one column of a demand
+promised decodes in groups of like TPOT and urgency. A group of several decodes is one column of a demand
 whose pace and gain are those of all of them together (see `group_demand`), so that the test costs the
 same whether ten or a thousand requests decode.
 
@@ -60,7 +60,7 @@ class DecodeGroup(NamedTuple):
     """Promised decodes of one TPOT and urgency. Totals, but for the earliest due time and mean acceptance."""
 
     tpot_s: float
-    count: float
+    size: float  # requests
     context_tokens: float
     due_s: float
     output_tokens: float  # predicted, still to come
@@ -159,7 +159,7 @@ def _prefill(row: Sequence[Any]) -> PrefillRow:
     if len(row) != len(PrefillRow._fields):
         raise ValueError(f"ReplicaSnapshot.prefills row {row!r}: expected {PrefillRow._fields}")
     numbers = _numbers("prefills", row[1:-1])
-    return PrefillRow(str(row[0]), *numbers, promised=bool(row[-1]))
+    return PrefillRow._make([str(row[0]), *numbers, bool(row[-1])])
 
 
 def _group(row: Sequence[Any]) -> DecodeGroup:
@@ -203,7 +203,7 @@ def snapshot_of(
     prefills = np.flatnonzero((promised | undecided) & ~decoding)
     prefills = prefills[np.lexsort((rows["seq"][prefills], due[prefills]))]
     listed = [
-        PrefillRow(state.requests.request_ids[i], *values, promised=bool(promised[i]))
+        PrefillRow._make([state.requests.request_ids[i], *values, bool(promised[i])])
         for i, values in zip(
             prefills.tolist(),
             np.stack([remaining, done, due, tpot, output_left, granted * promised, start, acceptance])
@@ -279,7 +279,7 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
     limits, model = snapshot.limits, snapshot.perf_model
     lines = model.as_array()
     fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), MIN_TPOT_S)
-    hidden = sum(group.count for group in snapshot.decodes) - len(snapshot.decodes)
+    hidden = sum(group.size for group in snapshot.decodes) - len(snapshot.decodes)
     lines[:, 5] += lines[:, 1] * hidden
     return Machine(
         lines=lines,
@@ -307,13 +307,13 @@ def prefill_demand(rows: Sequence[PrefillRow]) -> Demand:
 
 
 def group_demand(groups: Sequence[DecodeGroup]) -> Demand:
-    """Return a demand of decode groups: `count` requests of one TPOT yield `count` tokens per TPOT."""
+    """Return a demand of decode groups: so many requests of one TPOT yield as many tokens per TPOT."""
     demand = _empty(len(groups))
     if groups:
-        tpot, count, context, due, output_left, held, _ = np.array(groups, np.float64).T
+        tpot, size, context, due, output_left, held, _ = np.array(groups, np.float64).T
         demand[batching.CONTEXT], demand[batching.DUE], demand[batching.HELD] = context, due, held
-        demand[batching.TPOT] = tpot / count
-        demand[batching.VERIFY] = demand[batching.GAIN] = count
+        demand[batching.TPOT] = tpot / size
+        demand[batching.VERIFY] = demand[batching.GAIN] = size
         demand[batching.OUTPUT_LEFT] = output_left
         demand[batching.DEADLINE] = -math.inf
         demand[batching.REQUIRED] = 1.0

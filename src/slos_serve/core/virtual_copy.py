@@ -72,7 +72,7 @@ class VirtualCopy:
         periods = np.array([group.tpot_s for group in groups])
         period = min(float(periods.min(initial=math.inf)), whole)
         share = period / periods
-        count = np.array([group.count for group in groups]) * share
+        count = np.array([group.size for group in groups]) * share
         load = float(count.sum())
         read = float((np.array([group.context_tokens for group in groups]) * share).sum())
         room = max_chunk_tokens(lines, period / margin, load, load + 1.0, read, 0.0, 0.0, 0.0)
@@ -81,7 +81,7 @@ class VirtualCopy:
             machine=machine,
             demand=np.concatenate([group_demand(groups), prefill_demand(rows)], axis=1),
             num_groups=len(groups),
-            counts=np.array([*(group.count for group in groups), *(0.5 + 0.5 * row.promised for row in rows)]),
+            counts=np.array([*(group.size for group in groups), *(0.5 + 0.5 * row.promised for row in rows)]),
             acceptance=np.array([*(group.acceptance for group in groups), *(row.acceptance for row in rows)]),
             peak=budget / whole,
             rate=max(0.0, min(room, budget - load)) / period,
@@ -143,7 +143,8 @@ class VirtualCopy:
         left = demand[batching.LEFT]
         pairs = left * (demand[batching.CONTEXT] + 0.5 * left)
         alone = (lines[:, 0:1] * left + lines[:, 4:5] * pairs + lines[:, 1:2] + lines[:, 5:6]).max(axis=0)
-        return (left == 0.0) | (alone <= demand[batching.DEADLINE])
+        reach: BoolArray = (left == 0.0) | (alone <= demand[batching.DEADLINE])
+        return reach
 
     def _set_lengths(self, demand: FloatArray, rows: Sequence[PrefillRow]) -> None:
         """Choose draft lengths by TPOT as the planner does."""

@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import load_slo_config
+from slos_serve.core.routing import ROUTERS
 from slos_serve.errors import ConfigError
+from slos_serve.sim.cluster import POOLED
+from slos_serve.sim.faults import FORM, parse_fault
 from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult, run_workload
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 HELP = "serve a trace on a virtual clock and grade it by class"
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
+MAX_REPLICAS = 1024
 BAR_AFTER_S, BAR_EVERY_S, BAR_WIDTH = 2.0, 0.2, 40
 
 
@@ -50,8 +55,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
     )
     parser.add_argument("--kv-tokens", metavar="N", type=int, help="KV room in tokens (default: the hardware's)")
-    parser.add_argument("--rate", metavar="R", type=float, help="requests per second, by stretching time")
-    parser.add_argument("--replicas", metavar="N", type=int, default=1, help="number of replicas (1)")
+    parser.add_argument("--rate", metavar="R", type=float, help="requests per second in all, by stretching time")
+    parser.add_argument(
+        "--replicas", metavar="N", type=int, default=1, help="replicas (1), or units of a system that needs several"
+    )
+    parser.add_argument(
+        "--router",
+        metavar="NAME",
+        choices=(*ROUTERS, POOLED),
+        help=f"one of {', '.join(ROUTERS)}; {POOLED}: one replica as fast as all (default: the system's)",
+    )
+    parser.add_argument("--hops", metavar="N", type=int, help="replicas tried after the first (the router's own)")
+    parser.add_argument(
+        "--snapshot-period", metavar="S", type=float, default=0.25, help="seconds between a replica's snapshots (0.25)"
+    )
+    parser.add_argument(
+        "--snapshot-lag", metavar="S", type=float, default=0.0, help="seconds until the router has one (0)"
+    )
+    parser.add_argument("--fault", metavar="F", action="append", default=[], help=f"{FORM}; may be repeated")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument("--data", metavar="DIR", help="folder of public trace files")
     parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
@@ -59,6 +80,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
     parser.add_argument(
         "--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)"
+    )
+    parser.add_argument("--length-error", metavar="F", type=float, default=1.0, help="factor on predicted lengths (1)")
+    parser.add_argument(
+        "--acceptance-drift", metavar="D", type=float, default=0.0, help="added to the acceptance every 100 s (0)"
     )
     parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
     parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
@@ -89,13 +114,25 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
     if args.scenario is not None and args.data is None:
         raise ConfigError(where=where, key="data", value=None, expected="--data DIR, the folder of trace files")
-    if args.replicas != 1:
-        raise ConfigError(where=where, key="replicas", value=args.replicas, expected="1")
-    bounds = {"rate": (0.0, 1e6), "noise": (-1e-9, 2.0), "acceptance": (-1e-9, 1.0), "model_error": (0.0, 100.0)}
+    if not 1 <= args.replicas <= MAX_REPLICAS:
+        raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
+    if args.hops is not None and args.hops < 0:
+        raise ConfigError(where=where, key="hops", value=args.hops, expected="0 or more")
+    bounds = {
+        "rate": (0.0, 1e6),
+        "noise": (-1e-9, 2.0),
+        "acceptance": (-1e-9, 1.0),
+        "model_error": (0.0, 100.0),
+        "length_error": (0.0, 100.0),
+        "acceptance_drift": (-1.0, 1.0),
+        "snapshot_period": (0.0, 3600.0),
+        "snapshot_lag": (-1e-9, 3600.0),
+    }
     for key, (low, high) in bounds.items():
         value = getattr(args, key)
         if value is not None and not low < value < high:
-            raise ConfigError(where=where, key=key, value=value, expected=f"more than {max(low, 0):g}, below {high:g}")
+            floor = f"more than {low:g}" if low <= -1 or low == 0 else "at least 0"
+            raise ConfigError(where=where, key=key, value=value, expected=f"{floor}, below {high:g}")
     if args.kv_tokens is not None and args.kv_tokens < 1:
         raise ConfigError(where=where, key="kv_tokens", value=args.kv_tokens, expected="a positive number of tokens")
     if args.seed < 0:
@@ -142,11 +179,24 @@ def simulate(
     """Run and return the JSON document."""
     settings = parse_settings(system, args.set)
     try:
-        planner = system.build(**settings)
-    except (TypeError, ValueError) as error:
+        planner, cluster = system.deploy(settings, num_replicas=args.replicas, router=args.router)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
+    try:
+        cluster = replace(
+            cluster,
+            max_hops=args.hops,
+            snapshot_period_s=args.snapshot_period,
+            snapshot_lag_s=args.snapshot_lag,
+            faults=tuple(parse_fault(text) for text in args.fault),
+        )
+    except ValueError as error:
+        raise ConfigError(where="simulate", key="fault", value=args.fault, expected=str(error)) from error
     options = ReplicaOptions(
         acceptance={"": args.acceptance},
+        acceptance_drift=args.acceptance_drift,
+        length_error=args.length_error,
+        drops_declined=system.drops_declined,
         async_lag=args.async_lag,
         noise_sigma=args.noise,
         known_lengths=args.known_lengths,
@@ -161,6 +211,7 @@ def simulate(
             plan_model=hardware.perf_model,
             seed=args.seed,
             options=options,
+            cluster=cluster,
             max_model_len=max_model_len,
             max_draft_length=system.max_draft_length,
             plan_clock=time.perf_counter,
@@ -213,8 +264,11 @@ def as_text(entry: dict[str, Any]) -> str:
         latencies = [f"{1000 * value:.0f}" if value is not None else "-" for value in (ttft, tpot)]
         return f"{name:16}{group['num_requests']:9}{share:>11}{kept:>13}{latencies[0]:>12}{latencies[1]:>12}"
 
+    where = entry["hardware"]
+    if entry["replicas"] > 1:
+        where = f"{entry['replicas']} x {where} ({entry['router']})"
     lines = [
-        f"{entry['system']} on {entry['hardware']}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
+        f"{entry['system']} on {where}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
         f"{'class':16}{'requests':>9}{'attained':>11}{'kept':>13}{'p99 TTFT ms':>12}{'p99 TPOT ms':>12}",
         *(row(name, group) for name, group in entry["by_class"].items()),
         row("all", entry),

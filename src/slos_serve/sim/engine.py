@@ -74,6 +74,20 @@ class Engine:
         self.table.rows["num_cached_tokens"][index] = min(cached_tokens, request.num_prompt_tokens - 1)
         return index
 
+    def continue_decode(self, index: int, *, first_token_s: float, num_thinking_tokens: int) -> None:
+        """Make the waiting request `index` one whose KV came from elsewhere with its first token."""
+        row = self.table.rows[index]
+        row["num_output_tokens"] = 1
+        row["num_cached_tokens"] = row["num_prompt_tokens"]
+        row["num_thinking_tokens"] = min(1, num_thinking_tokens)
+        row["is_thinking"] = int(num_thinking_tokens > 1)
+        row["first_token_s"] = row["last_token_s"] = first_token_s
+
+    def withdraw(self, index: int) -> None:
+        """Take back what a request holds before its row is removed."""
+        self.pool.give(int(self.table.rows["num_kv_blocks"][index]))
+        self._prefix_of.pop(self.table.request_ids[index], None)
+
     def preempt(self, index: int) -> None:
         """Take a running request's blocks and make it wait; its tokens are kept."""
         row = self.table.rows[index]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,6 +46,13 @@ def check_table(table: RequestTable, pool: KvPool, limits: Limits, now_s: float)
     started = np.isfinite(rows["first_token_s"])
     if (rows["first_token_s"][started] <= rows["arrival_s"][started]).any():
         raise InvariantError("a token came out no later than its request arrived")
+
+
+def check_apart(request_ids: Sequence[str]) -> None:
+    """Check that no request is live on two replicas."""
+    twice = [name for name, count in Counter(request_ids).items() if count > 1]
+    if twice:
+        raise InvariantError(f"requests {twice[:3]} are live on several replicas")
 
 
 def check_conservation(num_offered: int, outcomes: Mapping[str, int]) -> None:

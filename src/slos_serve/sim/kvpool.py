@@ -46,6 +46,11 @@ class KvPool:
         """Return how many tokens of a session's history are still readable."""
         return self._cached.get(session_id, 0) * self.block_size
 
+    def sessions(self, most: int) -> list[tuple[str, int]]:
+        """Return up to `most` sessions and their readable tokens, newest last."""
+        names = list(self._cached)[-most:]
+        return [(name, self._cached[name] * self.block_size) for name in names]
+
     def claim(self, session_id: str) -> None:
         """Note that a session's cached blocks now belong to a request (which allocates them)."""
         self.num_cached -= self._cached.pop(session_id, 0)

@@ -62,12 +62,13 @@ class Record:
         """Grade the request that ran to its end at `now_s`."""
         return self._graded(self.grader.finish(now_s), now_s, makes_promises=makes_promises)
 
-    def fail(self) -> GradedRequest:
-        """Grade a request that could never run."""
+    def fail(self, *, rejected: bool = False) -> GradedRequest:
+        """Grade a request that did not run to its end: it could not, its replica died, or it was turned away."""
         request = self.sim.request
         return GradedRequest(
             slo_class=request.slo_class,
-            outcome=outcome(None, has_slo=not request.slo.is_empty, promised=False),
+            outcome=outcome(None, has_slo=not request.slo.is_empty, promised=self.promised, rejected=rejected),
+            promised=self.promised,
             arrival_s=request.arrival_s,
             num_prompt_tokens=request.num_prompt_tokens,
         )

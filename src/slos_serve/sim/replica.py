@@ -7,6 +7,9 @@ tokens come out at the end (`streams`) and what they tell is learnt.
 The planner knows a performance model of its own, corrected by the steps it has seen, predicted lengths
 and measured acceptance. True lengths and true times stay in here.
 
+A replica may be one of many: `hooks` tell whoever routes to it what it plans, and its requests can be
+withdrawn, handed over after their first token, or lost in a crash.
+
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
 scheduling: arrivals and accepted drafts are seen one step late, and a request that ends meanwhile is
 dropped from the batch but its tokens have been computed.
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +51,7 @@ class ReplicaOptions(StreamOptions):
 
     `noise_sigma`: lognormal spread of step times, mean 1. `drafter_step_s`: seconds each drafter step
     adds to what the hardware model says. `learns_times`: the planner's model is corrected online.
-    `makes_promises`: the system gives verdicts.
+    `makes_promises`: the system gives verdicts. `drops_declined`: what gets a "no" is turned away, not served.
     """
 
     async_lag: bool = False
@@ -56,14 +59,31 @@ class ReplicaOptions(StreamOptions):
     drafter_step_s: float = 0.0
     learns_times: bool = True
     makes_promises: bool = False
+    drops_declined: bool = False
+
+    def __post_init__(self) -> None:
+        if self.async_lag and self.drops_declined:
+            raise ValueError("ReplicaOptions.drops_declined: expected synchronous scheduling (async_lag False)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """Whom a replica tells. `end` gets every request with its grade, `step` every step record.
+
+    `plan` gets every plan with its state, verdicts applied, before it runs. With `first_token` a request
+    leaves the replica when its first token is out. `plan_clock` times the planner and nothing else, in the
+    caller's seconds.
+    """
+
+    end: Callable[[SimRequest, GradedRequest], None]
+    step: Callable[[dict[str, Any]], None] | None = None
+    plan: Callable[[Replica, ReplicaState, Plan], None] | None = None
+    first_token: Callable[[Record], None] | None = None
+    plan_clock: Callable[[], float] | None = None
 
 
 class Replica:
-    """Serve submitted requests; read the counters when the kernel has run.
-
-    `on_end` gets every request with its grade, `on_step` every step record. `plan_clock` times the
-    planner and nothing else, in the caller's seconds.
-    """
+    """Serve submitted requests; read the counters when the kernel has run."""
 
     def __init__(
         self,
@@ -74,12 +94,15 @@ class Replica:
         true_model: PerfModel,
         lengths: LengthModel,
         rng: np.random.Generator,
-        on_end: Callable[[SimRequest, GradedRequest], None],
+        hooks: Hooks,
         options: ReplicaOptions | None = None,
         plan_model: PerfModel | None = None,
-        plan_clock: Callable[[], float] | None = None,
-        on_step: Callable[[dict[str, Any]], None] | None = None,
+        name: str = "r0",
     ) -> None:
+        self.name = name
+        self.hooks = hooks
+        self.is_dead = False
+        self.is_mid_step = False  # a batch refers to rows of the table: none may be removed
         self.kernel = kernel
         self.planner = planner
         self.limits = limits
@@ -95,9 +118,6 @@ class Replica:
         self._lines = true_model.as_array()
         self._lines[:, 3] += self.options.drafter_step_s
         self._correction = OnlineCorrection(plan_model or true_model)
-        self._on_end = on_end
-        self._on_step = on_step
-        self._clock = plan_clock
         self._busy = False
         self._next_plan: Plan | None = None
         self._starved_since_s: float | None = None
@@ -107,11 +127,11 @@ class Replica:
         """The performance model the planner is given now."""
         return self._correction.model if self.options.learns_times else self._correction.base
 
-    def submit(self, sim: SimRequest) -> None:
-        """Take a request that arrives now."""
+    def submit(self, sim: SimRequest, record: Record | None = None) -> None:
+        """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
-            self._on_end(sim, Record(sim).fail())
+            self.hooks.end(sim, Record(sim).fail())
             return
         index = self.engine.add(
             request,
@@ -119,15 +139,33 @@ class Replica:
             cached_tokens=sim.num_cached_tokens,
             session_id=sim.session_id,
         )
-        self.streams.add(sim, index)
+        self.streams.add(sim, index, record)
+        if record is not None:
+            first_s = record.grader.first_token_s
+            self.engine.continue_decode(index, first_token_s=first_s, num_thinking_tokens=sim.num_thinking_tokens)
         if not self._busy:
             self._busy = True
             self.kernel.schedule(self.kernel.now_s, Priority.PLAN, self._plan_and_run)
 
-    def abandon(self) -> None:
-        """Forget every live request: the run stops here."""
-        while len(self.table):
-            self.streams.remove(len(self.table) - 1)
+    def withdraw(self, request_id: str) -> Record:
+        """Take a request back, whatever it holds."""
+        index = self.table.index(request_id)
+        self.engine.withdraw(index)
+        return self.streams.remove(index)
+
+    def abandon(self) -> list[Record]:
+        """Let go of every live request and return them in order of arrival here."""
+        order = np.argsort(self.table.rows["seq"], kind="stable").tolist()
+        return [self.withdraw(request_id) for request_id in [self.table.request_ids[i] for i in order]]
+
+    def crash(self) -> list[Record]:
+        """Stop for good, in the middle of a step; return the requests that were there."""
+        self.is_dead = True
+        return self.abandon()
+
+    def change_speed(self, factor: float) -> None:
+        """Make every further step take `factor` times as long as now."""
+        self._lines = self._lines * factor
 
     def state(self, now_s: float) -> ReplicaState:
         """Return what the planner sees."""
@@ -143,23 +181,45 @@ class Replica:
     def _plan(self, now_s: float) -> Plan:
         """Ask the planner and apply its verdicts."""
         state = self.state(now_s)
-        if self._clock is None:
+        clock = self.hooks.plan_clock
+        if clock is None:
             plan = self.planner.plan(state)
         else:
-            start = self._clock()
+            start = clock()
             plan = self.planner.plan(state)
-            self.plan_s.append(self._clock() - start)
+            self.plan_s.append(clock() - start)
         for verdict in plan.verdicts:
             index = self.table.index(verdict.request_id)
             self.table.rows["tier"][index] = Tier.PROMISED if verdict.promised else Tier.BEST_EFFORT
             record = self.streams.records[index]
             if verdict.promised and record.promised_s == math.inf:
                 record.promised_s = self.kernel.now_s
+        if self.options.drops_declined:
+            plan = self._drop(plan)
+        if self.hooks.plan is not None:
+            self.hooks.plan(self, state, plan)
         return plan
+
+    def _drop(self, plan: Plan) -> Plan:
+        """Turn away what the plan says no to, and take it out of the batch."""
+        declined = {verdict.request_id for verdict in plan.verdicts if not verdict.promised}
+        declined = {name for name in declined if not self.table.rows["num_output_tokens"][self.table.index(name)]}
+        if not declined:
+            return plan
+        for request_id in sorted(declined):
+            record = self.withdraw(request_id)
+            self.hooks.end(record.sim, record.fail(rejected=True))
+        batch = plan.batch
+        kept = [i for i, name in enumerate(batch.request_ids) if name not in declined]
+        ids = [batch.request_ids[i] for i in kept]
+        tokens, drafts = batch.num_tokens[kept], batch.draft_lengths[kept]
+        return replace(plan, batch=replace(batch, request_ids=ids, num_tokens=tokens, draft_lengths=drafts))
 
     def _plan_and_run(self) -> None:
         """Start the next step, or wait for work."""
         now_s = self.kernel.now_s
+        if self.is_dead:
+            return
         if not len(self.table):
             self._busy, self._next_plan = False, None
             return
@@ -177,6 +237,7 @@ class Replica:
         self.tokens_computed += shape["num_tokens"]
         record = {"step": self.num_steps, "t": now_s, **shape, "seconds": seconds, "planned_s": None}
         record["predicted_s"] = plan.batch.predicted_s
+        self.is_mid_step = True
         self.kernel.schedule(now_s + seconds, Priority.STEP_END, lambda: self._complete(step, record))
         if self.options.async_lag:
             self._next_plan = self._plan(now_s + self._expected_s(shape))
@@ -191,13 +252,20 @@ class Replica:
 
     def _complete(self, step: Step, record: dict[str, Any]) -> None:
         """Let the step's tokens out, learn from it, finish requests, and plan again."""
+        if self.is_dead:
+            return
         now_s = self.kernel.now_s
+        self.is_mid_step = False
         for index in self.streams.emit(step, now_s):
             self._finish(index)
+        if self.hooks.first_token is not None:
+            started = np.flatnonzero(self.table.rows["num_output_tokens"])
+            for request_id in [self.table.request_ids[i] for i in started.tolist()]:
+                self.hooks.first_token(self.withdraw(request_id))
         if self.options.learns_times:
             self._correction.observe(StepSample(*(record[name] for name in StepSample._fields)))
-        if self._on_step is not None:
-            self._on_step(record)
+        if self.hooks.step is not None:
+            self.hooks.step(record)
         self.kernel.schedule(now_s, Priority.PLAN, self._plan_and_run)
 
     def _finish(self, index: int) -> None:
@@ -206,7 +274,7 @@ class Replica:
         sim, request = record.sim, record.sim.request
         self.engine.pool.give(blocks, sim.session_id, request.num_prompt_tokens + sim.num_output_tokens - 1)
         self.lengths.observe(request.slo_class, request.num_prompt_tokens, sim.num_output_tokens)
-        self._on_end(sim, record.finish(self.kernel.now_s, makes_promises=self.options.makes_promises))
+        self.hooks.end(sim, record.finish(self.kernel.now_s, makes_promises=self.options.makes_promises))
 
     def _seconds(self, shape: Mapping[str, Any]) -> float:
         """Return the true time of a step."""

@@ -1,18 +1,19 @@
-"""One run: a workload on one replica until every request has its outcome."""
+"""One run: a workload on one replica or many until every request has its outcome."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slos_serve.core.summary import GradedRequest, summarize
-from slos_serve.sim.invariants import check_conservation, check_table
+from slos_serve.sim.cluster import POOLED, Cluster, ClusterOptions
+from slos_serve.sim.invariants import check_apart, check_conservation, check_table
 from slos_serve.sim.kernel import Kernel, Priority
-from slos_serve.sim.replica import Replica, ReplicaOptions
+from slos_serve.sim.replica import Hooks, Replica, ReplicaOptions
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import PerfModel
@@ -27,14 +28,22 @@ class RunResult:
     """What a run left behind. `stopped`: it was cut short because its miss budget was spent."""
 
     graded: list[GradedRequest]
-    replica: Replica
+    cluster: Cluster
     workload: Workload
     simulated_s: float
     stopped: bool
 
+    @property
+    def replica(self) -> Replica:
+        """The first replica."""
+        return self.cluster.replicas[0]
+
     def entry(self, *, system: str, wall_s: float, rate_rps: float | None = None) -> dict[str, Any]:
-        """Return the document of `simulate --json`; `wall_s` and `plan_s` are the caller's wall time."""
-        replica = self.replica
+        """Return the document of `simulate --json`; `wall_s`, `plan_s` and `route_s` are the caller's wall time.
+
+        Counts are of all replicas; `kv_peak_tokens` is the highest of any.
+        """
+        cluster, replicas = self.cluster, self.cluster.replicas
         document = summarize(
             self.graded,
             system=system,
@@ -42,23 +51,34 @@ class RunResult:
             duration_s=self.workload.duration_s,
             rate_rps=self.workload.rate_rps if rate_rps is None else rate_rps,
         )
-        plan_s = np.array(replica.plan_s or [0.0])
-        used_blocks = replica.engine.pool.num_blocks - replica.engine.pool.lowest_free
+        pools = [replica.engine.pool for replica in replicas]
         return {
             **document,
-            "num_steps": replica.num_steps,
+            "num_steps": sum(replica.num_steps for replica in replicas),
             "simulated_s": self.simulated_s,
             "wall_s": wall_s,
-            "plan_s": {
-                "p50": float(np.percentile(plan_s, 50)),
-                "p99": float(np.percentile(plan_s, 99)),
-                "max": float(plan_s.max()),
-            },
-            "kv_peak_tokens": used_blocks * replica.engine.pool.block_size,
-            "num_preemptions": replica.engine.num_preemptions,
-            "num_cut_plans": replica.engine.num_cut_plans,
+            "plan_s": _percentiles([seconds for replica in replicas for seconds in replica.plan_s]),
+            "kv_peak_tokens": max((pool.num_blocks - pool.lowest_free) * pool.block_size for pool in pools),
+            "num_preemptions": sum(replica.engine.num_preemptions for replica in replicas),
+            "num_cut_plans": sum(replica.engine.num_cut_plans for replica in replicas),
             "num_dropped": self.workload.num_dropped,
+            "replicas": cluster.options.num_replicas,
+            "router": "silos" if cluster.options.silos else cluster.options.router,
+            "hops": cluster.num_hops,
+            "route_s": _percentiles(cluster.route_s),
         }
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    values = np.array(seconds or [0.0])
+    p50, p99 = np.percentile(values, [50, 99])
+    return {"p50": float(p50), "p99": float(p99), "max": float(values.max())}
+
+
+def pooled(hardware: Hardware, count: int) -> Hardware:
+    """Return one replica `count` times as fast as `hardware`, with the memory and seats of all."""
+    faster = hardware.slower(1 / count)
+    return replace(faster, kv_tokens=hardware.kv_tokens * count, max_num_seqs=hardware.max_num_seqs * count)
 
 
 def run_workload(
@@ -68,6 +88,7 @@ def run_workload(
     *,
     seed: int = 0,
     options: ReplicaOptions | None = None,
+    cluster: ClusterOptions | None = None,
     max_model_len: int | None = None,
     max_draft_length: int = 0,
     plan_model: PerfModel | None = None,
@@ -80,9 +101,14 @@ def run_workload(
 
     `miss_budget`: stop as soon as a class has more requests not met than this (its attainment is then
     known to be too low); what is unfinished or was never issued counts as missed. `on_progress` gets the
-    number of requests that have ended, after each.
+    number of requests that have ended, after each. Router `pooled` runs one replica as fast as all.
     """
     kernel = Kernel()
+    options, cluster = options or ReplicaOptions(), cluster or ClusterOptions()
+    if cluster.router == POOLED:
+        if plan_model is not None:
+            plan_model = pooled(replace(hardware, perf_model=plan_model), cluster.num_replicas).perf_model
+        hardware, cluster = pooled(hardware, cluster.num_replicas), ClusterOptions()
     graded: list[GradedRequest] = []
     misses: Counter[str] = Counter()
 
@@ -99,35 +125,54 @@ def run_workload(
             arrive(following)
 
     def arrive(sim: SimRequest) -> None:
-        kernel.schedule(sim.request.arrival_s, Priority.ARRIVAL, lambda: replica.submit(sim))
+        kernel.schedule(sim.request.arrival_s, Priority.ARRIVAL, lambda: front.submit(sim))
 
-    replica = Replica(
+    def make_replica(name: str, number: int, hooks: Hooks) -> Replica:
+        return Replica(
+            kernel,
+            planner,
+            limits=hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
+            true_model=hardware.perf_model,
+            lengths=workload.length_model(),
+            rng=np.random.default_rng([seed, number] if number else seed),
+            hooks=hooks,
+            options=options,
+            plan_model=plan_model,
+            name=name,
+        )
+
+    front = Cluster(
         kernel,
-        planner,
-        limits=hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
-        true_model=hardware.perf_model,
+        make_replica,
+        Hooks(end=on_end, step=on_step, plan_clock=plan_clock),
+        router=cluster.make_router(seed),
+        options=cluster,
+        replica_options=options,
         lengths=workload.length_model(),
-        rng=np.random.default_rng(seed),
-        on_end=on_end,
-        options=options,
-        plan_model=plan_model,
-        plan_clock=plan_clock,
-        on_step=on_step,
+        num_requests=workload.num_requests,
+        route_clock=plan_clock,
     )
     for sim in workload.arrivals:
         arrive(sim)
     kernel.run()
-    check_table(replica.table, replica.engine.pool, replica.limits, kernel.now_s)
     stopped = len(graded) < workload.num_requests
+    _check(front, kernel.now_s)
     if stopped:
-        _grade_the_rest(workload, replica, graded)
+        _grade_the_rest(workload, front, graded)
     check_conservation(workload.num_requests, Counter(grade.outcome for grade in graded))
-    return RunResult(graded=graded, replica=replica, workload=workload, simulated_s=kernel.now_s, stopped=stopped)
+    return RunResult(graded=graded, cluster=front, workload=workload, simulated_s=kernel.now_s, stopped=stopped)
 
 
-def _grade_the_rest(workload: Workload, replica: Replica, graded: list[GradedRequest]) -> None:
+def _check(cluster: Cluster, now_s: float) -> None:
+    for replica in cluster.replicas:
+        check_table(replica.table, replica.engine.pool, replica.limits, now_s)
+    check_apart(cluster.live_ids())
+
+
+def _grade_the_rest(workload: Workload, cluster: Cluster, graded: list[GradedRequest]) -> None:
     """Count what a stopped run left unfinished, unborn or never issued as missed."""
-    replica.abandon()
+    for replica in cluster.replicas:
+        replica.abandon()
     missing = workload.num_by_class()
     missing.subtract(grade.slo_class for grade in graded)
     for slo_class, count in sorted(missing.items()):

@@ -30,12 +30,32 @@ class StreamOptions:
     `acceptance`: true chance that a draft token is accepted, by class ("" for the others).
     `length_quantile`: of predicted output lengths. `known_lengths`: predictions are the truth (labelled
     runs only). `exact_windows`: grade the window rule on every token (the primary rule needs no such thing).
+    `length_error` multiplies predicted lengths; `acceptance_drift` is added to the true chance every 100 s.
     """
 
     acceptance: Mapping[str, float] = field(default_factory=dict)
+    acceptance_drift: float = 0.0
     length_quantile: float = 0.9
+    length_error: float = 1.0
     known_lengths: bool = False
     exact_windows: bool = True
+
+
+def predicted_length(lengths: LengthModel, sim: SimRequest, options: StreamOptions, produced: int = 0) -> float:
+    """Return the output length that a planner or a router is told, in tokens."""
+    if options.known_lengths:
+        return float(sim.num_output_tokens)
+    request = sim.request
+    tokens = lengths.predict(
+        request.slo_class,
+        request.num_prompt_tokens,
+        request.max_output_tokens,
+        produced=produced,
+        quantile=options.length_quantile,
+    )
+    if options.length_error == 1.0:
+        return tokens
+    return min(max(tokens * options.length_error, produced + 1.0), float(request.max_output_tokens))
 
 
 class Streams:
@@ -55,23 +75,14 @@ class Streams:
 
     def predict(self, sim: SimRequest, produced: int = 0) -> float:
         """Return the output length that the planner is told."""
-        if self.options.known_lengths:
-            return float(sim.num_output_tokens)
-        request = sim.request
-        return self.lengths.predict(
-            request.slo_class,
-            request.num_prompt_tokens,
-            request.max_output_tokens,
-            produced=produced,
-            quantile=self.options.length_quantile,
-        )
+        return predicted_length(self.lengths, sim, self.options, produced)
 
-    def add(self, sim: SimRequest, index: int) -> None:
-        """Follow a request that has just got row `index`, the last one."""
+    def add(self, sim: SimRequest, index: int, record: Record | None = None) -> None:
+        """Follow a request that has just got row `index`, the last one; `record` is its past elsewhere."""
         if index == len(self._truth):
             self._truth = np.concatenate([self._truth, np.zeros_like(self._truth)])
         self._truth[index] = sim.num_output_tokens, sim.num_thinking_tokens
-        self.records.append(Record(sim))
+        self.records.append(record or Record(sim))
         self._thinks = self._thinks or sim.request.thinks
 
     def remove(self, index: int) -> Record:
@@ -91,7 +102,7 @@ class Streams:
             return []
         rows = self.table.rows
         before = step.outputs_before[step.emits]
-        new = self._accept(emitting, step.drafts[step.emits])
+        new = self._accept(emitting, step.drafts[step.emits], now_s)
         after = np.minimum(before + new, self._truth[emitting, 0])
         rows["num_output_tokens"][emitting] = after
         rows["num_computed_tokens"][emitting] += after - before - 1
@@ -120,16 +131,18 @@ class Streams:
             measured[name] = (accepted + prior) / (tested + ACCEPTANCE_PRIOR)
         return measured
 
-    def _acceptance(self, name: str) -> float:
-        return self.options.acceptance.get(name, self.options.acceptance.get("", 0.0))
+    def _acceptance(self, name: str, now_s: float = 0.0) -> float:
+        """Return the true chance at a time; at 0 it is what was measured before the run."""
+        chance = self.options.acceptance.get(name, self.options.acceptance.get("", 0.0))
+        return min(max(chance + self.options.acceptance_drift * now_s / 100.0, 0.0), 1.0)
 
-    def _accept(self, emitting: IntArray, drafts: IntArray) -> IntArray:
+    def _accept(self, emitting: IntArray, drafts: IntArray, now_s: float) -> IntArray:
         """Return new output tokens: one, and the draft tokens accepted before the first rejection."""
         new = np.ones(len(emitting), np.int64)
         if not drafts.any():
             return new
         classes = self.table.rows["class_index"][emitting]
-        chances = np.array([self._acceptance(name) for name in self.table.classes])[classes]
+        chances = np.array([self._acceptance(name, now_s) for name in self.table.classes])[classes]
         with np.errstate(divide="ignore"):
             runs = np.log(self._rng.random(len(emitting))) / np.log(chances)
         accepted = np.minimum(np.floor(np.minimum(runs, 1e9)), drafts).astype(np.int64)

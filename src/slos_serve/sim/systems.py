@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core import baselines
 from slos_serve.errors import ConfigError
+from slos_serve.sim.cluster import DEFAULT_ROUTER, ClusterOptions
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Planner
@@ -15,7 +16,39 @@ if TYPE_CHECKING:
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 MAX_DRAFT_LENGTH = 6
 
+# Between two GPUs of a server: half of the 600 GB/s that an A100's NVLink gives in both directions (NVIDIA data sheet).
+KV_BYTES_PER_S = 300e9
+# fp16 keys and values of a 7B multi-head model: 2 x 32 layers x 4,096 x 2 bytes; others may say `kv_bytes_per_token`.
+KV_BYTES_PER_TOKEN = 524_288
+LAYOUT_KEYS = ("prefill", "decode", "kv_bytes_per_token", "silos")
+
 Settings = Mapping[str, Any]
+
+
+def _alike(settings: Settings) -> ClusterOptions:
+    """One replica, which does everything."""
+    del settings
+    return ClusterOptions()
+
+
+def _disaggregated(settings: Settings) -> ClusterOptions:
+    """`prefill` replicas that compute prompts and `decode` replicas that take over."""
+    prefill, decode = settings["prefill"], settings["decode"]
+    if not (isinstance(prefill, int) and isinstance(decode, int) and prefill >= 1 and decode >= 1):
+        raise ValueError(f"prefill = {prefill!r}, decode = {decode!r}: expected at least one replica each")
+    transfer_s = settings.get("kv_bytes_per_token", KV_BYTES_PER_TOKEN) / KV_BYTES_PER_S
+    return ClusterOptions(
+        num_replicas=prefill + decode,
+        num_prefill=prefill,
+        kv_transfer_s_per_token=transfer_s,
+        router="least-load",
+    )
+
+
+def _siloed(settings: Settings) -> ClusterOptions:
+    """So many replicas for each class."""
+    silos = settings["silos"]
+    return ClusterOptions(num_replicas=sum(silos.values()), silos=silos, router="least-load")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +56,9 @@ class System:
     """One scheduler under test.
 
     `default` settings go to `build` unless others are given; `grid` lists what a sweep tries.
-    `max_draft_length` is what the engine may verify per request (0: no speculation).
+    `max_draft_length` is what the engine may verify per request (0: no speculation). `drops_declined`:
+    what gets a "no" is turned away. `router` is set where no other makes sense. `layout` says what one
+    unit of deployment is, from the settings named in `LAYOUT_KEYS`.
     """
 
     name: str
@@ -32,6 +67,37 @@ class System:
     grid: Sequence[Settings]
     makes_promises: bool = False
     max_draft_length: int = 0
+    drops_declined: bool = False
+    router: str | None = None
+    layout: Callable[[Settings], ClusterOptions] = _alike
+
+    def deploy(
+        self,
+        settings: Settings,
+        *,
+        num_replicas: int = 1,
+        router: str | None = None,
+    ) -> tuple[Planner, ClusterOptions]:
+        """Return the planner and the cluster of `num_replicas` units; a unit may be several replicas.
+
+        Rates are per GPU: of `ClusterOptions.num_replicas` times the hardware's GPUs.
+        """
+        unit = self.layout(settings)
+        name = self.router or router or (unit.router if num_replicas == 1 else self.default_router)
+        cluster = replace(
+            unit,
+            num_replicas=unit.num_replicas * num_replicas,
+            num_prefill=unit.num_prefill * num_replicas,
+            silos={key: count * num_replicas for key, count in unit.silos.items()},
+            router=name,
+        )
+        planner = self.build(**{key: value for key, value in settings.items() if key not in LAYOUT_KEYS})
+        return planner, cluster
+
+    @property
+    def default_router(self) -> str:
+        """How requests are routed where nothing is said: ours for ours, least load for the others."""
+        return "slo" if self.makes_promises else "least-load"
 
 
 def _budgets(budgets: Sequence[int] = BUDGETS, **more: Any) -> tuple[Settings, ...]:
@@ -49,20 +115,45 @@ def slo_planner(**settings: Any) -> Planner:
     return SloPlanner(**settings)
 
 
-def _slo(max_draft_length: int, name: str) -> System:
-    return System(
-        name=name,
-        build=slo_planner,
-        default={},
-        grid=({},),
-        makes_promises=True,
-        max_draft_length=max_draft_length,
-    )
+def _ablated(name: str) -> Callable[..., Planner]:
+    def build(**settings: Any) -> Planner:
+        from slos_serve.sim import ablations  # noqa: PLC0415 - as slo_planner
+
+        planner: Planner = getattr(ablations, name)(**settings)
+        return planner
+
+    return build
 
 
+def _slo(name: str, build: Callable[..., Planner] = slo_planner, max_draft_length: int = 0, **more: Any) -> System:
+    values = {"default": {}, "grid": ({},), "makes_promises": True, **more}
+    return System(name=name, build=build, max_draft_length=max_draft_length, **values)
+
+
+_RATIOS = ((1, 1), (2, 1), (1, 2))
+_SILOS = (
+    {"chat": 1, "coding": 1, "summarization": 1},
+    {"chat": 2, "coding": 1, "summarization": 1},
+    {"chat": 1, "coding": 2, "summarization": 1},
+    {"chat": 1, "coding": 1, "summarization": 2},
+    {"chat": 3, "coding": 2, "summarization": 1},
+)
 _SYSTEMS = (
-    _slo(MAX_DRAFT_LENGTH, "slos-serve"),
-    _slo(0, "slos-serve-ar"),
+    _slo("slos-serve", max_draft_length=MAX_DRAFT_LENGTH),
+    _slo("slos-serve-ar"),
+    # ablations: one idea taken out of slos-serve at a time
+    _slo("slos-serve-no-spec"),
+    _slo("slos-serve-no-deferral", _ablated("at_arrival"), MAX_DRAFT_LENGTH),
+    _slo("slos-serve-drop", max_draft_length=MAX_DRAFT_LENGTH, drops_declined=True),
+    _slo("slos-serve-no-tier", _ablated("no_lower_tier"), MAX_DRAFT_LENGTH),
+    _slo(
+        "slos-serve-fixed-batch",
+        _ablated("fixed_batch"),
+        MAX_DRAFT_LENGTH,
+        default={"token_budget": 512},
+        grid=_budgets(),
+    ),
+    _slo("slos-serve-no-routing", max_draft_length=MAX_DRAFT_LENGTH, router=DEFAULT_ROUTER),
     System(name="vllm", build=baselines.VllmPlanner, default={"token_budget": 2048}, grid=_budgets()),
     System(
         name="vllm-spec",
@@ -97,6 +188,24 @@ _SYSTEMS = (
         grid=({},),
     ),
     System(name="edf", build=baselines.EdfPlanner, default={"token_budget": 2048}, grid=_budgets()),
+    System(
+        name="distserve",
+        build=baselines.VllmPlanner,
+        default={"token_budget": 2048, "prefill": 1, "decode": 1},
+        grid=tuple(
+            {"token_budget": budget, "prefill": prefill, "decode": decode}
+            for prefill, decode in _RATIOS
+            for budget in (1024, 2048, 8192)
+        ),
+        layout=_disaggregated,
+    ),
+    System(
+        name="siloed",
+        build=baselines.VllmPlanner,
+        default={"token_budget": 2048, "silos": _SILOS[0]},
+        grid=tuple({"token_budget": budget, "silos": silos} for silos in _SILOS for budget in (512, 1024, 2048)),
+        layout=_siloed,
+    ),
 )
 SYSTEMS = {system.name: system for system in _SYSTEMS}
 

@@ -1,61 +1,136 @@
-"""vLLM's own scheduler on the virtual clock: what our re-implementation must agree with.
+"""vLLM's own scheduler classes on the virtual clock: what our re-implementations must agree with.
 
-No model runs: outputs are made up by a mock executor, and each step takes the hardware model's time.
-Needs vLLM; nothing else here imports it.
+No model runs: outputs are made up by a mock executor, and each step takes the hardware model's time. With
+our scheduler class the plug-in itself runs, its clock and its step times moved to the virtual clock, its
+planner's work limit fixed, so that a run is deterministic. Needs vLLM; nothing else here imports it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.core.types import DEFAULT_WORK_LIMIT
 from slos_serve.sim.kernel import Kernel, Priority
-from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler
+from slos_serve.sim.records import Record
+from slos_serve.vllm_plugin.clock import Clock
+from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
+from slos_serve.vllm_plugin.scheduler import SloScheduler
+from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 
 if TYPE_CHECKING:
+    from slos_serve.core.summary import GradedRequest
     from slos_serve.sim.hardware import Hardware
     from slos_serve.sim.records import SimRequest
     from slos_serve.sim.workload import Workload
 
+EPOCH_S = 1e9  # the virtual clock's zero, as wall-clock time
+
 
 @dataclass(slots=True)
 class Served:
-    """Batches (tokens by request) in order, and when each request's tokens came out, in seconds."""
+    """Batches (tokens by request) in order, when each request's tokens came out, and the grades, in order of end."""
 
     batches: list[dict[str, int]] = field(default_factory=list)
     token_times_s: dict[str, list[float]] = field(default_factory=dict)
+    graded: list[GradedRequest] = field(default_factory=list)
+
+    @property
+    def attainment(self) -> float:
+        """Share of the requests that met their SLO."""
+        return sum(grade.outcome == "met" for grade in self.graded) / len(self.graded)
+
+
+class _VirtualPipeline(Pipeline):
+    """Batches in flight whose seconds are the virtual ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_s = 0.0
+
+    def take(self, output: Any) -> tuple[InFlight, float] | None:
+        """Return the batch and how long it took on the virtual clock."""
+        done = super().take(output)
+        return None if done is None else (done[0], self.step_s)
+
+
+class _FixedWork:
+    """The planner's limit where no wall clock may bear on plans."""
+
+    value = DEFAULT_WORK_LIMIT
+
+    def earn(self, step_s: float) -> None:
+        """Count nothing."""
+
+    def spend(self, work: int, seconds: float) -> None:
+        """Count nothing."""
 
 
 class VllmReplica:
-    """One scheduler of vLLM's (`cls`), stepped like an engine core. Single-round workloads without drafts."""
+    """One scheduler of vLLM's (`cls`), or ours, stepped like an engine core. Single-round workloads without drafts."""
 
-    def __init__(self, kernel: Kernel, hardware: Hardware, root: Path, cls: type[Any], **options: Any) -> None:
+    def __init__(
+        self, kernel: Kernel, workload: Workload, hardware: Hardware, root: Path, cls: type[Any], **options: Any
+    ) -> None:
         limits = hardware.limits()
         self.kernel = kernel
         self.model = hardware.perf_model
         self.served = Served()
+        self.is_ours = issubclass(cls, SloScheduler)
+        if self.is_ours:
+            profile = write_profile(root / "profile.json", hardware.perf_model)
+            options["slo"] = {
+                "mode": "enforce",
+                "profile": str(profile),
+                "state": False,
+                "guard_ms": 0,
+                "safety": {"is_enabled": False},
+                "fault_dir": str(root),
+                **options.get("slo", {}),
+            }
         self.scheduler = make_scheduler(
             root,
             cls=cls,
-            num_blocks=limits.num_kv_blocks + 1,  # vLLM keeps one block for itself
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_model_len=limits.max_model_len,
-            **options,
+            **{
+                "num_blocks": limits.num_kv_blocks + 1,  # vLLM keeps one block for itself
+                "max_num_seqs": limits.max_num_seqs,
+                "max_num_batched_tokens": limits.max_num_batched_tokens,
+                "max_model_len": limits.max_model_len,
+                **options,
+            },
         )
+        self._pipeline = _VirtualPipeline()
+        if self.is_ours:
+            slo = self.scheduler.slo
+            slo.clock = slo.tracker.clock = Clock(lambda: EPOCH_S + kernel.now_s)
+            slo.tracker.lengths = workload.length_model()
+            slo._pipeline = self._pipeline  # noqa: SLF001 - its seconds are the virtual ones
+            slo._work_limit = _FixedWork()  # noqa: SLF001
+            slo.learner.poll()
         self._engine = Engine(self.scheduler)
+        self._records: dict[str, Record] = {}
         self._is_busy = False
 
     def submit(self, sim: SimRequest) -> None:
         """Take a request that arrives now."""
-        request = make_request(
-            sim.request.request_id,
-            prompt_tokens=sim.request.num_prompt_tokens,
-            max_tokens=sim.num_output_tokens,
-            arrival_s=sim.request.arrival_s,
+        request, slo = sim.request, sim.request.slo
+        promises = {"ttft_ms": slo.ttft_s, "tpot_ms": slo.tpot_s, "thinking_tpot_ms": slo.thinking_tpot_s}
+        args: dict[str, Any] = {f"slo_{name}": 1000 * value for name, value in promises.items() if value is not None}
+        if args:
+            args["slo_class"] = request.slo_class
+        args["hidden_max_tokens"] = request.max_output_tokens
+        self.scheduler.add_request(
+            make_request(
+                request.request_id,
+                prompt_tokens=request.num_prompt_tokens,
+                max_tokens=sim.num_output_tokens,
+                arrival_s=EPOCH_S + request.arrival_s,
+                args=args if self.is_ours else None,
+            )
         )
-        self.scheduler.add_request(request)
+        self._records[request.request_id] = Record(sim)
         if not self._is_busy:
             self._is_busy = True
             self.kernel.schedule(self.kernel.now_s, Priority.PLAN, self._step)
@@ -67,6 +142,7 @@ class VllmReplica:
         requests = self.scheduler.requests
         lengths = {name: request.num_tokens for name, request in requests.items()}
         output = self.scheduler.schedule()
+        self._note_promises()
         batch = dict(output.num_scheduled_tokens)
         result = self._engine.execute(output)
         if batch:  # the step after the last request is an empty one
@@ -79,21 +155,36 @@ class VllmReplica:
             else:
                 pairs += tokens * (start + 0.5 * tokens)
         seconds = self.model.seconds(sum(batch.values()), len(batch), context_tokens=context, attention_pairs=pairs)
+        self._pipeline.step_s = seconds
         at_s = self.kernel.now_s + (seconds if batch else 1e-3)
         self.kernel.schedule(at_s, Priority.STEP_END, lambda: self._complete(output, result))
 
+    def _note_promises(self) -> None:
+        if not self.is_ours:
+            return
+        for name, live in self.scheduler.slo.tracker.live.items():
+            record = self._records[name]
+            if live.was_promised and record.promised_s == math.inf:
+                record.promised_s = self.kernel.now_s
+
     def _complete(self, output: Any, result: Any) -> None:
+        now_s = self.kernel.now_s
         for batch in self.scheduler.update_from_output(output, result).values():
             for one in batch.outputs:
                 times = self.served.token_times_s.setdefault(one.request_id, [])
-                times += [self.kernel.now_s] * len(one.new_token_ids)
-        self.kernel.schedule(self.kernel.now_s, Priority.PLAN, self._step)
+                times += [now_s] * len(one.new_token_ids)
+                record = self._records[one.request_id]
+                record.feed(now_s, len(times))
+                if one.finish_reason is not None:
+                    self.served.graded.append(record.finish(now_s, makes_promises=self.is_ours))
+                    del self._records[one.request_id]
+        self.kernel.schedule(now_s, Priority.PLAN, self._step)
 
 
 def serve(workload: Workload, hardware: Hardware, root: Path, cls: type[Any], **options: Any) -> Served:
-    """Serve a workload to its end; `options` are those of `vllm_plugin.testing.make_config`."""
+    """Serve a workload to its end; `options` are those of `vllm_plugin.testing.make_config`, and `num_blocks`."""
     kernel = Kernel()
-    replica = VllmReplica(kernel, hardware, root, cls, **options)
+    replica = VllmReplica(kernel, workload, hardware, root, cls, **options)
     for sim in workload.arrivals:
         kernel.schedule(sim.request.arrival_s, Priority.ARRIVAL, lambda sim=sim: replica.submit(sim))  # type: ignore[misc]
     kernel.run()

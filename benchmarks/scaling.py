@@ -1,0 +1,122 @@
+"""Capacity per GPU against the number of replicas, by router, beside one replica as fast as all.
+
+    python benchmarks/scaling.py --trace FILE@0:900 [--slo-class coding] [--replicas 1,2,4,8] [--json FILE]
+
+The trace is stretched until 90 % of the requests attain their SLO: the highest such rate, per GPU, found by
+bisection to 3 %. A trace keeps its bursts when it is stretched, so what more replicas gain per GPU is
+multiplexing; `pooled` (one replica n times as fast) shows how much of it there is to gain. `vllm` replicas
+with least load show what the same hardware does without us. Use windows that are not reported elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from slos_serve.config import SloConfig
+from slos_serve.sim.hardware import Hardware, load_hardware
+from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.systems import find_system
+from slos_serve.sim.traces import read_trace
+from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+
+SLOS = SloConfig(ttft_floor_ms=0.0, ttft_allowance_ms=0.0)
+TARGET, TOLERANCE = 0.90, 0.03
+
+
+def offered(args: argparse.Namespace, hardware: Hardware, rate_rps: float) -> Workload:
+    """Return the trace at a rate; lengths are learnt from what the trace held before the window."""
+    longest = hardware.limits().max_model_len
+    return trace_workload(
+        read_trace(args.trace),
+        RequestFactory(SLOS, hardware.reference_s, longest),
+        max_model_len=longest,
+        default_class=args.slo_class,
+        rate_rps=rate_rps,
+        max_requests=args.max_requests,
+    )
+
+
+def serve(args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int, rate: float) -> RunResult:
+    """Run one system behind one router at `rate` requests per second and GPU."""
+    system_name, router = column
+    system = find_system(system_name)
+    planner, cluster = system.deploy(system.default, num_replicas=n, router=router)
+    workload = offered(args, hardware, rate * n)
+    budget = {name: int((1 - TARGET) * count) for name, count in workload.num_by_class().items()}
+    options = ReplicaOptions(makes_promises=system.makes_promises, exact_windows=False)
+    return run_workload(
+        workload, planner, hardware, seed=args.seed, options=options, cluster=cluster, miss_budget=budget,
+        plan_clock=time.thread_time,
+    )  # fmt: skip
+
+
+def capacity(
+    args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int, guess: float
+) -> dict[str, Any]:
+    """Return the highest rate per GPU that attains the target, and how the last passing run went."""
+    low, high, passed = 0.0, math.inf, None
+    rate = guess
+    while not math.isfinite(high) or low == 0.0 or high / low > 1 + TOLERANCE:
+        result = serve(args, hardware, column, n, rate)
+        if result.stopped:
+            high = rate
+        else:
+            low, passed = rate, result
+        rate = low * 1.4 if not math.isfinite(high) else high / 1.4 if low == 0.0 else math.sqrt(low * high)
+        if rate < 1e-3:
+            return {"capacity_rps_per_gpu": 0.0}
+    assert passed is not None
+    entry = passed.entry(system=column[0], wall_s=0.0)
+    kept = entry["kept"] / entry["promised"] if entry["promised"] else None
+    return {
+        "capacity_rps_per_gpu": low,
+        "hops": entry["hops"],
+        "kept": kept,
+        "route_ms_p99": 1e3 * entry["route_s"]["p99"],
+    }
+
+
+def main() -> int:
+    """Print one line per number of replicas."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", required=True)
+    parser.add_argument("--slo-class", default="coding")
+    parser.add_argument("--hardware", default="a100-80g-7b-measured")
+    parser.add_argument("--system", default="slos-serve-ar")
+    parser.add_argument("--rival", default="vllm", help="system whose replicas get least load")
+    parser.add_argument("--replicas", default="1,2,4,8,16,64")
+    parser.add_argument("--routers", default="round-robin,least-load,power-of-two,sequential,slo,pooled")
+    parser.add_argument("--max-requests", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    hardware = load_hardware(args.hardware)
+    columns = [(args.system, router) for router in args.routers.split(",")] + [(args.rival, "least-load")]
+    print(f"{'replicas':>8}" + "".join(f"{router if name == args.system else name:>14}" for name, router in columns))
+    table: dict[str, Any] = {}
+    guess = dict.fromkeys(columns, 1.0)
+    for n in [int(text) for text in args.replicas.split(",")]:
+        row = table[str(n)] = {}
+        for column in columns:
+            name, router = column
+            if n == 1 and name == args.system and row:
+                row[f"{name}/{router}"] = next(iter(row.values()))
+            else:
+                row[f"{name}/{router}"] = capacity(args, hardware, column, n, guess[column])
+            guess[column] = row[f"{name}/{router}"]["capacity_rps_per_gpu"] or guess[column]
+        cells = [f"{row[f'{name}/{router}']['capacity_rps_per_gpu']:14.2f}" for name, router in columns]
+        print(f"{n:8}" + "".join(cells), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

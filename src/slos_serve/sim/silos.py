@@ -1,0 +1,28 @@
+"""GPUs partitioned by application: each class has replicas of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+from slos_serve.core.dispatch import Arrival, Route
+from slos_serve.core.routing import LeastLoad
+
+
+class Silos(LeastLoad):
+    """Send each class to its own replicas, the one with the fewest requests first.
+
+    `sizes`: replicas by class, in the order of their numbers (`r0`, `r1`, ...). A class that has none, or
+    none that is open, shares those of all.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self._own = {
+            name: {f"r{i}" for i in range(end - size, end)}
+            for (name, size), end in zip(sizes.items(), accumulate(sizes.values()), strict=True)
+        }
+
+    def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
+        own = self._own.get(arrival.slo_class, set())
+        return super()._rank(arrival, [name for name in names if name in own] or names, now_s)
