@@ -28,6 +28,7 @@ priority_class: chat
 classes:
   impossible: {ttft_ms: 1, tpot_ms: 1, on_unattainable: reject}
   relaxed: {ttft_ms: 60000, tpot_ms: 5000}
+  hurried: {ttft_ms: 1, tpot_ms: 1, ttl_ms: 300}
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 

@@ -39,7 +39,9 @@ def post(server):
 def metric(server, name, label=""):
     with server.client() as client:
         lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{") and label in line)
+    return sum(
+        float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")) and label in line
+    )
 
 
 def counted(server, outcome):
@@ -154,6 +156,56 @@ def test_pages_metrics_and_the_request_itself_agree(server, post):
     assert 'slos_serve_verdicts_total{class="relaxed",reason="",verdict="promised"}' in metrics
     assert "vllm:num_requests_running" in metrics
     assert server.slo_status()["snapshot"]["planner_faults"] == {}
+
+
+def test_a_responses_stream_tells_it_in_its_last_event(server):
+    with server.client() as client:
+        text = client.post(
+            "/v1/responses",
+            json={"model": "demo", "input": "Say hello.", "max_output_tokens": 8, "stream": True, **RELAXED},
+        ).text
+    last = json.loads(text.split("event: response.completed\ndata: ")[1].split("\n\n")[0])["response"]
+    assert (last["slo"]["verdict"], last["slo"]["outcome"], last["service_tier"]) == ("promised", "met", "default")
+
+
+def test_the_mode_is_switched_while_the_engine_runs_and_back(server, sdk, post):
+    def switch(**order):
+        with server.client() as client:
+            return client.post("/v1/slo/mode", json=order)
+
+    def verdict():
+        slo = post(CHAT, {"messages": HELLO, "max_tokens": 4, **RELAXED}).json()["slo"]
+        return slo["verdict"], slo["reason"]
+
+    try:
+        answer = switch(mode="observe")
+        assert (answer.status_code, answer.json()["effective_mode"]) == (200, "observe")
+        assert verdict() == ("best-effort", "observe")
+        assert metric(server, "slos_serve_mode") == 1
+        assert switch(mode="enforce", **{"class": "chat"}).json()["class_modes"] == {"chat": "enforce"}
+        assert verdict() == ("best-effort", "observe")
+        assert switch(mode="loud").status_code == 400
+    finally:
+        assert switch(mode="enforce").json()["effective_mode"] == "enforce"
+    assert verdict() == ("promised", "")
+    assert server.slo_status()["class_modes"] == {}
+
+
+def test_who_waited_longer_than_its_class_allows_is_refused_with_the_reason(server):
+    body = {"model": "demo", "messages": HELLO, "max_tokens": 40, "ignore_eos": True, "slo": {"class": "hurried"}}
+
+    def send(i):
+        with server.client() as client:
+            return client.post(CHAT, json={**body, "stream": i % 2 == 0})
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        responses = list(pool.map(send, range(32)))
+    refused = [response for response in responses if response.status_code == 429]
+    assert 0 < len(refused) < 32
+    assert {response.headers["x-slo-reason"] for response in refused} == {"ttl-expired"}
+    assert {response.status_code for response in responses} == {200, 429}
+    assert all(response.headers["x-slo-verdict"] == "best-effort" for response in responses if response not in refused)
+    assert eventually(lambda: metric(server, "vllm:num_requests_running") == 0)
 
 
 # -- bad requests -----------------------------------------------------------------------------------

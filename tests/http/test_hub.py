@@ -250,7 +250,7 @@ def test_a_refusal_needs_a_fresh_snapshot_of_an_enforcing_engine(hub):
     assert refusals() == (None, None, None)
     hub.feed({"snapshot": {**full, "steps": 7}})
     assert refusals() == ("queue-full", "compute", None)
-    hub._worked_s -= 60
+    hub._snapshots._worked_s -= 60
     hub.feed({"snapshot": {**full, "steps": 7}})  # a sign of life without a step: the engine is idle
     assert refusals() == (None, None, None)
 

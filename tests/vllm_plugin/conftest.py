@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 
@@ -57,3 +58,12 @@ def build(tmp_path, perf):
     yield _build
     for scheduler in made:
         scheduler.shutdown()
+
+
+@pytest.fixture
+def vllm_log(caplog):
+    """Return what is logged below vLLM's own logger, which passes nothing on."""
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -33,6 +33,9 @@ def test_a_clock_that_steps_back_goes_on_from_where_it_was() -> None:
     [
         ({"modus": "enforce"}, "modus"),
         ({"mode": "on"}, "mode"),
+        ({"class_modes": {"chat": "on"}}, "class_modes.chat"),
+        ({"class_modes": {"nobody": "observe"}}, "class"),
+        ({"class_modes": "observe"}, "class_modes"),
         ({"guard_ms": "5"}, "guard_ms"),
         ({"guard_ms": -5}, "guard_ms"),
         ({"planner": "nowhere.Planner"}, "planner"),
@@ -51,12 +54,32 @@ def test_settings_that_make_no_sense_are_named(document, key) -> None:
     assert caught.value.key == key
 
 
+def test_what_was_learnt_is_kept_beside_the_profile_by_engine_or_where_the_operator_says() -> None:
+    paths = [
+        Settings.parse(document).state_path(index)
+        for document, index in (
+            ({"profile": "/p/model.json"}, 0),
+            ({"profile": "/p/model.json"}, 2),
+            ({"profile": "/p/model.json", "state": "/q/state.json"}, 0),
+            ({"profile": "/p/model.json", "state": False}, 0),
+            ({}, 0),
+        )
+    ]
+    assert [None if path is None else str(path) for path in paths] == [
+        "/p/model.learnt.json",
+        "/p/model.learnt-2.json",
+        "/q/state.json",
+        None,
+        None,
+    ]
+
+
 def test_the_mode_is_enforce_on_cpus_observe_on_gpus_and_observe_when_nothing_was_said() -> None:
     settings = Settings.parse({})
-    assert settings.resolved_mode(given=True, is_cpu=True) == "enforce"
-    assert settings.resolved_mode(given=True, is_cpu=False) == "observe"
-    assert settings.resolved_mode(given=False, is_cpu=True) == "observe"
-    assert Settings.parse({"mode": "enforce"}).resolved_mode(given=True, is_cpu=False) == "enforce"
+    assert settings.resolved_modes(given=True, is_cpu=True).engine == "enforce"
+    assert settings.resolved_modes(given=True, is_cpu=False).engine == "observe"
+    assert settings.resolved_modes(given=False, is_cpu=True).engine == "observe"
+    assert Settings.parse({"mode": "enforce"}).resolved_modes(given=True, is_cpu=False).engine == "enforce"
 
 
 def test_step_records_are_lines_of_json(tmp_path) -> None:
@@ -147,6 +170,25 @@ def test_the_stat_logger_is_inert_for_other_schedulers(tmp_path) -> None:
     assert stats.SloStatLogger(config, 0).listener is None
     assert stats.is_ours("slos_serve.vllm_plugin.scheduler.SloScheduler")
     assert not stats.is_ours(None)
+
+
+def test_one_of_several_api_servers_knows_its_number_and_the_way_into_its_engine(tmp_path, monkeypatch) -> None:
+    from slos_serve.http.hub import HUB
+    from slos_serve.vllm_plugin.stats import SloStatLogger
+    from slos_serve.vllm_plugin.testing import make_config
+
+    config = make_config(tmp_path, slo={"mode": "observe"})
+    config.scheduler_config.scheduler_cls = "slos_serve.vllm_plugin.scheduler.SloScheduler"
+    config.parallel_config._api_process_count, config.parallel_config._api_process_rank = 3, 2
+    monkeypatch.setattr(HUB, "controls", [])
+    stats = SloStatLogger(config, 1)
+    try:
+        assert HUB._client == 2
+        with pytest.raises(TimeoutError, match="-1-control"):
+            HUB.controls[0]({"mode": "observe"}, timeout_s=0.01)
+    finally:
+        stats.listener.close()
+        HUB.configure()
 
 
 def test_counts_by_class_read_as_text() -> None:

@@ -341,14 +341,14 @@ class _Exchange:
 
 
 async def _read(receive: Receive) -> bytes:
-    """Return the body of a request, as far as one of ours can be long."""
+    """Return the body of a request; nothing of one that is longer than any of ours."""
     body = b""
     while len(body) <= MAX_BODY:
         message = await receive()
         body += message.get("body", b"")
         if not message.get("more_body", False):
             break
-    return body
+    return body if len(body) <= MAX_BODY else b""
 
 
 def _is_no(verdict: Record) -> bool:

@@ -244,7 +244,7 @@ class SloRuntime:
             tracker.regroup()
         model = self.learner.model
         wanted = tracker.num_with_slo or (self.settings.always_plan and len(tracker.table))
-        if model is None or not wanted:
+        if model is None or not wanted or self.safety.is_resting:
             return None  # nothing is promised to anybody: vLLM's own order serves best
         enforcing = self.is_enforcing
         if enforcing and not self._was_enforcing:

@@ -35,18 +35,22 @@ class SafetyLimits:
     num_faults: int = 5
     max_time_share: float = 0.05
     num_timed_steps: int = 200
-    max_plan_s: float = 1.0
+    max_plan_s: float = 5.0
     max_clock_step_s: float = 0.1
     hold_s: float = 60.0
     is_enabled: bool = True
 
 
 class StepDown:
-    """Watch the four measurements; `is_down` says that vLLM's own order must run, `reason` why."""
+    """Watch the measurements; `is_down` says that vLLM's own order must run, `reason` why.
+
+    `is_resting`: the planner must not even be asked beside it.
+    """
 
     def __init__(self, limits: SafetyLimits | None = None) -> None:
         self.limits = limits or SafetyLimits()
         self.is_down = False
+        self.is_resting = False
         self.reason = ""
         self.num_step_downs = 0
         self._promises: deque[bool] = deque(maxlen=_PROMISES)
@@ -97,7 +101,7 @@ class StepDown:
         if self.is_down:
             if now_s < self._resume_s or self._violation(RELIEF):
                 return False
-            self.is_down, self.reason = False, ""
+            self.is_down, self.is_resting, self.reason = False, False, ""
             return True
         reason = self._violation(1.0)
         if not reason:
@@ -107,6 +111,7 @@ class StepDown:
         self._hold_s = min(max(2.0 * self._hold_s, self.limits.hold_s), MAX_HOLD_S)
         self.is_down, self.reason, self._resume_s = True, reason, now_s + self._hold_s
         self.num_step_downs += 1
+        self.is_resting = self._num_hung > 0
         self._promises.clear()
         self._steps = self._faults = 0.0
         self._timed_steps = self._num_hung = 0

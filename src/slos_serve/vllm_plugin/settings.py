@@ -74,7 +74,7 @@ class Settings:
             config=config,
             mode=mode,
             class_modes=class_modes,
-            state=state if state is False else _path(state),
+            state=False if state is False else _path(None if state is True else state),
             guard_s=guard_s,
             report_s=report_s,
             thinking_end=thinking_end,

@@ -60,6 +60,11 @@ class DraftLookup:
         return self.draft_length
 
 
+def _adapter(request: Request) -> int:
+    """Return the number of the adapter that a request runs with, 0 for none."""
+    return request.lora_request.lora_int_id if request.lora_request is not None else 0
+
+
 class PlanError(ValueError):
     """A plan that cannot be carried out: the planner's fault, found before anything was changed."""
 
@@ -124,6 +129,8 @@ class Steering:
         if stock:
             self.caps.update(dict.fromkeys(stock, UNCAPPED))
             self._join_stock(stock)
+        if scheduler.lora_config is not None and self.offered:
+            self._leave_out_adapters(scheduler.lora_config.max_loras)
 
     def _join_stock(self, stock: Mapping[str, Request]) -> None:
         """Serve requests with rules of their own: running ones first, waiting ones by arrival.
@@ -137,6 +144,21 @@ class Steering:
         theirs = [r for queue in (scheduler.skipped_waiting, scheduler.waiting) for r in queue if r.request_id in stock]
         earlier = [r for r in theirs if r.arrival_time <= first]
         self.offered = earlier + self.offered + [r for r in theirs if r.arrival_time > first]
+
+    def _leave_out_adapters(self, most: int) -> None:
+        """Offer nobody whose adapter does not fit beside those of all that run, held requests included.
+
+        vLLM looks at the adapters of what one step schedules alone, for it holds nobody; where later ones are too
+        many for a step its engine ends.
+        """
+        loaded = {_adapter(r) for r in self.sorted}
+        offered = []
+        for request in self.offered:
+            wanted = loaded | {_adapter(request)}
+            if len(wanted - {0}) <= most:
+                loaded = wanted
+                offered.append(request)
+        self.offered = offered
 
     def begin(self) -> None:
         """Preempt what the plan preempts and put the plan's queues in place."""

@@ -119,9 +119,17 @@ def make_config(
     return config
 
 
-def make_scheduler(root: Path, *, cls: type[Any] = SloScheduler, num_blocks: int = 1000, **options: Any) -> Any:
-    """Build a scheduler as the engine core does; `options` are those of `make_config`."""
-    config = make_config(root, is_async=issubclass(cls, AsyncScheduler), **options)
+def make_scheduler(
+    root: Path,
+    *,
+    cls: type[Any] = SloScheduler,
+    num_blocks: int = 1000,
+    config: VllmConfig | None = None,
+    **options: Any,
+) -> Any:
+    """Build a scheduler as the engine core does; `options` are those of `make_config`, where no `config` is given."""
+    if config is None:
+        config = make_config(root, is_async=issubclass(cls, AsyncScheduler), **options)
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
     kv_cache_config = KVCacheConfig(
         num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PREFIX = "slo_"
 OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms", "stage")
-LOOKUPS_PER_STEP = 8
+LOOKUPS_PER_STEP = 32
 REFRESH_EVERY = 256  # steps between looking prefix hits of waiting requests up again
 REFRESHED = 32
 
@@ -358,13 +358,16 @@ class Tracker:
 
     def regroup(self) -> None:
         """Plan for the classes that are steered from now on; a promise that was given stands."""
-        for live in self._rows_live:
+        for live in self.live.values():
             aside = self._sets_aside(live.slo_class) and not live.was_promised
-            if aside != live.is_set_aside:
-                self.num_with_slo -= not live.planned_slo.is_empty
-                live.is_set_aside = aside
-                self.num_with_slo += not live.planned_slo.is_empty
+            if aside == live.is_set_aside:
+                continue
+            before, live.is_set_aside = live.planned_slo, aside
+            if live.has_row:
+                self.num_with_slo += before.is_empty - live.planned_slo.is_empty
                 self._rewrite_row(live)
+                if live.num_output_tokens:  # it began without a promise
+                    self.table.rows["tier"][self.table.index(live.request_id)] = Tier.BEST_EFFORT
 
     def runnable_waiting(self) -> dict[str, Request]:
         """Return the waiting requests that have a row, by id."""

@@ -54,6 +54,7 @@ ATTRIBUTES = (
     "block_size",
     "connector",
     "ec_connector",
+    "lora_config",
 )
 QUEUES = {"waiting", "skipped_waiting"}
 
