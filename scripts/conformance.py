@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -96,9 +98,12 @@ def fetch(version: str, folder: Path) -> None:
             sys.exit(f"conformance: pip could not fetch the source package of vLLM {version}")
         with complete_folder(folder) as draft:
             unpack(archives[0], draft)
-            models = Path(__file__).with_name("conformance_models.json")
-            for name, config in json.loads(models.read_text(encoding="utf-8")).items():
+            here = Path(__file__).parent
+            for name, config in json.loads((here / "conformance_models.json").read_text(encoding="utf-8")).items():
                 stand_in(draft / name, config)
+            if importlib.util.find_spec("torchvision") is None:
+                (draft / "torchvision").mkdir()
+                shutil.copyfile(here / "conformance_torchvision.py", draft / "torchvision" / "__init__.py")
 
 
 def unpack(archive: Path, folder: Path) -> None:
