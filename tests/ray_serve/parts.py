@@ -82,6 +82,9 @@ def write_tiny_model(root: Path) -> Path:
     from slos_serve.vllm_plugin.testing import VOCABULARY, write_model_config
 
     folder = write_model_config(root)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 64, as CPUs want
+    (folder / "config.json").write_text(json.dumps(config))
     words = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

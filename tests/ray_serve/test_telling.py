@@ -6,8 +6,8 @@ from prometheus_client import CollectorRegistry
 
 from slos_serve.http.hub import Hub
 from slos_serve.http.metrics import SloMetrics
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note
-from slos_serve.ray_serve.telling import EngineLostError, alive, is_last, told
+from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last
+from slos_serve.ray_serve.telling import EngineLostError, alive, told
 
 DONE = ["data: [DONE]\n\n"]
 

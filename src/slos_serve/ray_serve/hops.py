@@ -15,6 +15,7 @@ from slos_serve.core.routing import Arrival
 # Why a replica gives no promise although the client asked for one it might get elsewhere.
 REFUSALS = frozenset({"compute", "memory", "deadline-passed"})
 VERDICT, PASSED, FINISHED = "verdict", "passed", "finished"
+DONE = "data: [DONE]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +52,10 @@ class Note:
 def is_refusal(record: Mapping[str, Any] | None) -> bool:
     """Tell whether a record says that no promise is given, for a reason another replica may not have."""
     return record is not None and record.get("verdict") == "best-effort" and record.get("reason") in REFUSALS
+
+
+def is_last(item: Any) -> bool:
+    """Tell whether an item ends its stream, or is a whole answer."""
+    if isinstance(item, list):
+        return any(isinstance(one, str) and DONE in one for one in item)
+    return not isinstance(item, str)

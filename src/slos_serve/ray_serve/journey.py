@@ -23,11 +23,11 @@ from typing import Any, Protocol
 from slos_serve.core.routing import Arrival
 from slos_serve.errors import SlosServeError
 from slos_serve.ray_serve.fleet import Fleet
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_refusal
+from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last, is_refusal
 
 WATCH_S = 0.25
 UNPLACED_S = 30.0  # how long a request waits while there is no replica at all
-MAX_LOSSES = 3
+MAX_LOSSES = 2  # a request that kills its replica must not go through all of them
 
 
 class Stream(Protocol):
@@ -110,7 +110,6 @@ class Journey:
                     return
                 self._take_loss(hop, error)
             else:
-                self._who.count("served")
                 return
             finally:
                 self._fleet.ended(self._who.arrival.request_id, hop.key)
@@ -158,6 +157,9 @@ class Journey:
                     is_over = True
                     return
                 if not isinstance(item, Note):
+                    if is_last(item):  # nobody may read on
+                        is_over = True
+                        who.count("served")
                     yield item
                     continue
                 if item.kind == PASSED:

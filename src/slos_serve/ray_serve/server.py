@@ -41,6 +41,8 @@ class SloServer(LLMServer):
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         _place_files(llm_config, self._replica_id)
+        if Path(llm_config.get_engine_config().actual_hf_model_id).is_dir():  # nothing to download
+            llm_config.get_or_create_callback().ctx.run_init_node = False
         self._num_refused = 0
         self._asked_s = time.monotonic()
         self._reporter = Reporter(HUB, digest_of(llm_config.model_id, slo_settings(llm_config)))

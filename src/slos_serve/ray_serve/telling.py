@@ -15,11 +15,10 @@ from typing import Any, cast
 
 from slos_serve.errors import SlosServeError
 from slos_serve.http.hub import Hub
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_refusal
+from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last, is_refusal
 
 LONGEST_WAIT_S = 600.0
 OUTCOME_WAIT_S = 0.1
-DONE = "data: [DONE]"
 ERROR_EVENT = 'data: {"error"'
 _END = object()
 
@@ -42,13 +41,6 @@ def is_error(item: Any) -> bool:
     if isinstance(item, list):
         return any(isinstance(one, str) and one.startswith(ERROR_EVENT) for one in item)
     return getattr(item, "error", None) is not None
-
-
-def is_last(item: Any) -> bool:
-    """Tell whether an item ends its stream, or is a whole answer."""
-    if isinstance(item, list):
-        return any(isinstance(one, str) and DONE in one for one in item)
-    return not isinstance(item, str)
 
 
 async def told(stream: AsyncGenerator[Any, None], hop: Hop, hub: Hub, replica_id: str) -> AsyncGenerator[Any, None]:

@@ -18,6 +18,7 @@ from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
+from slos_serve.serving.profiles import SPEED_ENVIRONMENT
 from slos_serve.serving.verb import Launch, measure, prepare, say
 
 # What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
@@ -38,17 +39,13 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
     check(args, bundle)
     if args.ray_address is not None:
         check_address(args.ray_address)
-    try:
-        from slos_serve.ray_serve.app import build_openai_app  # noqa: PLC0415
-        from slos_serve.ray_serve.cluster import Cluster  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(module=error.name or "ray", extra="ray") from error
     plan = prepare(args, engine, os.environ, share=1 if args.ray_address else num_replicas)
     try:
-        with quiet_stdout(args.json), _interrupts():
+        with quiet_stdout(args.json):
+            build_openai_app, Cluster = _import()  # noqa: N806
             for note in plan.notes:
                 say(note)
-            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster:
+            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster, _interrupts():  # Ray's handlers abort
                 cluster.check_room(num_replicas, bundle)
                 document = application(args, engine, plan, profile_of(args, plan), bundle)
                 say(f"starting {num_replicas} replicas of {plan.model_name} on Ray Serve ({plan.mode})")
@@ -64,6 +61,15 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
     finally:
         if plan.scratch is not None:
             shutil.rmtree(plan.scratch, ignore_errors=True)
+
+
+def _import() -> tuple[Any, Any]:
+    try:
+        from slos_serve.ray_serve.app import build_openai_app  # noqa: PLC0415
+        from slos_serve.ray_serve.cluster import Cluster  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(module=error.name or "ray", extra="ray") from error
+    return build_openai_app, Cluster
 
 
 def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
@@ -130,8 +136,9 @@ def application(
         "engine_kwargs": {**kwargs, "scheduler_cls": flags["scheduler_cls"]},
         "deployment_config": {"num_replicas": args.replicas or 1},
     }
-    if plan.env:
-        config["runtime_env"] = {"env_vars": dict(plan.env)}
+    env = {name: os.environ[name] for name in SPEED_ENVIRONMENT if name in os.environ} | plan.env
+    if env:
+        config["runtime_env"] = {"env_vars": env}
     if engine.is_cpu:
         config["placement_group_config"] = {"bundles": [bundle]}
         config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}

@@ -141,6 +141,12 @@ class Learner:
         """The corrected model that plans are made with."""
         return None if self.correction is None else self.correction.model
 
+    @property
+    def next_model(self) -> PerfModel | None:
+        """The model that the next plan will be made with; an idle engine has not taken up what `poll` found."""
+        new = self._new
+        return self.model if new is None else new[1]
+
     def predict(self, shape: BatchShape) -> float | None:
         """Return the expected time of a batch, in seconds, None without a model."""
         model = self.model

@@ -51,7 +51,7 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
 
 def replica(runtime: SloRuntime) -> dict[str, Any] | None:
     """Return what a router plans with, None before there is a performance model. The router knows the name."""
-    model, table, plan = runtime.learner.model, runtime.tracker.table, runtime.last_plan
+    model, table, plan = runtime.learner.next_model, runtime.tracker.table, runtime.last_plan
     if model is None:
         return None
     drafts = runtime.drafts
