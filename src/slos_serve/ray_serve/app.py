@@ -40,7 +40,7 @@ DEPLOYMENT = {
     "graceful_shutdown_timeout_s": PATIENCE_S,  # what is promised is finished first
     "graceful_shutdown_wait_loop_s": 0.5,
 }
-STATS_PERIOD_S = 0.25
+STATS_PERIOD_S = 0.5
 INGRESS = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": PATIENCE_S}
 
 

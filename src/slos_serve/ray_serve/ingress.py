@@ -63,11 +63,12 @@ class SloIngress(OpenAiIngress):
 
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
         try:
-            return await super()._process_llm_request(body, call_method, raw_request)
+            response: Response = await super()._process_llm_request(body, call_method, raw_request)
         except RefusedError as refused:
             return self._refuse(body, str(refused))
         except LostError as lost:
             return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, str(lost), headers={"retry-after": "5"})
+        return response
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -163,7 +164,7 @@ class SloIngress(OpenAiIngress):
 
 def _switch(handle: Any, order: dict[str, Any]) -> Mapping[str, Any]:
     """Give an order about the mode to every replica that runs now; `TimeoutError` where one does not answer."""
-    said = handle.broadcast("set_mode", order).results(timeout_s=CONTROL_S)
+    said: list[dict[str, Any]] = handle.broadcast("set_mode", order).results(timeout_s=CONTROL_S)
     refused = [one for one in said if "error" in one]
     return (refused or said or [{"error": "no replica runs"}])[0]
 

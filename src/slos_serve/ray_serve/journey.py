@@ -16,7 +16,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -89,7 +89,7 @@ class Journey:
         self._num_lost = 0
         self._is_begun = False
 
-    async def items(self) -> AsyncIterator[Any]:
+    async def items(self) -> AsyncGenerator[Any, None]:
         """Yield chunks; `RefusedError` or `LostError` before the first of them, an error event after."""
         while True:
             hop = self._hop()
@@ -146,7 +146,7 @@ class Journey:
         if self._num_lost >= MAX_LOSSES or self._fleet.is_empty:
             raise LostError(f"no replica could serve the request ({error})") from error
 
-    async def _read(self, stream: Stream, hop: Hop) -> AsyncIterator[Any]:
+    async def _read(self, stream: Stream, hop: Hop) -> AsyncGenerator[Any, None]:
         who = self._who
         is_over = False
         try:

@@ -38,11 +38,9 @@ class UnhealthyError(SlosServeError):
 class SloServer(LLMServer):
     """A replica that hands back what it cannot promise, and says what it knows of its load."""
 
-    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:
+    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc] # Ray awaits it
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
-        _place_files(llm_config, self._replica_id)
-        if Path(llm_config.get_engine_config().actual_hf_model_id).is_dir():  # nothing to download
-            llm_config.get_or_create_callback().ctx.run_init_node = False
+        _prepare(llm_config, self._replica_id)
         self._num_refused = 0
         self._asked_s = time.monotonic()
         self._reporter = Reporter(HUB, digest_of(llm_config.model_id, slo_settings(llm_config)))
@@ -141,8 +139,10 @@ def _load(snapshot: Mapping[str, Any]) -> float:
     return min(max(load, 0.0), 1.0) if math.isfinite(load) else 0.0
 
 
-def _place_files(llm_config: LLMConfig, replica_id: str) -> None:
-    """Give the engine files of this machine: the profile that came along, and a record of its own."""
+def _prepare(llm_config: LLMConfig, replica_id: str) -> None:
+    """Give the engine files of this machine: the profile that came along, a record of its own, a local model."""
+    if Path(llm_config.get_engine_config().actual_hf_model_id).is_dir():
+        llm_config.get_or_create_callback().ctx.run_init_node = False  # nothing to download
     slo = dict(slo_settings(llm_config))
     profile, record = slo.get("profile"), slo.get("record")
     if isinstance(profile, Mapping):
