@@ -1,227 +1,346 @@
-"""The highest rate at which every class attains its target: a bracket, then a bisection, run by run.
+"""The highest rate at which every class attains its target: attainment by rate, and where it crosses.
 
-For one seed (one window of a scenario) the rate is stretched up or down by `STEP` until a rate that
-passes and one that fails enclose the capacity, then the bracket is halved (geometrically) until it is
-within `tolerance`. The answer is the highest rate that passed; attainment falls with the rate except for
-chance, so the search trusts the bracket. A rate passes a target where every class of the mix attains it
-and the last accepted request finishes within `MAX_DRAIN_S` of its last deadline. Runs are remembered: all
-targets share them, and a run stops as soon as the lowest target is out of reach.
+Theory of operation. Rates lie on one geometric grid (`STEP` apart), so that searches ask for the same
+runs and systems are compared at the same rates on the same windows of requests. A `Curve` counts, for
+each rate, window and class, the requests met and offered. Windows are pooled: attainment at a rate is met
+over offered of all windows, for the class that has least. It falls with the rate except for chance, so
+the curve is replaced by the nearest one that never rises (isotonic regression), and capacity is where
+that crosses the target, between two rates that were run, linear in the logarithm of the rate. A window
+that has not drained `MAX_DRAIN_S` after its last deadline counts as met by nobody.
 
-A system's capacity is the mean over its seeds; ratios are of such means, over the same seeds, with a
-bootstrap interval over seeds. Rates are per GPU.
+`measure` first brackets the crossing on a few windows, with runs that may stop early, then runs every
+window in full around it. It goes on outward, with growing steps, until the bootstrap interval of the
+capacity lies inside the rates that were run: a bracket that chance put in the wrong place is found wrong
+and left. `tune` races settings on other windows: one that fails a little above the best so far is out.
+
+Both are generators of questions (`Point`s) and know nothing of simulation: the caller answers them, from
+a file of earlier answers or on as many processes as it likes.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from slos_serve.core.summary import drain_seconds
-from slos_serve.sim.hardware import load_hardware
-from slos_serve.sim.replica import ReplicaOptions
-from slos_serve.sim.run import run_workload
-from slos_serve.sim.scenarios import Offer, find_scenario
-from slos_serve.sim.systems import find_system
+FloatArray = npt.NDArray[np.float64]
+Settings = str  # a system's settings as JSON text, which tells them apart
 
-if TYPE_CHECKING:
-    from slos_serve.sim.hardware import Hardware
-    from slos_serve.sim.run import RunResult
-    from slos_serve.sim.workload import Workload
-
+STEP = 1.03
 TARGETS = (0.90, 0.95, 0.99)
 MAX_DRAIN_S = 20.0
-STEP = 1.4
-LOWEST_RPS, HIGHEST_RPS = 0.01, 500.0
-BOOTSTRAP_DRAWS = 2000
+LOWEST_RPS, HIGHEST_RPS = 0.004, 500.0
+COARSE_STEPS = 12  # grid steps of the first bracket: a factor of 1.43
+DRAWS = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+def rate_at(index: int) -> float:
+    """Return the rate of a grid index, in requests per second and GPU."""
+    return float(f"{STEP**index:.6g}")
+
+
+def index_of(rate_rps: float) -> int:
+    """Return the grid index nearest to a rate."""
+    return round(math.log(rate_rps) / math.log(STEP))
+
+
+LOWEST, HIGHEST = index_of(LOWEST_RPS), index_of(HIGHEST_RPS)
+
+
+class Point(NamedTuple):
+    """One run that a search asks for. `may_stop`: as soon as the outcome is clear."""
+
+    part: str
+    settings: Settings
+    rate_index: int
+    window: int
+    may_stop: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One system, with settings, on some seeds of a scenario, pooled. `guess_rps`: where the search starts, per GPU."""
+class Outcome:
+    """What came of one run: by class, requests met, offered, promised and kept; and whether it drained in time.
 
-    scenario: str
-    system: str
-    hardware: str
-    data: str
-    part: str
-    seeds: tuple[int, ...]
-    settings: tuple[tuple[str, Any], ...] = ()
-    targets: tuple[float, ...] = TARGETS
-    tolerance: float = 0.03
-    guess_rps: float = 1.0
-    acceptance: float = 0.7
-    known_lengths: bool = False
-    max_requests: int | None = None
-
-    def run(self, rate_rps: float) -> dict[float, bool]:
-        """Simulate every seed at `rate_rps` per GPU and return which targets they pass together."""
-        hardware = load_hardware(self.hardware)
-        scenario = find_scenario(self.scenario)
-        offers = [
-            Offer(
-                data=Path(self.data),
-                hardware=hardware,
-                rate_rps=rate_rps * hardware.num_gpus,
-                part=self.part,
-                seed=seed,
-                max_requests=self.max_requests,
-            )
-            for seed in self.seeds
-        ]
-        workloads = [scenario.offer(offer) for offer in offers]
-        counts = sum((workload.num_by_class() for workload in workloads), Counter[str]())
-        budget = {name: int((1 - min(self.targets)) * count + 1e-9) for name, count in counts.items()}
-        met: Counter[str] = Counter()
-        for seed, workload in zip(self.seeds, workloads, strict=True):
-            result = self._simulate(workload, hardware, seed, budget)
-            if result.stopped or drain_seconds(result.graded) >= MAX_DRAIN_S:
-                return dict.fromkeys(self.targets, False)
-            for grade in result.graded:
-                if grade.outcome == "met":
-                    met[grade.slo_class] += 1
-                else:
-                    budget[grade.slo_class] -= 1
-        worst = min(met[name] / count for name, count in counts.items())
-        return {target: worst >= target for target in self.targets}
-
-    def _simulate(self, workload: Workload, hardware: Hardware, seed: int, budget: Mapping[str, int]) -> RunResult:
-        system = find_system(self.system)
-        return run_workload(
-            workload,
-            system.build(**dict(self.settings)),
-            hardware,
-            seed=seed,
-            options=ReplicaOptions(
-                acceptance={"": self.acceptance},
-                exact_windows=False,
-                known_lengths=self.known_lengths,
-                makes_promises=system.makes_promises,
-            ),
-            max_model_len=find_scenario(self.scenario).max_model_len(hardware),
-            max_draft_length=system.max_draft_length,
-            miss_budget=budget,
-        )
-
-
-def find_capacity(
-    run: Callable[[float], Mapping[float, bool]], targets: Sequence[float], *, guess_rps: float, tolerance: float
-) -> dict[float, float]:
-    """Return the highest passing rate for each target; 0 where even `LOWEST_RPS` fails."""
-    runs: dict[float, Mapping[float, bool]] = {}
-
-    def passes(rate: float, target: float) -> bool:
-        if rate not in runs:
-            runs[rate] = run(rate)
-        return runs[rate][target]
-
-    capacity: dict[float, float] = {}
-    rate = guess_rps
-    for target in sorted(targets):
-        low, high = _bracket(passes, target, rate, runs)
-        while low > 0 and high / low > 1 + tolerance:
-            middle = float(np.sqrt(low * high))
-            low, high = (middle, high) if passes(middle, target) else (low, middle)
-        capacity[target] = low
-        rate = low if low > 0 else LOWEST_RPS
-    return capacity
-
-
-def _bracket(
-    passes: Callable[[float, float], bool], target: float, start: float, runs: Mapping[float, Mapping[float, bool]]
-) -> tuple[float, float]:
-    """Return (highest passing, lowest failing) rates around a target's capacity, known runs first."""
-    failed = [rate for rate, passed in runs.items() if not passed[target]]
-    high = min(failed, default=np.inf)
-    low = max((rate for rate, passed in runs.items() if passed[target] and rate < high), default=0.0)
-    rate = start if not runs else (low or high / STEP)
-    while low == 0.0:
-        if passes(rate, target):
-            low = rate
-        else:
-            high = min(high, rate)
-            rate /= STEP
-            if rate < LOWEST_RPS:
-                return 0.0, high
-    while not np.isfinite(high):
-        rate = low * STEP
-        if rate > HIGHEST_RPS:
-            return low, low
-        low, high = (rate, high) if passes(rate, target) else (low, rate)
-    return low, high
-
-
-def solve(task: Task) -> dict[float, float]:
-    """Return one task's capacity by target, in requests per second and GPU."""
-    return find_capacity(task.run, task.targets, guess_rps=task.guess_rps, tolerance=task.tolerance)
-
-
-def tune(tasks: Sequence[Task]) -> tuple[Task, float]:
-    """Return the task (setting) with the highest capacity at its lowest target, and that capacity.
-
-    Settings race: one that does not pass a little above the best so far is out after one run.
+    `stopped`: it was cut short, and what was left counts as not met.
     """
-    best, most = tasks[0], 0.0
-    for task in tasks:
-        target = min(task.targets)
-        bar = most * (1 + task.tolerance)
-        if most > 0 and not task.run(bar)[target]:
-            continue
-        one = replace(task, targets=(target,), guess_rps=bar or task.guess_rps)
-        capacity = solve(one)[target]
-        if capacity > most:
-            best, most = task, capacity
-    return best, most
+
+    by_class: Mapping[str, tuple[int, int, int, int]]
+    drain_s: float = 0.0
+    stopped: bool = False
+
+    def met(self, name: str) -> int:
+        """Return the requests of a class that count as met."""
+        return self.by_class[name][0] if self.drain_s < MAX_DRAIN_S else 0
 
 
-def solve_all(
-    tasks: Iterable[Task], *, num_processes: int | None = None, progress: Callable[[Task], None] | None = None
-) -> list[dict[float, float]]:
-    """Solve tasks on several processes; the order of results is that of tasks."""
-    tasks = list(tasks)
-    count = min(len(tasks), num_processes or os.cpu_count() or 1)
-    answers = []
-    if count <= 1:
-        for task in tasks:
-            answers.append(solve(task))
-            if progress is not None:
-                progress(task)
-        return answers
-    with ProcessPoolExecutor(count) as pool:
-        for task, answer in zip(tasks, pool.map(solve, tasks), strict=True):
-            answers.append(answer)
-            if progress is not None:
-                progress(task)
-    return answers
+Question = Generator[list[Point], Mapping[Point, Outcome], "Answer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much a search may run.
+
+    `steps`: grid steps that the final bracket may be wide. `max_rates`: how many rates the interval may ask
+    for in all; `higher_rates`: how many more each target above the first.
+    """
+
+    num_windows: int = 10
+    coarse_windows: int = 3
+    tune_windows: int = 2
+    steps: int = 1
+    max_rates: int = 9
+    higher_rates: int = 3
+    targets: tuple[float, ...] = TARGETS
 
 
 @dataclass(slots=True, kw_only=True)
-class Measured:
-    """Capacities of one system at its chosen settings: by target, one figure per seed."""
+class Curve:
+    """Attainment by rate. `met[index]` has shape (windows, classes), as `offered` has.
 
-    system: str
-    settings: dict[str, Any]
-    by_target: dict[float, list[float]] = field(default_factory=dict)
+    `promises[index]`: how many were given and how many kept.
+    """
 
-    def mean(self, target: float) -> float:
-        """Return the mean over seeds."""
-        return float(np.mean(self.by_target[target]))
+    classes: tuple[str, ...] = ()
+    offered: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    met: dict[int, FloatArray] = field(default_factory=dict)
+    promises: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, index: int, outcomes: Sequence[Outcome]) -> None:
+        """Add a rate at which every window has run."""
+        if not self.classes:
+            self.classes = tuple(sorted({name for one in outcomes for name in one.by_class}))
+            table = [[one.by_class.get(name, (0, 0))[1] for name in self.classes] for one in outcomes]
+            self.offered = np.array(table, np.float64)
+        rows = [[one.met(name) if name in one.by_class else 0 for name in self.classes] for one in outcomes]
+        self.met[index] = np.array(rows, np.float64)
+        counts = [count for one in outcomes for count in one.by_class.values()]
+        self.promises[index] = sum(count[2] for count in counts), sum(count[3] for count in counts)
+
+    @property
+    def indices(self) -> list[int]:
+        """Return the grid indices that were run, ascending."""
+        return sorted(self.met)
+
+    def attainment(self, index: int) -> dict[str, float]:
+        """Return the pooled attainment of each class at a rate."""
+        shares = self.met[index].sum(axis=0) / self.offered.sum(axis=0)
+        return dict(zip(self.classes, shares.tolist(), strict=True))
+
+    def worst(self, index: int) -> float:
+        """Return the attainment of the class that has least."""
+        return min(self.attainment(index).values())
+
+    def capacities(self, target: float, weights: FloatArray) -> FloatArray:
+        """Return the capacity for each row of window weights, shape (draws, windows): rates, clipped to those run."""
+        indices = self.indices
+        met = np.einsum("dw,rwc->drc", weights, np.stack([self.met[index] for index in indices]))
+        offered = np.maximum((weights @ self.offered)[:, None, :], 1e-9)
+        shares = np.where(offered > 1e-6, met / offered, 1.0).min(axis=2)
+        return crossing(never_rising(shares), np.log([rate_at(index) for index in indices]), target)
+
+    def fitted(self) -> FloatArray:
+        """Return the attainment of the class that has least at each rate that was run, never rising."""
+        return np.asarray(never_rising(np.array([[self.worst(index) for index in self.indices]]))[0], np.float64)
+
+    def capacity(self, target: float) -> float | None:
+        """Return the capacity over all windows; 0 where no rate passes, None where no rate that was run does."""
+        if self.fitted()[0] < target:
+            return 0.0 if self.indices[0] <= LOWEST else None
+        return float(self.capacities(target, np.ones((1, len(self.offered))))[0])
+
+    def draws(self, target: float, *, seed: int = 0) -> FloatArray:
+        """Return bootstrap draws of the capacity, windows drawn with replacement: the same ones for every system."""
+        return self.capacities(target, window_draws(len(self.offered), seed=seed))
 
 
-def ratio_interval(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
-    """Return a 95 % bootstrap interval of mean(ours) / mean(theirs) over paired seeds; None with fewer than 3."""
-    if len(ours) < 3:
+def window_draws(num_windows: int, *, seed: int = 0) -> FloatArray:
+    """Return how often each window is drawn, shape (`DRAWS`, windows)."""
+    rng = np.random.default_rng([seed, num_windows])
+    draws = rng.multinomial(num_windows, [1 / num_windows] * num_windows, size=DRAWS)
+    return np.asarray(draws, np.float64)
+
+
+def never_rising(shares: FloatArray) -> FloatArray:
+    """Return, for each row, the nearest sequence (least squares) that never rises. Shape (draws, rates)."""
+    draws, rates = shares.shape
+    sums = np.concatenate([np.zeros((draws, 1)), np.cumsum(shares, axis=1)], axis=1)
+    fitted = np.full_like(shares, np.inf)
+    for first in range(rates):
+        mean = (sums[:, first + 1 :] - sums[:, first : first + 1]) / np.arange(1, rates - first + 1)
+        best_after = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]
+        fitted[:, first:] = np.minimum(fitted[:, first:], best_after)
+    return fitted
+
+
+def crossing(fitted: FloatArray, log_rates: FloatArray, target: float) -> FloatArray:
+    """Return the rate at which each row falls below a target, clipped to the rates. Rows never rise."""
+    passing = (fitted >= target - 1e-12).sum(axis=1)
+    last = np.clip(passing - 1, 0, len(log_rates) - 2) if len(log_rates) > 1 else np.zeros(len(fitted), np.int64)
+    following = np.minimum(last + 1, len(log_rates) - 1)
+    rows = np.arange(len(fitted))
+    upper, lower = fitted[rows, last], fitted[rows, following]
+    share = np.clip((upper - target) / np.maximum(upper - lower, 1e-12), 0.0, 1.0)
+    log_rate = log_rates[last] + share * (log_rates[following] - log_rates[last])
+    log_rate = np.where(passing == 0, log_rates[0], np.where(passing == len(log_rates), log_rates[-1], log_rate))
+    return np.asarray(np.exp(log_rate), np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The settings chosen, and attainment by rate on the windows that are reported."""
+
+    settings: Settings
+    curve: Curve
+
+
+def pooled(outcomes: Sequence[Outcome]) -> float:
+    """Return the attainment of the class that has least, over some windows."""
+    names = {name for one in outcomes for name in one.by_class}
+    shares = []
+    for name in names:
+        mine = [one for one in outcomes if name in one.by_class]
+        shares.append(sum(one.met(name) for one in mine) / max(1, sum(one.by_class[name][1] for one in mine)))
+    return min(shares)
+
+
+class _Asker:
+    """Ask for whole rates of one part and setting; remember what passed on a few windows."""
+
+    def __init__(self, part: str, settings: Settings, target: float, num_windows: int) -> None:
+        self.part, self.settings, self.target, self.num_windows = part, settings, target, num_windows
+        self.passed: dict[int, bool] = {}
+
+    def points(self, index: int, *, may_stop: bool) -> list[Point]:
+        return [Point(self.part, self.settings, index, window, may_stop) for window in range(self.num_windows)]
+
+    def passes(self, index: int) -> Generator[list[Point], Mapping[Point, Outcome], bool]:
+        if index not in self.passed:
+            points = self.points(index, may_stop=True)
+            answers = yield points
+            self.passed[index] = pooled([answers[point] for point in points]) >= self.target
+        return self.passed[index]
+
+    def bracket(self, start: int, width: int) -> Generator[list[Point], Mapping[Point, Outcome], tuple[int, int]]:
+        """Return (passing, failing) indices at most `width` apart; `LOWEST - 1` passes and `HIGHEST + 1` fails."""
+        low, high, stride = LOWEST - 1, HIGHEST + 1, COARSE_STEPS
+        index = min(max(start, LOWEST), HIGHEST)
+        while low < LOWEST or high > HIGHEST:
+            if (yield from self.passes(index)):
+                low = index
+                if index == HIGHEST:
+                    return low, high
+            else:
+                high = index
+                if index == LOWEST:
+                    return low, high
+            index = min(low + stride, HIGHEST) if low >= LOWEST else max(high - stride, LOWEST)
+            stride *= 2
+        while high - low > width:
+            middle = (low + high) // 2
+            low, high = (middle, high) if (yield from self.passes(middle)) else (low, middle)
+        return low, high
+
+
+def tune(
+    grid: Sequence[Settings], start: int, effort: Effort
+) -> Generator[list[Point], Mapping[Point, Outcome], tuple[Settings, int]]:
+    """Return the settings that serve the highest rate on the tuning windows, and its index."""
+    target = min(effort.targets)
+    best, most = grid[0], LOWEST - 1
+    for settings in grid:
+        asker = _Asker("tune", settings, target, effort.tune_windows)
+        if most >= LOWEST:
+            if most >= HIGHEST or not (yield from asker.passes(most + 1)):
+                continue
+            start = most + 1
+        low, _ = yield from asker.bracket(start, max(2, effort.steps))
+        if low > most:
+            best, most = settings, low
+    return best, most
+
+
+def measure(settings: Settings, start: int, effort: Effort) -> Question:
+    """Return attainment by rate around every target, on the reporting windows."""
+    target = min(effort.targets)
+    coarse = _Asker("report", settings, target, min(effort.coarse_windows, effort.num_windows))
+    low, high = yield from coarse.bracket(start, max(2, effort.steps))
+    full = _Asker("report", settings, target, effort.num_windows)
+    curve = Curve()
+
+    def run(index: int) -> Generator[list[Point], Mapping[Point, Outcome], None]:
+        points = full.points(index, may_stop=False)
+        answers = yield points
+        curve.add(index, [answers[point] for point in points])
+
+    for index in sorted({max(low, LOWEST), min(high, HIGHEST)}):
+        yield from run(index)
+    while (following := _next_rate(curve, target, effort)) is not None:
+        yield from run(following)
+    for higher in sorted(effort.targets)[1:]:
+        extra = 0
+        while extra < effort.higher_rates and (following := _next_lower(curve, higher)) is not None:
+            yield from run(following)
+            extra += 1
+    return Answer(settings=settings, curve=curve)
+
+
+def _next_rate(curve: Curve, target: float, effort: Effort) -> int | None:
+    """Return the rate that the capacity at `target` is most in doubt without; None where there is none."""
+    indices = curve.indices
+    passing = int((curve.fitted() >= target).sum())
+    width = indices[-1] - indices[0]
+    outward = max(1, width)
+    if passing == 0:
+        return max(indices[0] - outward, LOWEST) if indices[0] > LOWEST else None
+    if passing == len(indices):
+        return min(indices[-1] + outward, HIGHEST) if indices[-1] < HIGHEST else None
+    low, high = indices[passing - 1], indices[passing]
+    if high - low > effort.steps:
+        return (low + high) // 2
+    if len(curve.offered) < 3 or len(indices) >= effort.max_rates:
         return None
-    draws = np.random.default_rng(seed).integers(len(ours), size=(BOOTSTRAP_DRAWS, len(ours)))
-    upper = np.array(ours)[draws].mean(axis=1)
-    lower = np.array(theirs)[draws].mean(axis=1)
-    if (lower <= 0).any():
-        return None
-    low, high = np.percentile(upper / lower, [2.5, 97.5])
+    draws = curve.draws(target)
+    ends = np.percentile(draws, INTERVAL)
+    if ends[0] <= rate_at(indices[0]) * (1 + 1e-9) and indices[0] > LOWEST:
+        return max(indices[0] - outward, LOWEST)
+    if ends[1] >= rate_at(indices[-1]) * (1 - 1e-9) and indices[-1] < HIGHEST:
+        return min(indices[-1] + outward, HIGHEST)
+    return None
+
+
+def _next_lower(curve: Curve, target: float) -> int | None:
+    """Return the next rate to run for a higher target than the search's own, coarsely."""
+    indices = curve.indices
+    passing = int((curve.fitted() >= target).sum())
+    if passing == 0:
+        stride = max(4, indices[-1] - indices[0])
+        return max(indices[0] - stride, LOWEST) if indices[0] > LOWEST else None
+    if passing < len(indices) and indices[passing] - indices[passing - 1] > 5:
+        return (indices[passing] + indices[passing - 1]) // 2
+    return None
+
+
+def search(grid: Sequence[Settings], guess_rps: Callable[[], float], effort: Effort) -> Question:
+    """Choose settings on the tuning windows, then measure them on the reporting ones."""
+    start = index_of(guess_rps())
+    settings = grid[0]
+    if len(grid) > 1:
+        settings, found = yield from tune(grid, start, effort)
+        start = found if found >= LOWEST else start
+    return (yield from measure(settings, start, effort))
+
+
+def ratio_draws(ours: Curve, theirs: Curve, target: float) -> FloatArray:
+    """Return bootstrap draws of capacity(ours) / capacity(theirs), over the same windows in each draw."""
+    return np.asarray(ours.draws(target) / theirs.draws(target), np.float64)
+
+
+def interval(draws: FloatArray) -> tuple[float, float]:
+    """Return the 95 % interval of draws."""
+    low, high = np.percentile(draws, INTERVAL)
     return float(low), float(high)

@@ -1,8 +1,8 @@
 """The six scenarios of the evaluation, built from public trace files in a folder the user names.
 
 Every scenario is offered in numbered parts. `part="report"`: seed 0 is the published window, the others
-are further windows of the same trace (those of `coding` overlap: the trace is short). `part="tune"`:
-windows from before all of them, for choosing settings. The rate is varied by stretching time, so a seed is
+are further windows of the same trace, which do not overlap. `part="tune"`: windows from before all of
+them, for choosing settings. The rate is varied by stretching time, so a seed is
 the same requests in the same order at every rate: comparisons are paired.
 
 Lengths come from the trace unless said. Where a scenario draws (which documents, which sessions, Poisson
@@ -12,14 +12,15 @@ before the rate is set, and counted. Class promises are the shipped ones with no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.config import SloConfig
+from slos_serve.config import SloClass, SloConfig
 from slos_serve.errors import ConfigError
 from slos_serve.sim.sessions import tool_sessions
 from slos_serve.sim.traces import Trace, read_lengths, read_trace, synthetic_arrivals
@@ -36,27 +37,32 @@ CONV, CODE = "traces/azure2023_conv.csv.gz", "traces/azure2023_code.csv.gz"
 ARXIV, REASONING = "lengths/arxiv_summarization_4k_llama2.csv.gz", "lengths/reasoning_s1k.csv.gz"
 CONV_LEAD_S = 77.3  # the conversation trace starts this long before the coding trace
 WINDOW_S = 300.0
-TOOL_WINDOW_S = 100.0
 MAX_REASONING = 300  # requests, of 1,000 that are there
 SUMMARIZATION_SHARE = 0.1  # of the requests of `mixed`
 
+# (start, duration) in seconds, apart from each other; every one holds 160 requests or more.
 CONV_WINDOWS = {
-    "report": (900.0, 1155.0, 1410.0, 1665.0, 1920.0, 2175.0, 2430.0, 2685.0, 2940.0, 3195.0),
-    "tune": (0.0, 300.0, 600.0),
+    "report": ((900.0, 300.0), *((1200.0 + 255.0 * i, 255.0) for i in range(9))),
+    "tune": ((0.0, 300.0), (300.0, 300.0), (600.0, 300.0)),
 }
 CODE_WINDOWS = {
-    "report": (1786.0, 950.0, 1070.0, 1190.0, 1310.0, 1430.0, 1550.0, 2086.0, 2206.0, 2326.0),
-    "tune": (150.0, 450.0, 650.0),
-}
-MIXED_WINDOWS = {
-    "report": (1000.0, 1130.0, 1260.0, 1390.0, 1520.0, 1650.0, 1786.0, 2086.0, 2206.0, 2326.0),
-    "tune": (150.0, 450.0, 650.0),
-}  # on the coding trace's clock
+    "report": (
+        *((1786.0, 300.0), (950.0, 170.0), (1120.0, 170.0), (1290.0, 160.0), (1450.0, 170.0)),
+        *((1620.0, 166.0), (2086.0, 150.0), (2236.0, 150.0), (2386.0, 150.0), (2536.0, 160.0)),
+    ),
+    "tune": ((150.0, 280.0), (430.0, 260.0), (690.0, 210.0)),
+}  # those of `mixed` are the same, on this trace's clock
 TOOL_WINDOWS = {
-    "report": (1936.0, 1050.0, 1150.0, 1250.0, 1350.0, 1450.0, 1550.0, 1650.0, 2036.0, 2136.0),
-    "tune": (150.0, 450.0, 650.0),
+    "report": tuple(
+        (start_s, 100.0) for start_s in (1936.0, 1036.0, 1136.0, 1336.0, 1436.0, 1636.0, 1736.0, 2136.0, 2236.0, 2536.0)
+    ),
+    "tune": ((150.0, 100.0), (550.0, 100.0), (850.0, 100.0)),
 }
+Windows = Mapping[str, tuple[tuple[float, float], ...]]
 HISTORY_END_S = 900.0
+
+
+_read_trace, _read_lengths = lru_cache(maxsize=8)(read_trace), lru_cache(maxsize=8)(read_lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +89,18 @@ class Offer:
         """Return this part's and seed's generator; further ones by `stream`."""
         return np.random.default_rng([PARTS.index(self.part), self.seed, stream])
 
-    def start_s(self, windows: dict[str, tuple[float, ...]]) -> float:
-        """Return where this seed's window starts; seeds beyond the list go round."""
-        starts = windows[self.part]
-        return starts[self.seed % len(starts)]
+    def window(self, windows: Windows) -> tuple[float, float]:
+        """Return start and duration of this seed's window, in seconds; seeds beyond the list go round."""
+        known = windows[self.part]
+        return known[self.seed % len(known)]
 
     def read(self, path: str) -> Trace:
         """Read a trace of the data folder. `ConfigError` where it is not there."""
-        return read_trace(self._file(path))
+        return _read_trace(self._file(path))
 
     def lengths(self, path: str) -> Trace:
         """Read a length file of the data folder."""
-        return read_lengths(self._file(path))
+        return _read_lengths(self._file(path))
 
     def file(self, path: str) -> Path:
         """Return an existing file of the data folder."""
@@ -109,11 +115,21 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A named workload. `max_context`: longest sequence offered, in tokens, whatever the hardware could hold."""
+    """A named workload. `max_context`: longest sequence offered, in tokens, whatever the hardware could hold.
+
+    `has_rounds`: requests wait for earlier ones. `enough_requests`: how many of a window a capacity search
+    runs, so that windows cost about the same.
+    `published`, `measured`: the hardware file that stands for the scenario in each set of constants.
+    """
 
     name: str
     build: Callable[[Offer, RequestFactory, int], Workload]
+    classes: tuple[str, ...]
+    has_rounds: bool = False
     max_context: int = 8192
+    enough_requests: int = 500
+    published: str = "a100-40g-opt-6.7b-published"
+    measured: str = "a100-80g-7b-measured"
 
     def max_model_len(self, hardware: Hardware) -> int:
         """Return the context length of this scenario on this hardware."""
@@ -126,16 +142,29 @@ class Scenario:
         return replace(self.build(offer, factory, longest), name=self.name)
 
 
+def scaled_slos(scale: float) -> SloConfig:
+    """Return the classes of the scenarios with every promise multiplied by `scale`."""
+    if scale == 1.0:
+        return SCENARIO_SLOS
+
+    def scaled(slo_class: SloClass) -> SloClass:
+        names = ("ttft_ms", "ttft_slowdown", "tpot_ms", "final_tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
+        given = {name: getattr(slo_class, name) for name in names}
+        return replace(slo_class, **{name: scale * value for name, value in given.items() if value is not None})
+
+    return replace(SCENARIO_SLOS, classes={name: scaled(one) for name, one in SCENARIO_SLOS.classes.items()})
+
+
 def rows_of(trace: Trace, slo_class: str) -> History:
     """Return lengths as history, latest last, at most `HISTORY_ROWS`."""
     prompt, output = trace.prompt_tokens[-HISTORY_ROWS:].tolist(), trace.output_tokens[-HISTORY_ROWS:].tolist()
     return [(slo_class, p, o) for p, o in zip(prompt, output, strict=True)]
 
 
-def history_of(trace: Trace, slo_class: str, start_s: float, longest: int) -> History:
+def history_of(trace: Trace, slo_class: str, window: tuple[float, float], longest: int) -> History:
     """Return what was served in the trace's first part, the window itself left out."""
     times = trace.arrived_at_s
-    outside = (times < HISTORY_END_S) & ~((times >= start_s) & (times < start_s + WINDOW_S))
+    outside = (times < HISTORY_END_S) & ~((times >= window[0]) & (times < sum(window)))
     fits = trace.prompt_tokens + trace.output_tokens <= longest
     return rows_of(trace.select(outside & fits), slo_class)
 
@@ -157,18 +186,18 @@ def merged(parts: list[Trace], span_s: float) -> Trace:
     return Trace.build(arrived_at_s=times[order], span_s=span_s, source="mixed", **sorted_columns)
 
 
-def _window(path: str, slo_class: str, windows: dict[str, tuple[float, ...]]) -> Callable[..., Workload]:
+def _window(path: str, slo_class: str, windows: Windows) -> Callable[..., Workload]:
     def build(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
         trace = offer.read(path)
-        start_s = offer.start_s(windows)
+        window = offer.window(windows)
         return trace_workload(
-            trace.window(start_s, WINDOW_S),
+            trace.window(*window),
             factory,
             max_model_len=longest,
             default_class=slo_class,
             rate_rps=offer.rate_rps,
             max_requests=offer.max_requests,
-            history=history_of(trace, slo_class, start_s, longest),
+            history=history_of(trace, slo_class, window, longest),
         )
 
     return build
@@ -200,35 +229,35 @@ def _summarization(offer: Offer, factory: RequestFactory, longest: int) -> Workl
 
 
 def _mixed(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
-    start_s = offer.start_s(MIXED_WINDOWS)
+    start_s, duration_s = offer.window(CODE_WINDOWS)
     conv, code = offer.read(CONV), offer.read(CODE)
-    chat, _ = conv.window(start_s + CONV_LEAD_S, WINDOW_S).limited_to(longest)
-    coding, _ = code.window(start_s, WINDOW_S).limited_to(longest)
+    chat, _ = conv.window(start_s + CONV_LEAD_S, duration_s).limited_to(longest)
+    coding, _ = code.window(start_s, duration_s).limited_to(longest)
     count = round((len(chat) + len(coding)) * SUMMARIZATION_SHARE / (1 - SUMMARIZATION_SHARE))
     documents, history = _documents(offer, longest, count)
-    times = np.sort(offer.rng(1).uniform(0.0, WINDOW_S, len(documents)))
+    times = np.sort(offer.rng(1).uniform(0.0, duration_s, len(documents)))
     parts = [
         labelled(chat, "chat"),
         labelled(coding, "coding"),
         labelled(documents.with_arrivals(times), "summarization"),
     ]
     return trace_workload(
-        merged(parts, WINDOW_S),
+        merged(parts, duration_s),
         factory,
         max_model_len=longest,
         default_class="chat",
         rate_rps=offer.rate_rps,
         max_requests=offer.max_requests,
         history=[
-            *history_of(conv, "chat", start_s + CONV_LEAD_S, longest),
-            *history_of(code, "coding", start_s, longest),
+            *history_of(conv, "chat", (start_s + CONV_LEAD_S, duration_s), longest),
+            *history_of(code, "coding", (start_s, duration_s), longest),
             *history,
         ],
     )
 
 
 def _reasoning(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
-    times = offer.read(CONV).window(offer.start_s(CONV_WINDOWS), WINDOW_S).arrived_at_s[:MAX_REASONING]
+    times = offer.read(CONV).window(*offer.window(CONV_WINDOWS)).arrived_at_s[:MAX_REASONING]
     count = len(times)
     lengths, _ = offer.lengths(REASONING).limited_to(longest)
     order = offer.rng().permutation(len(lengths))
@@ -248,7 +277,7 @@ def _reasoning(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 
 
 def _tools(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
-    starts = offer.read(CODE).window(offer.start_s(TOOL_WINDOWS), TOOL_WINDOW_S)
+    starts = offer.read(CODE).window(*offer.window(TOOL_WINDOWS))
     return tool_sessions(
         offer.file("lengths/toolbench_full_sessions_calls.csv.gz"),
         offer.file("lengths/lmcache_agent_calls.csv.gz"),
@@ -264,14 +293,38 @@ def _tools(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario(name="chatbot", build=_window(CONV, "chat", CONV_WINDOWS)),
-        Scenario(name="coding", build=_window(CODE, "coding", CODE_WINDOWS)),
-        Scenario(name="summarization", build=_summarization),
-        Scenario(name="mixed", build=_mixed),
-        Scenario(name="tool-calling", build=_tools, max_context=16384),
-        Scenario(name="reasoning", build=_reasoning, max_context=16384),
+        Scenario(name="chatbot", classes=("chat",), build=_window(CONV, "chat", CONV_WINDOWS)),
+        Scenario(name="coding", classes=("coding",), build=_window(CODE, "coding", CODE_WINDOWS)),
+        Scenario(name="summarization", classes=("summarization",), build=_summarization),
+        Scenario(name="mixed", classes=("chat", "coding", "summarization"), build=_mixed),
+        Scenario(
+            name="tool-calling",
+            classes=("tool",),
+            has_rounds=True,
+            build=_tools,
+            max_context=16384,
+            published="a100-40g-toolllama-7b-published",
+            measured="h100-8b-derived",
+        ),
+        Scenario(
+            name="reasoning",
+            classes=("reasoning",),
+            build=_reasoning,
+            max_context=16384,
+            enough_requests=150,
+            published="a100-40g-r1-distill-7b-published",
+            measured="h100-8b-derived",
+        ),
     )
 }
+
+
+HARDWARE_SETS = ("published", "measured")  # names that stand for one hardware file per scenario
+
+
+def hardware_of(scenario: str, name: str) -> str:
+    """Return the hardware that a scenario runs on: `name` itself, or the set's file for the scenario."""
+    return str(getattr(find_scenario(scenario), name)) if name in HARDWARE_SETS else name
 
 
 def find_scenario(name: str) -> Scenario:

@@ -1,0 +1,167 @@
+"""What the searches found, as the document of `capacity --json` and as a table for people.
+
+Ratios are of capacities at 90 %: `ratio` is ours over the best system without drafts, `ratio_spec` over
+the best of all, `ratio_ar` ours without drafts over the best without. The best is chosen on the reported
+windows, which favours the opponent. Intervals are bootstrap intervals over windows, the same windows
+drawn for both sides; those of geometric means draw every scenario's windows on their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from slos_serve.sim.capacity import TARGETS, Answer, Curve, FloatArray, interval, rate_at, ratio_draws
+from slos_serve.sim.cells import CLAIRVOYANT
+from slos_serve.sim.systems import find_system
+
+OURS, OURS_AR = "slos-serve", "slos-serve-ar"
+RATIOS = ("ratio", "ratio_spec", "ratio_ar")
+CAPACITY_KEYS = {0.90: "capacity_rps", 0.95: "capacity_95_rps", 0.99: "capacity_99_rps"}
+
+Answers = Mapping[str, Answer]
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a system is ours, whole or in part."""
+    return name != CLAIRVOYANT and find_system(name).makes_promises
+
+
+def is_baseline(name: str) -> bool:
+    """Tell whether a system is one of the opponents."""
+    return name != CLAIRVOYANT and not find_system(name).makes_promises
+
+
+def capacity_of(answers: Answers, name: str | None, target: float = TARGETS[0]) -> float:
+    """Return a system's capacity, 0 where it is not known."""
+    return (answers[name].curve.capacity(target) or 0.0) if name is not None and name in answers else 0.0
+
+
+def best_of(answers: Answers, names: Sequence[str]) -> str | None:
+    """Return the system with the highest capacity; None where none serves any rate."""
+    best = max(names, key=lambda name: capacity_of(answers, name), default=None)
+    return best if capacity_of(answers, best) > 0 else None
+
+
+def draws_of(answers: Answers, ours: str, baseline: str | None) -> FloatArray | None:
+    """Return draws of a ratio; None without both, or with fewer than three windows."""
+    if baseline is None or ours not in answers or capacity_of(answers, ours) <= 0:
+        return None
+    if len(answers[ours].curve.offered) < 3:
+        return None
+    return ratio_draws(answers[ours].curve, answers[baseline].curve, TARGETS[0])
+
+
+def opponents(answers: Answers) -> dict[str, tuple[str, str | None]]:
+    """Return, for each ratio, our system and the best baseline it is compared with."""
+    baselines = [name for name in answers if is_baseline(name)]
+    plain = [name for name in baselines if not find_system(name).max_draft_length]
+    ours = OURS if OURS in answers else OURS_AR
+    best = best_of(answers, plain)
+    return {"ratio": (ours, best), "ratio_spec": (ours, best_of(answers, baselines)), "ratio_ar": (OURS_AR, best)}
+
+
+def scenario_entry(answers: Answers, *, hardware: str) -> dict[str, Any]:
+    """Return one scenario's part of the document."""
+    entry: dict[str, Any] = {"hardware": hardware}
+    for target, key in CAPACITY_KEYS.items():
+        entry[key] = {name: answer.curve.capacity(target) for name, answer in answers.items()}
+    entry["settings"] = {name: json.loads(answer.settings) for name, answer in answers.items()}
+    entry["spread"] = {name: _spread(answer.curve) for name, answer in answers.items()}
+    pairs = opponents(answers)
+    entry["best_baseline"], entry["best_baseline_spec"] = pairs["ratio"][1], pairs["ratio_spec"][1]
+    for key, (ours, baseline) in pairs.items():
+        left, right = capacity_of(answers, ours), capacity_of(answers, baseline)
+        draws = draws_of(answers, ours, baseline)
+        entry[key] = left / right if right > 0 and left > 0 else None
+        entry[f"{key}_interval"] = None if draws is None else list(interval(draws))
+    bound = capacity_of(answers, CLAIRVOYANT)
+    ours_rps = capacity_of(answers, pairs["ratio"][0])
+    entry["clairvoyant_rps"] = bound or None
+    entry["share_of_clairvoyant"] = ours_rps / bound if bound > 0 and ours_rps > 0 else None
+    entry["attainment"] = {name: curve_rows(answer.curve) for name, answer in answers.items()}
+    first = next(iter(answers.values()), None)
+    entry["num_windows"] = len(first.curve.offered) if first else 0
+    entry["num_requests"] = int(first.curve.offered.sum()) if first else 0
+    return entry
+
+
+def _spread(curve: Curve) -> list[float]:
+    """Return the bootstrap interval of a capacity; with fewer than three windows, the rates that enclose it."""
+    if len(curve.offered) >= 3:
+        return list(interval(curve.draws(TARGETS[0])))
+    indices, fitted = curve.indices, curve.fitted()
+    passing = int((fitted >= TARGETS[0]).sum())
+    return [rate_at(indices[max(passing - 1, 0)]), rate_at(indices[min(passing, len(indices) - 1)])]
+
+
+def curve_rows(curve: Curve) -> list[dict[str, Any]]:
+    """Return attainment by rate, ascending."""
+    return [
+        {
+            "rate_rps": rate_at(index),
+            "attainment": curve.worst(index),
+            "by_class": curve.attainment(index),
+            "promised": curve.promises[index][0],
+            "kept": curve.promises[index][1],
+        }
+        for index in curve.indices
+    ]
+
+
+def hardware_entry(answers: Mapping[str, Answers], hardware: Mapping[str, str]) -> dict[str, Any]:
+    """Return one hardware's part of the document. `answers[scenario]`; `hardware[scenario]` is the file it ran on."""
+    scenarios = {name: scenario_entry(mine, hardware=hardware[name]) for name, mine in answers.items()}
+    geomean: dict[str, Any] = {}
+    for key in RATIOS:
+        geomean[key] = geometric_mean([entry[key] for entry in scenarios.values()])
+        draws = [draws_of(mine, *opponents(mine)[key]) for mine in answers.values()]
+        known = [np.random.default_rng(i).permutation(one) for i, one in enumerate(draws) if one is not None]
+        complete = bool(known) and len(known) == sum(entry[key] is not None for entry in scenarios.values())
+        geomean[f"{key}_interval"] = list(interval(np.exp(np.mean(np.log(known), axis=0)))) if complete else None
+    geomean["num_scenarios"] = sum(entry["ratio"] is not None for entry in scenarios.values())
+    return {"scenarios": scenarios, "geomean": geomean}
+
+
+def geometric_mean(values: Sequence[float | None]) -> float | None:
+    """Return the geometric mean of the values that are known."""
+    known = [value for value in values if value]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else None
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    lines: list[str] = []
+    for name, hardware in document["hardware"].items():
+        scenarios = hardware["scenarios"]
+        systems = list(dict.fromkeys(system for entry in scenarios.values() for system in entry["capacity_rps"]))
+        heads = ["scenario", *systems, "ratio", "to the best with drafts", "without drafts"]
+        lines += [f"### {name}", "", "Capacity in requests per second and GPU (every class attains 90 %); ratios with"]
+        lines += ["95 % intervals over windows.", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for scenario, entry in scenarios.items():
+            cells = [number(entry["capacity_rps"].get(system)) for system in systems]
+            cells += [with_interval(entry[key], entry[f"{key}_interval"]) for key in RATIOS]
+            lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+        mean = hardware["geomean"]
+        cells = [""] * len(systems) + [with_interval(mean[key], mean[f"{key}_interval"]) for key in RATIOS]
+        lines += ["| geometric mean | " + " | ".join(cells) + " |", ""]
+    lines += [f"{name}: no answer, {error}" for name, error in document.get("errors", {}).items()]
+    return "\n".join(lines).rstrip()
+
+
+def number(value: float | None) -> str:
+    """Return a figure with three digits, a dash where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if 0 < value < 1 else f"{value:.2f}"
+
+
+def with_interval(value: float | None, ends: Sequence[float] | None) -> str:
+    """Return a figure and its interval."""
+    if value is None or ends is None:
+        return number(value)
+    return f"{number(value)} [{number(ends[0])}, {number(ends[1])}]"
