@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.core import admission, batching, draft
-from slos_serve.core.batching import Demand, Effort, Machine, simulate
+from slos_serve.core import admission, draft
+from slos_serve.core import demand as columns
+from slos_serve.core.demand import Demand, Effort, Machine
+from slos_serve.core.trial import last_deadline, simulate
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 
 TAIL_S = 1.0
@@ -33,18 +35,18 @@ def read_demand(instance: dict[str, Any]) -> tuple[Demand, list[int]]:
     left = np.array([r["prefill_left"] for r in requests], float)
     reference = np.array([r["deadline"] for r in requests], float)
     running = np.array([r["state"] == "running" for r in requests])
-    demand = np.zeros((batching.NUM_COLUMNS, len(requests)))
-    demand[batching.LEFT] = left
-    demand[batching.DEADLINE] = np.where(left > 0, np.maximum(reference, now), -math.inf)
-    demand[batching.TPOT] = [instance["tpots"][r["tier"]] for r in requests]
-    demand[batching.DUE] = np.where(left > 0, math.inf, reference + demand[batching.TPOT])
-    demand[batching.GAP] = math.inf
-    demand[batching.VERIFY] = demand[batching.GAIN] = demand[batching.STEPS] = 1
-    demand[batching.OUTPUT_LEFT] = 1e18
-    demand[batching.HELD] = running
-    demand[batching.START] = [r["mem_blocks"] for r in requests]
-    demand[batching.VALUE] = [r["value"] for r in requests]
-    demand[batching.REQUIRED] = running
+    demand = np.zeros((columns.NUM_COLUMNS, len(requests)))
+    demand[columns.LEFT] = left
+    demand[columns.DEADLINE] = np.where(left > 0, np.maximum(reference, now), -math.inf)
+    demand[columns.TPOT] = [instance["tpots"][r["tier"]] for r in requests]
+    demand[columns.DUE] = np.where(left > 0, math.inf, reference + demand[columns.TPOT])
+    demand[columns.GAP] = math.inf
+    demand[columns.VERIFY] = demand[columns.GAIN] = demand[columns.STEPS] = 1
+    demand[columns.OUTPUT_LEFT] = 1e18
+    demand[columns.HELD] = running
+    demand[columns.START] = [r["mem_blocks"] for r in requests]
+    demand[columns.VALUE] = [r["value"] for r in requests]
+    demand[columns.REQUIRED] = running
     return demand, [r["id"] for r in requests]
 
 
@@ -57,7 +59,7 @@ def read_machine(instance: dict[str, Any]) -> Machine:
         margin_decode=1.0,
         token_budget=float(hardware.get("max_batch_tokens", 16384)),
         max_seqs=float(hardware.get("max_batch_seqs") or 1_000_000),
-        block_size=1e15,
+        block_size=1e30,
         free_blocks=float(instance["mem_free_blocks"]),
         max_batch_s=math.inf,
         phase_is_gain=instance.get("spec") is not None,
@@ -66,13 +68,13 @@ def read_machine(instance: dict[str, Any]) -> Machine:
 
 def set_lengths(demand: Demand, machine: Machine, acceptance: float, max_verify: int) -> None:
     """Choose draft lengths per tier. Here s verified tokens are s drafter steps, and the rate is owed."""
-    tiers, group = np.unique(demand[batching.TPOT], return_inverse=True)
-    counts = np.bincount(group, weights=np.where(demand[batching.REQUIRED] > 0, 1.0, 0.5), minlength=len(tiers))
+    tiers, group = np.unique(demand[columns.TPOT], return_inverse=True)
+    counts = np.bincount(group, weights=np.where(demand[columns.REQUIRED] > 0, 1.0, 0.5), minlength=len(tiers))
     verify = draft.lengths(tiers, np.full(len(tiers), acceptance), counts, machine, max_verify, step_offset=0.0)
     gain = np.array([draft.expected_tokens(acceptance, int(s)) for s in verify])
-    demand[batching.VERIFY] = demand[batching.STEPS] = verify[group]
-    demand[batching.GAIN] = gain[group]
-    demand[batching.DUE] += (gain[group] - 1) * demand[batching.TPOT]
+    demand[columns.VERIFY] = demand[columns.STEPS] = verify[group]
+    demand[columns.GAIN] = gain[group]
+    demand[columns.DUE] += (gain[group] - 1) * demand[columns.TPOT]
 
 
 def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict[str, Any], float]:
@@ -91,9 +93,9 @@ def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict
 
 def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *, kept: bool) -> dict[str, Any]:
     """Unroll the batches of the chosen requests until one second after the last deadline."""
-    until = float(batching.last_deadline(demand, now_s)) + TAIL_S
+    until = float(last_deadline(demand, now_s)) + TAIL_S
     trial = simulate(machine, demand, now_s, Effort(10**12), eager=False, log_batches=4000, until_s=until)
-    left = demand[batching.LEFT].copy()
+    left = demand[columns.LEFT].copy()
     batches: list[dict[str, Any]] = []
     begin = now_s
     for tokens, end in zip(trial.log_tokens, trial.log_end.tolist(), strict=True):
@@ -102,7 +104,7 @@ def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *
         left = np.where(left > 0, left - tokens, left)
         batches.append({"prefill": prefill, "decode": decode, "start": begin})
         begin = end
-    loop = [[request_id, int(verify)] for request_id, verify in zip(ids, demand[batching.VERIFY], strict=True)]
+    loop = [[request_id, int(verify)] for request_id, verify in zip(ids, demand[columns.VERIFY], strict=True)]
     batches += [{"prefill": [], "decode": loop}] if loop else []
     return {
         "schema": "slo-plan/1",

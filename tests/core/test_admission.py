@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from oracles import Engine, Item, best_set, best_set_milp, is_feasible, loosened
 from states import CONTEXT, TPOTS
 
-from slos_serve.core import admission, batching
-from slos_serve.core.batching import Effort, Machine
+from slos_serve.core import admission
+from slos_serve.core import demand as columns
+from slos_serve.core.demand import Effort, Machine
+from slos_serve.core.trial import simulate
 
 LINES = ((6.878e-5, 2.480e-2), (7.523e-5, 3.03e-3))
 NAMES = ("dp", "greedy")
@@ -35,20 +37,20 @@ def make_machine(engine, **changes):
 def make_demand(items, now_s=0.0):
     """Return the items as a demand, and their positions in its order."""
     order = sorted(range(len(items)), key=lambda i: (max(items[i].lives_from_s, -1e9), i))
-    demand = np.zeros((batching.NUM_COLUMNS, len(items)))
+    demand = np.zeros((columns.NUM_COLUMNS, len(items)))
     for k, i in enumerate(order):
         item = items[i]
-        demand[batching.LEFT, k] = item.prefill
-        demand[batching.DEADLINE, k] = item.lives_from_s
-        demand[batching.DUE, k] = math.inf if item.prefill else now_s + item.tpot_s
-        demand[batching.TPOT, k] = item.tpot_s
-        demand[batching.GAP, k] = math.inf
-        demand[batching.VERIFY, k] = demand[batching.GAIN, k] = 1.0
-        demand[batching.OUTPUT_LEFT, k] = 1e9
-        demand[batching.HELD, k] = float(item.running)
-        demand[batching.START, k] = item.blocks
-        demand[batching.VALUE, k] = item.weight
-        demand[batching.REQUIRED, k] = float(item.running)
+        demand[columns.LEFT, k] = item.prefill
+        demand[columns.DEADLINE, k] = item.lives_from_s
+        demand[columns.DUE, k] = math.inf if item.prefill else now_s + item.tpot_s
+        demand[columns.TPOT, k] = item.tpot_s
+        demand[columns.GAP, k] = math.inf
+        demand[columns.VERIFY, k] = demand[columns.GAIN, k] = 1.0
+        demand[columns.OUTPUT_LEFT, k] = 1e9
+        demand[columns.HELD, k] = float(item.running)
+        demand[columns.START, k] = item.blocks
+        demand[columns.VALUE, k] = item.weight
+        demand[columns.REQUIRED, k] = float(item.running)
     return demand, order
 
 
@@ -193,15 +195,15 @@ def chosen_by(name, engine, queue, *, limit=200_000, **changes):
 def test_the_selected_set_holds_in_batches_and_keeps_what_was_promised(name, engine, queue):
     index, trial, _, demand, machine = chosen_by(name, engine, queue)
     assert len(set(index.tolist())) == len(index)
-    assert set(np.flatnonzero(demand[batching.REQUIRED])) <= set(index.tolist())
+    assert set(np.flatnonzero(demand[columns.REQUIRED])) <= set(index.tolist())
     if trial.kept:
-        again = batching.simulate(machine, demand[:, index], 0.0, Effort(10**9), eager=False)
+        again = simulate(machine, demand[:, index], 0.0, Effort(10**9), eager=False)
         assert again.kept
         assert np.array_equal(again.finished_at, trial.finished_at)
-        prefill = demand[batching.LEFT][index] > 0
-        assert (again.finished_at[prefill] <= demand[batching.DEADLINE][index][prefill] + 1e-9).all()
+        prefill = demand[columns.LEFT][index] > 0
+        assert (again.finished_at[prefill] <= demand[columns.DEADLINE][index][prefill] + 1e-9).all()
     else:
-        assert (demand[batching.REQUIRED][index] == 1).all()
+        assert (demand[columns.REQUIRED][index] == 1).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +255,7 @@ def test_the_rates_of_a_tight_budget_are_those_of_short_batches_back_to_back():
 def test_context_and_attention_make_a_request_dearer():
     demand, _ = make_demand([Item(prefill=1000.0, deadline_s=1.0, tpot_s=0.1)])
     deep = demand.copy()
-    deep[batching.CONTEXT] = 5000.0
+    deep[columns.CONTEXT] = 5000.0
     machine = make_machine(Engine(lines=LINES, token_budget=8192))._replace(lines=CONTEXT.as_array())
     assert admission.reduced(machine, deep).load[0] > admission.reduced(machine, demand).load[0]
     pairs = CONTEXT.as_array()

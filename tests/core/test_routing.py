@@ -158,7 +158,7 @@ def test_a_request_that_an_idle_engine_cannot_serve_is_feasible_nowhere():
 def test_drafts_make_a_pace_possible_that_no_step_alone_would_keep():
     table = RequestTable()
     limits = make_limits(max_num_batched_tokens=8192, max_draft_length=4)
-    fast = {"ttft_s": 1.0, "tpot_s": 0.009}  # a step takes 11 ms
+    fast = {"ttft_s": 1.0, "tpot_s": 0.009, "predicted_output_tokens": 1000.0}  # a step takes 11 ms
     for acceptance, feasible in ((0.0, False), (0.8, True)):
         state = make_state(table, model=CONTEXT, limits=limits, acceptance={"chat": acceptance})
         table.classes[:] = ["chat"]

@@ -30,14 +30,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.core.batching import (
+from slos_serve.core.demand import (
     CONTEXT,
     CUT_OFF,
     DEADLINE,
     GAIN,
+    GAP,
     HELD,
     KEPT,
     LEFT,
+    OUTPUT_LEFT,
     REQUIRED,
     START,
     STEPS,
@@ -47,18 +49,19 @@ from slos_serve.core.batching import (
     Demand,
     Effort,
     Machine,
-    Trial,
-    last_deadline,
-    run,
+    prefill_rate,
 )
 from slos_serve.core.jit import jit
-from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
+from slos_serve.core.perf import FloatArray
+from slos_serve.core.trial import Trial, run
 
 IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 EPS_TOKENS = 1e-6
 MAX_TIERS = 8
 CAUTION = (1.0, 0.95, 0.9, 0.8)
+MAX_LABELS = 25_000  # of one programme
+LABEL_WORK = 2
 
 
 @jit
@@ -257,74 +260,120 @@ def value_density(now, deadline, cost, load, value):  # type: ignore[no-untyped-
 
 
 @jit
+def _attempt(machine, demand, now, max_work, on, finished_at):  # type: ignore[no-untyped-def]
+    """Run the masked requests; return (outcome, position of the one that missed or -1, work)."""
+    index = np.flatnonzero(on)
+    at = np.full(index.shape[0], np.inf)
+    none = np.zeros(0)
+    outcome, missed, _, work = run(
+        machine, demand[:, index], False, now, -np.inf, max_work, none, -np.inf, at, np.zeros((0, 0)), none
+    )
+    if outcome == KEPT:
+        finished_at[:] = np.inf
+        finished_at[index] = at
+    return outcome, index[missed] if missed >= 0 else -1, work + 2 * index.shape[0]
+
+
+@jit
+def _cheapest(demand, on, density, missed):  # type: ignore[no-untyped-def]
+    """Return the candidate of least value density among those that may have delayed `missed`, or -1."""
+    worst = -1
+    for turn in range(2):
+        for i in range(on.shape[0]):
+            if not on[i] or demand[REQUIRED, i] > 0.0:
+                continue
+            if turn == 0 and missed >= 0 and demand[DEADLINE, i] > demand[DEADLINE, missed] and i != missed:
+                continue
+            if worst < 0 or density[i] < density[worst]:
+                worst = i
+        if worst >= 0:
+            break
+    return worst
+
+
+@jit
+def _asks_more(demand, i, other):  # type: ignore[no-untyped-def]
+    """Tell whether candidate `i` asks for at least what candidate `other` does, in every way."""
+    return (
+        demand[DEADLINE, i] <= demand[DEADLINE, other]
+        and demand[LEFT, i] >= demand[LEFT, other]
+        and demand[CONTEXT, i] >= demand[CONTEXT, other]
+        and demand[TPOT, i] <= demand[TPOT, other]
+        and demand[GAP, i] <= demand[GAP, other]
+        and demand[OUTPUT_LEFT, i] >= demand[OUTPUT_LEFT, other]
+        and demand[START, i] >= demand[START, other]
+    )
+
+
+@jit
 def search(machine, demand, now, max_work, on, density, finished_at):  # type: ignore[no-untyped-def]
-    """Mend `on` until a run of batches keeps every deadline, then extend it; return (outcome, work).
+    """Mend `on` until a run keeps every deadline, then extend it while work is left; return (outcome, work).
 
     Mend: let go of the candidate with the least value density among those that delayed the one that
-    missed. Extend: try the rest by value density, while work is left. `finished_at` receives the prefill
-    ends of the final set. `outcome` is KEPT, or why the required requests alone cannot be kept.
+    missed. Where half of the work does not suffice for that, begin again with the required requests and
+    add many at a time: whatever was kept last is a valid answer at any moment. Extend: try the rest by
+    value density, except those that ask for more than one that failed. `finished_at` receives the
+    prefill ends of the final set. `outcome` is KEPT, or why the required requests alone cannot be kept.
     """
     n = demand.shape[1]
+    proposed = on.copy()
     work = 0
-    order = np.argsort(-density, kind="mergesort")
-    position = -1
-    kept = False
-    no_log = np.zeros((0, 0))
-    no_end = np.zeros(0)
-    finished_at[:] = np.inf
     while True:
-        index = np.flatnonzero(on)
-        part = demand[:, index]
-        at = np.full(index.shape[0], np.inf)
-        budget = max_work - work if kept else min(max_work - work, max_work // 4)
-        outcome, missed, _, cost = run(machine, part, False, now, last_deadline(part, now), budget, at, no_log, no_end)
-        work += cost + 2 * index.shape[0]
+        outcome, missed, cost = _attempt(machine, demand, now, max_work // 2 - work, on, finished_at)
+        work += cost
         if outcome == KEPT:
-            kept = True
-            finished_at[:] = np.inf
-            finished_at[index] = at
-        elif kept:
-            on[order[position]] = False
-        elif outcome == CUT_OFF:
-            # too much to look at: halve what is optional, and promise nothing new when the work is spent
-            optional = 0
-            for i in index:
-                if demand[REQUIRED, i] == 0.0:
-                    optional += 1
-            if optional == 0:
-                return outcome, work
-            spent = work >= max_work
-            passed = 0
-            for i in order:
-                if on[i] and demand[REQUIRED, i] == 0.0:
-                    passed += 1
-                    if spent or passed > optional // 2:
-                        on[i] = False
-            if spent:
-                return outcome, work
+            break
+        if outcome == CUT_OFF or work >= max_work // 2:
+            break
+        worst = _cheapest(demand, on, density, missed)
+        if worst < 0:
+            return outcome, work
+        on[worst] = False
+    rank = -density
+    step = 1
+    leap = 1
+    if outcome != KEPT:
+        on[:] = demand[REQUIRED] > 0.0
+        outcome, _, cost = _attempt(machine, demand, now, max_work - work, on, finished_at)
+        work += cost
+        if outcome != KEPT:
+            return outcome, work
+        rank = np.where(proposed, rank - density.max() - 1.0, rank)
+        step = max(1, np.sum(proposed & ~on) // 2)
+        leap = 2
+    order = np.argsort(rank, kind="mergesort")
+    failed = np.empty(n, np.int64)
+    num_failed = 0
+    added = np.empty(n, np.int64)
+    k = 0
+    while k < n and work < max_work:
+        following = k
+        count = 0
+        while following < n and count < step:
+            i = order[following]
+            following += 1
+            hopeless = on[i]
+            for f in range(num_failed):
+                hopeless = hopeless or _asks_more(demand, i, failed[f])
+            if not hopeless:
+                added[count] = i
+                count += 1
+                on[i] = True
+        if count == 0:
+            break
+        outcome, _, cost = _attempt(machine, demand, now, max_work - work, on, finished_at)
+        work += cost
+        if outcome == KEPT:
+            k = following
+            step *= leap
             continue
-        else:
-            limit = np.inf if missed < 0 else demand[DEADLINE, index[missed]]
-            worst = -1
-            for turn in range(2):
-                for k in range(index.shape[0]):
-                    i = index[k]
-                    if demand[REQUIRED, i] > 0.0 or (turn == 0 and demand[DEADLINE, i] > limit and k != missed):
-                        continue
-                    if worst < 0 or density[i] < density[worst]:
-                        worst = i
-                if worst >= 0:
-                    break
-            if worst < 0:
-                return outcome, work
-            on[worst] = False
-            continue
-        position += 1
-        while position < n and on[order[position]]:
-            position += 1
-        if position >= n or work >= max_work:
-            return KEPT, work
-        on[order[position]] = True
+        on[added[:count]] = False
+        if count == 1:
+            failed[num_failed] = added[0]
+            num_failed += 1
+            k = following
+        step = max(1, count // 2)
+    return KEPT, work
 
 
 def select(
@@ -345,9 +394,9 @@ def select(
         if name == "greedy":
             on, value = greedy(now_s, *careful), math.inf
         else:
-            beam = max(1, min(width, effort.left // max(1, 4 * everyone.shape[1])))
+            beam = max(1, min(width, min(effort.left // 8, MAX_LABELS) // max(1, everyone.shape[1])))
             feasible, value, on, expanded = choose(now_s, *careful, beam)
-            effort.spent += int(expanded)
+            effort.spent += LABEL_WORK * int(expanded)
             on = on if feasible else required.copy()
         if best is not None and value <= best[0] + 1e-9:
             break
@@ -386,14 +435,12 @@ def reduced(machine: Machine, everyone: Demand) -> Reduced:
     per_decode = everyone[VERIFY] + (request_s + read_s * everyone[CONTEXT]) / token_s
     pairs = everyone[LEFT] * (everyone[CONTEXT] + 0.5 * everyone[LEFT])
     steps = float(everyone[STEPS].max(initial=0.0))
-    whole = machine.margin_prefill * batch_seconds(lines, machine.token_budget, 1.0, 0.0, steps, 0.0)
-    rates = np.empty(len(tiers) + 1)
-    for t, period in enumerate(tiers.tolist()):
-        # where the token budget binds before the period ends, shorter batches follow one another
-        length = min(period, whole)
-        room = max_chunk_tokens(lines, length / machine.margin_prefill, 0.0, 1.0, 0.0, steps, 0.0, 0.0)
-        rates[t] = max(0.0, min(room, machine.token_budget)) / length
-    rates[-1] = machine.token_budget / whole
+    rates = np.array(
+        [
+            max(0.0, prefill_rate(lines, machine.margin_prefill, machine.token_budget, period, 0.0, 0.0, 0.0, steps))
+            for period in [*tiers.tolist(), math.inf]
+        ]
+    )
     required = everyone[REQUIRED] > 0
     return Reduced(
         deadline=everyone[DEADLINE],

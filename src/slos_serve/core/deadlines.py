@@ -316,16 +316,16 @@ def outcome(
     return "met" if grade.met else "missed"
 
 
-def pace_s(rows: Rows) -> FloatArray:
+def pace_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
     """Return the seconds per output token that each row must hold from now on; `inf` where it need not.
 
-    The TPOT of the span it is in, or the pace that its `e2e` promise asks for, if that is faster. Shape
-    (len(rows),).
+    The TPOT of the span it is in, or the pace that its `e2e` promise asks for, if that is faster:
+    deadlines of `next_due_s` with the same `min_token_s` are as far apart. Shape (len(rows),).
     """
     promised = np.where(rows["is_thinking"] != 0, _thinking_tpot_s(rows), rows["tpot_s"])
     bound = np.isfinite(rows["e2e_deadline_s"])
     if bound.any():
-        np.minimum(promised, _e2e_pace_s(rows), out=promised, where=bound)
+        np.minimum(promised, _e2e_pace_s(rows, min_token_s), out=promised, where=bound)
     return promised
 
 

@@ -5,7 +5,9 @@ average, where a is the chance that a draft is accepted; s = 1 is autoregressive
 needs one batch per Acc(s) * TPOT seconds, so longer drafts allow longer batches, and cost s tokens each.
 
 For every period that some tier and length would allow, each other tier takes the shortest length that
-keeps up with it. The period whose prefill rate is highest wins: every draft token is priced as a token.
+keeps up with it. While prompts wait, the period whose prefill rate is highest wins: every draft token is
+priced as a token that prefills could have had. While none waits, the one with the most output tokens per
+second does: what is ahead of schedule, or has ended, makes room for prompts to come.
 Expected, not guaranteed: accepted tokens come in bursts, so plans hold against cumulative deadlines.
 """
 
@@ -16,14 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slos_serve.core.demand import prefill_rate
 from slos_serve.core.jit import jit
-from slos_serve.core.perf import FloatArray, max_chunk_tokens
+from slos_serve.core.perf import FloatArray, batch_seconds
 
 if TYPE_CHECKING:
-    from slos_serve.core.batching import Machine
+    from slos_serve.core.demand import Machine
     from slos_serve.core.types import IntArray
 
-# A length changes only when the new rate is better by this share.
+# Lengths change only where others are better by this share.
 SWITCH_GAIN = 0.02
 
 
@@ -36,40 +39,45 @@ def expected_tokens(acceptance, verify):  # type: ignore[no-untyped-def]
 
 
 @jit
-def prefill_rate(lines, margin, budget, period, verify, counts, context, step_offset):  # type: ignore[no-untyped-def]
-    """Return the prefill tokens per second left when each group is served once per `period` seconds."""
+def _score(lines, margin, budget, period, verify, gains, counts, context, step_offset, waiting):  # type: ignore[no-untyped-def]
+    """Return the prefill tokens per second left when each group is served once per `period` seconds.
+
+    Where none are `waiting`: the output tokens per second of batches of all, back to back. Negative where
+    the decodes alone are too much for the period.
+    """
     steps = 0.0
     load = 0.0
-    requests = 1.0
+    requests = 0.0
+    gain = 0.0
     for g in range(counts.shape[0]):
         if counts[g] > 0.0:
             steps = max(steps, verify[g] + step_offset)
             load += counts[g] * verify[g]
             requests += counts[g]
-    room = max_chunk_tokens(lines, period / margin, load, requests, context, steps, 0.0, 0.0)
-    if room <= 0.0:
-        # how far the tokens alone overrun, so that the least bad length still wins
-        room = max_chunk_tokens(lines, period / margin, 0.0, requests, context, steps, 0.0, 0.0) - load
-    return min(room, budget - load) / period
+            gain += counts[g] * gains[g, verify[g]]
+    seconds = margin * batch_seconds(lines, load, requests, context, steps, 0.0)
+    if waiting or seconds > period or load > budget:
+        return prefill_rate(lines, margin, budget, period, load / period, requests / period, context / period, steps)
+    return gain / seconds
 
 
 @jit
-def _best_lengths(lines, margin, budget, tpot, acceptance, counts, context, max_verify, step_offset):  # type: ignore[no-untyped-def]
+def _best_lengths(lines, margin, budget, tpot, gains, counts, context, max_verify, step_offset, waiting):  # type: ignore[no-untyped-def]
     groups = tpot.shape[0]
     best = np.ones(groups, np.int64)
     verify = np.ones(groups, np.int64)
-    best_rate = -np.inf
+    best_score = -np.inf
     for leader in range(groups):
         if counts[leader] <= 0.0 or not math.isfinite(tpot[leader]):
             continue
         for s in range(1, max_verify + 1):
-            period = expected_tokens(acceptance[leader], s) * tpot[leader]
+            period = gains[leader, s] * tpot[leader]
             possible = True
             for g in range(groups):
                 verify[g] = 1
                 if counts[g] <= 0.0 or not math.isfinite(tpot[g]):
                     continue
-                while expected_tokens(acceptance[g], verify[g]) * tpot[g] < period - 1e-12:
+                while gains[g, verify[g]] * tpot[g] < period - 1e-12:
                     verify[g] += 1
                     if verify[g] > max_verify:
                         possible = False
@@ -78,11 +86,11 @@ def _best_lengths(lines, margin, budget, tpot, acceptance, counts, context, max_
                     break
             if not possible:
                 continue
-            rate = prefill_rate(lines, margin, budget, period, verify, counts, context, step_offset)
-            if rate - best_rate > 1e-9 * abs(rate):
-                best_rate = rate
+            score = _score(lines, margin, budget, period, verify, gains, counts, context, step_offset, waiting)
+            if score - best_score > 1e-9 * abs(score):
+                best_score = score
                 best[:] = verify
-    return best, best_rate
+    return best, best_score
 
 
 def lengths(
@@ -95,21 +103,23 @@ def lengths(
     context_tokens: float = 0.0,
     current: IntArray | None = None,
     step_offset: float = -1.0,
+    waiting: bool = True,
 ) -> IntArray:
     """Return the tokens to verify per step for each group of requests with one TPOT and acceptance.
 
     `counts`: live requests per group; `context_tokens`: what their decodes read per step. `current`
-    lengths stay unless others raise the prefill rate by `SWITCH_GAIN`. `step_offset`: drafter steps of s
-    verified tokens, less s. Shape (groups,).
+    lengths (0: unknown) stay unless others are better by `SWITCH_GAIN`. `step_offset`: drafter steps of s
+    verified tokens, less s. `waiting`: prompts wait to be prefilled. Shape (groups,).
     """
+    gains = np.array([[expected_tokens(a, s) for s in range(max_verify + 1)] for a in acceptance.tolist()])
     args = (machine.lines, machine.margin_prefill, machine.token_budget)
-    best, best_rate = _best_lengths(*args, tpot, acceptance, counts, context_tokens, max_verify, step_offset)
+    best, best_score = _best_lengths(*args, tpot, gains, counts, context_tokens, max_verify, step_offset, waiting)
     verify: IntArray = best
-    if current is not None and (current <= max_verify).all() and (current != best).any():
-        gains = np.array([expected_tokens(float(a), int(s)) for a, s in zip(acceptance, current, strict=True)])
-        period = float((gains * tpot)[counts > 0].min(initial=math.inf))
-        if math.isfinite(period):
-            rate = prefill_rate(*args, period, current, counts, context_tokens, step_offset)
-            if rate >= 0 and best_rate < rate * (1 + SWITCH_GAIN):
-                return current
+    if current is None or not ((current >= 1) & (current <= max_verify)).all() or (current == best).all():
+        return verify
+    period = float((gains[np.arange(len(tpot)), current] * tpot)[counts > 0].min(initial=math.inf))
+    if math.isfinite(period):
+        score = _score(*args, period, current, gains, counts, context_tokens, step_offset, waiting)
+        if score >= 0 and best_score < score * (1 + SWITCH_GAIN):
+            return current
     return verify

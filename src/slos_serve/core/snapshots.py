@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from slos_serve.core import batching
+from slos_serve.core import demand as columns
 from slos_serve.core.admission import merge_tiers
-from slos_serve.core.batching import Demand, Machine
 from slos_serve.core.deadlines import next_due_s, pace_s
+from slos_serve.core.demand import Demand, Machine
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
 from slos_serve.core.types import Limits, Status, Tier
 
@@ -190,7 +190,7 @@ def snapshot_of(
     held = rows["num_kv_blocks"].astype(np.float64)
     start = np.ceil((total + 1) / limits.block_size)
     due = next_due_s(rows, fixed_s) - limits.guard_s
-    tpot = np.maximum(pace_s(rows), MIN_TPOT_S)
+    tpot = np.maximum(pace_s(rows, fixed_s), MIN_TPOT_S)
     has_slo = np.isfinite(due) | np.isfinite(tpot) | np.isfinite(rows["max_gap_s"])
     alive = has_slo & (rows["missed"] == 0)
     promised = alive & (rows["tier"] == Tier.PROMISED)
@@ -298,11 +298,11 @@ def prefill_demand(rows: Sequence[PrefillRow]) -> Demand:
     demand = _empty(len(rows))
     if rows:
         values = np.array([row[1:] for row in rows], np.float64).T
-        demand[batching.LEFT], demand[batching.CONTEXT], demand[batching.DEADLINE] = values[:3]
-        demand[batching.TPOT], demand[batching.OUTPUT_LEFT] = values[3:5]
-        demand[batching.HELD], demand[batching.START] = values[5:7]
-        demand[batching.DUE] = math.inf
-        demand[batching.REQUIRED] = values[8]
+        demand[columns.LEFT], demand[columns.CONTEXT], demand[columns.DEADLINE] = values[:3]
+        demand[columns.TPOT], demand[columns.OUTPUT_LEFT] = values[3:5]
+        demand[columns.HELD], demand[columns.START] = values[5:7]
+        demand[columns.DUE] = math.inf
+        demand[columns.REQUIRED] = values[8]
     return demand
 
 
@@ -311,17 +311,17 @@ def group_demand(groups: Sequence[DecodeGroup]) -> Demand:
     demand = _empty(len(groups))
     if groups:
         tpot, size, context, due, output_left, held, _ = np.array(groups, np.float64).T
-        demand[batching.CONTEXT], demand[batching.DUE], demand[batching.HELD] = context, due, held
-        demand[batching.TPOT] = tpot / size
-        demand[batching.VERIFY] = demand[batching.GAIN] = size
-        demand[batching.OUTPUT_LEFT] = output_left
-        demand[batching.DEADLINE] = -math.inf
-        demand[batching.REQUIRED] = 1.0
+        demand[columns.CONTEXT], demand[columns.DUE], demand[columns.HELD] = context, due, held
+        demand[columns.TPOT] = tpot / size
+        demand[columns.VERIFY] = demand[columns.GAIN] = size
+        demand[columns.OUTPUT_LEFT] = output_left
+        demand[columns.DEADLINE] = -math.inf
+        demand[columns.REQUIRED] = 1.0
     return demand
 
 
 def _empty(num_requests: int) -> Demand:
-    demand = np.zeros((batching.NUM_COLUMNS, num_requests))
-    demand[batching.GAP] = math.inf
-    demand[batching.VERIFY] = demand[batching.GAIN] = demand[batching.VALUE] = 1.0
+    demand = np.zeros((columns.NUM_COLUMNS, num_requests))
+    demand[columns.GAP] = math.inf
+    demand[columns.VERIFY] = demand[columns.GAIN] = demand[columns.VALUE] = 1.0
     return demand

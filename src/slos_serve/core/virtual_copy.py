@@ -1,6 +1,6 @@
 """A replica as a router sees it between two snapshots: the planner's test, and a cheap guess before it.
 
-`VirtualCopy.slack_s` runs the planner's own `batching.simulate` on the snapshot's demand, moved on to now,
+`VirtualCopy.slack_s` runs the planner's own `trial.simulate` on the snapshot's demand, moved on to now,
 with what has been sent since and the request in question. `VirtualCopy.guess` is a closed form over the
 same figures for when there are many replicas to look at: prefill backlog due before the request, the
 rate that the decodes leave, KV blocks, and the price of the promise.
@@ -21,10 +21,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.core import batching, draft
-from slos_serve.core.batching import Effort, Machine, simulate
+from slos_serve.core import demand as columns
+from slos_serve.core import draft
+from slos_serve.core.demand import Effort, Machine
 from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
 from slos_serve.core.snapshots import PrefillRow, ReplicaSnapshot, group_demand, machine_of, prefill_demand
+from slos_serve.core.trial import simulate
 
 BoolArray = npt.NDArray[np.bool_]
 PRICE_BASE = 64.0  # how much dearer a full resource is than an empty one
@@ -103,14 +105,14 @@ class VirtualCopy:
             self._set_lengths(demand, rows)
         kept = self._within_reach(demand) | is_new
         order = np.flatnonzero(kept)
-        order = order[np.argsort(demand[batching.DEADLINE, order], kind="stable")]
+        order = order[np.argsort(demand[columns.DEADLINE, order], kind="stable")]
         demand = demand[:, order]
         position = int(np.flatnonzero(is_new[order])[0])
         effort = Effort(work_limit)
         for eager in (True, False):
             trial = simulate(self.machine, demand, 0.0, effort, eager=eager)
             if trial.kept:
-                slack = demand[batching.DEADLINE, position] - trial.finished_at[position]
+                slack = demand[columns.DEADLINE, position] - trial.finished_at[position]
                 return float(slack) if math.isfinite(slack) else NEVER_S
         return None
 
@@ -123,33 +125,33 @@ class VirtualCopy:
         at_s = self.snapshot.time_s
         n, m = self.num_groups, self.demand.shape[1]
         groups, rows = demand[:, :n], demand[:, n:m]
-        demand[batching.DEADLINE] -= now_s
+        demand[columns.DEADLINE] -= now_s
         everyone = batch_seconds(
-            self.machine.lines, groups[batching.VERIFY].sum(), float(n), groups[batching.CONTEXT].sum(), 0.0, 0.0
+            self.machine.lines, groups[columns.VERIFY].sum(), float(n), groups[columns.CONTEXT].sum(), 0.0, 0.0
         )
-        groups[batching.DUE] = np.maximum(groups[batching.DUE] - at_s, self.machine.margin_decode * everyone)
+        groups[columns.DUE] = np.maximum(groups[columns.DUE] - at_s, self.machine.margin_decode * everyone)
         if elapsed_s > 0.0:
-            ran = np.where(np.isfinite(groups[batching.TPOT]), elapsed_s / groups[batching.TPOT], 0.0)
-            groups[batching.OUTPUT_LEFT] = np.maximum(groups[batching.GAIN], groups[batching.OUTPUT_LEFT] - ran)
-            left = rows[batching.LEFT]
+            ran = np.where(np.isfinite(groups[columns.TPOT]), elapsed_s / groups[columns.TPOT], 0.0)
+            groups[columns.OUTPUT_LEFT] = np.maximum(groups[columns.GAIN], groups[columns.OUTPUT_LEFT] - ran)
+            left = rows[columns.LEFT]
             before = np.cumsum(left) - left
             done = np.floor(np.clip(self.rate * elapsed_s - before, 0.0, left - 1.0))
-            rows[batching.LEFT] -= done
-            rows[batching.CONTEXT] += done
+            rows[columns.LEFT] -= done
+            rows[columns.CONTEXT] += done
 
     def _within_reach(self, demand: FloatArray) -> BoolArray:
         """Tell which columns the engine could still serve in time alone: the planner lets go of the others."""
         lines = self.machine.lines
-        left = demand[batching.LEFT]
-        pairs = left * (demand[batching.CONTEXT] + 0.5 * left)
+        left = demand[columns.LEFT]
+        pairs = left * (demand[columns.CONTEXT] + 0.5 * left)
         alone = (lines[:, 0:1] * left + lines[:, 4:5] * pairs + lines[:, 1:2] + lines[:, 5:6]).max(axis=0)
-        reach: BoolArray = (left == 0.0) | (alone <= demand[batching.DEADLINE])
+        reach: BoolArray = (left == 0.0) | (alone <= demand[columns.DEADLINE])
         return reach
 
     def _set_lengths(self, demand: FloatArray, rows: Sequence[PrefillRow]) -> None:
         """Choose draft lengths by TPOT as the planner does."""
         n = self.num_groups
-        tpot = demand[batching.TPOT].copy()
+        tpot = demand[columns.TPOT].copy()
         tpot[:n] *= self.counts[:n]
         counts = np.concatenate([self.counts, np.full(len(rows), 0.5)])
         acceptance = np.concatenate([self.acceptance, [row.acceptance for row in rows]])
@@ -158,12 +160,12 @@ class VirtualCopy:
         mean = np.bincount(group, counts * acceptance, len(tpots)) / totals
         verify = draft.lengths(
             tpots, mean, totals, self.machine, self.snapshot.limits.max_draft_length + 1,
-            context_tokens=float(demand[batching.CONTEXT, :n].sum()),
+            context_tokens=float(demand[columns.CONTEXT, :n].sum()),
         )  # fmt: skip
         gain = np.array([draft.expected_tokens(a, s) for a, s in zip(mean, verify, strict=True)])
-        demand[batching.VERIFY] *= verify[group]
-        demand[batching.GAIN] *= gain[group]
-        demand[batching.STEPS] = verify[group] - 1
+        demand[columns.VERIFY] *= verify[group]
+        demand[columns.GAIN] *= gain[group]
+        demand[columns.STEPS] = verify[group] - 1
 
     def guess(
         self, replica_id: str, row: PrefillRow, sent: Sequence[PrefillRow], now_s: float, extra_tokens: float

@@ -1,0 +1,99 @@
+"""What plans are computed on: the columns of a demand, the machine that serves it, and the work allowed.
+
+A *demand* is an array of shape (`NUM_COLUMNS`, requests), requests in order of `DEADLINE`; its rows are
+named below. Times are seconds, already reduced by the guard; sizes are tokens and KV blocks. Speculative
+decoding is two numbers per request: a decode verifies `VERIFY` tokens and is expected to yield `GAIN` of
+them, so its period is `GAIN * TPOT`. Autoregressive decoding is `VERIFY = GAIN = 1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from slos_serve.core.jit import jit
+from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
+
+Demand = FloatArray
+
+LEFT = 0  # prompt tokens still to prefill; 0 in decode
+CONTEXT = 1  # tokens computed so far
+DEADLINE = 2  # when the prefill must be done; inf: no promise about it; -inf in decode
+DUE = 3  # when the next decode token is owed; inf while prefilling or where nothing is owed
+TPOT = 4  # seconds per output token; inf: none
+GAP = 5  # longest silence; inf: none
+VERIFY = 6  # tokens computed by one decode
+GAIN = 7  # output tokens expected of it
+STEPS = 8  # drafter steps of it
+OUTPUT_LEFT = 9  # predicted output tokens still to come
+HELD = 10  # KV blocks held or granted
+START = 11  # KV blocks that must be free before the first chunk of a request that holds none
+VALUE = 12  # weight of a candidate
+REQUIRED = 13  # 1 where promised already
+NUM_COLUMNS = 14
+
+# What a batch adds up to, and when it has to end.
+TOKENS, REQUESTS, READ, DRAFTS, PAIRS, HAS_PREFILL, LIMIT = range(7)
+NUM_TOTALS = 7
+
+# How a run of batches ends.
+KEPT, MISSED, STUCK, CUT_OFF, FULL = range(5)
+
+EPS_S = 1e-9
+
+
+class Machine(NamedTuple):
+    """What one engine step may hold, and how long it takes.
+
+    `lines` as in `perf`; `max_batch_s` bounds a batch; `phase_is_gain`: a burst of accepted tokens is owed
+    as a whole (the rate counts) rather than from its first token on.
+    """
+
+    lines: FloatArray
+    margin_prefill: float
+    margin_decode: float
+    token_budget: float
+    max_seqs: float
+    block_size: float
+    free_blocks: float
+    max_batch_s: float
+    phase_is_gain: bool = False
+
+
+@dataclass(slots=True)
+class Effort:
+    """What is left of the work limit of one plan."""
+
+    limit: int
+    spent: int = 0
+
+    @property
+    def left(self) -> int:
+        """Return the work still allowed."""
+        return max(0, self.limit - self.spent)
+
+    @contextmanager
+    def part(self, parts: int) -> Iterator[Effort]:
+        """Lend one of `parts` equal parts of what is left; what is spent of it counts here too."""
+        part = Effort(max(1, self.left // parts))
+        yield part
+        self.spent += part.spent
+
+
+@jit
+def prefill_rate(lines, margin, budget, period, tokens, requests, read, steps):  # type: ignore[no-untyped-def]
+    """Return the most prefill tokens per second beside decodes, in batches of at most `period` seconds.
+
+    The decodes add `tokens`, `requests` and `read` context tokens per second; a batch has `steps` drafter
+    steps and at most `budget` tokens, so shorter batches follow one another where the budget binds first.
+    Negative where the decodes alone are too much: by how much, so that the least bad choice still wins.
+    """
+    length = min(period, margin * batch_seconds(lines, budget, 1.0, 0.0, steps, 0.0))
+    load = tokens * length
+    count = 1.0 + requests * length
+    room = max_chunk_tokens(lines, length / margin, load, count, read * length, steps, 0.0, 0.0)
+    if room <= 0.0:
+        room = max_chunk_tokens(lines, length / margin, 0.0, count, read * length, steps, 0.0, 0.0) - load
+    return min(room, budget - load) / length
