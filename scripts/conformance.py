@@ -65,6 +65,7 @@ def main() -> int:
     folder = cache_folder("conformance") / version
     if not folder.exists():
         fetch(version, folder)
+    prepare(folder)
     found = {kind: run(kind, folder, args) for kind in KINDS}
     document = compare(version, found)
     if args.json:
@@ -83,7 +84,7 @@ def installed_version() -> str:
 
 
 def fetch(version: str, folder: Path) -> None:
-    """Unpack the tests of vLLM's source package into `folder` and put stand-ins for the models beside them."""
+    """Unpack the tests of vLLM's source package into `folder`."""
     print(f"fetching the source package of vLLM {version} (40 MB, once)", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         backend = Path(scratch) / "backend" / "setuptools"
@@ -98,12 +99,16 @@ def fetch(version: str, folder: Path) -> None:
             sys.exit(f"conformance: pip could not fetch the source package of vLLM {version}")
         with complete_folder(folder) as draft:
             unpack(archives[0], draft)
-            here = Path(__file__).parent
-            for name, config in json.loads((here / "conformance_models.json").read_text(encoding="utf-8")).items():
-                stand_in(draft / name, config)
-            if importlib.util.find_spec("torchvision") is None:
-                (draft / "torchvision").mkdir()
-                shutil.copyfile(here / "conformance_torchvision.py", draft / "torchvision" / "__init__.py")
+
+
+def prepare(folder: Path) -> None:
+    """Put stand-ins for the models, and for torchvision where there is none, beside the tests."""
+    here = Path(__file__).parent
+    for name, config in json.loads((here / "conformance_models.json").read_text(encoding="utf-8")).items():
+        stand_in(folder / name, config)
+    if importlib.util.find_spec("torchvision") is None:
+        (folder / "torchvision").mkdir(exist_ok=True)
+        shutil.copyfile(here / "conformance_torchvision.py", folder / "torchvision" / "__init__.py")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -127,7 +132,7 @@ def stand_in(folder: Path, config: dict[str, Any]) -> None:
     """Write a model's configuration and a tokenizer of a few words: all that a scheduler's tests look at."""
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - vLLM brings it
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"torch_dtype": "float16", **config}))
     words = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(33, 127))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
