@@ -49,7 +49,7 @@ class Steered:
             max_model_len=1024,
             max_num_seqs=8,
             max_num_batched_tokens=256,
-            block_size=16,
+            block_size=32,
             kv_cache_memory_bytes=256 << 20,
             scheduler_cls="slos_serve.vllm_plugin.scheduler.SloScheduler",
             additional_config={"slo": slo},
@@ -160,7 +160,7 @@ def test_every_feature_gives_the_same_output_observed_and_enforced(engine) -> No
         params(RELAXED, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])),
         params(RELAXED, stop=["five"], max_tokens=40),
         params({"slo_class": "chat"}, logprobs=3, prompt_logprobs=2),
-        params({"slo_ttft_ms": 1, "slo_tpot_ms": 1}, n=3),
+        params({"slo_ttft_ms": 1, "slo_tpot_ms": 1}, n=3, temperature=0.7, seed=3),
         params(max_tokens=1),
     )
     engine.slo.set_mode("observe")
