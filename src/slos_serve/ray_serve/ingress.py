@@ -7,6 +7,7 @@ sum of their reports, so that a client sees one server.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
@@ -94,8 +95,8 @@ class SloIngress(OpenAiIngress):
         info = names.RawRequestInfo.from_starlette_request(raw_request) if raw_request is not None else None
         method = getattr(handle, call_method)
 
-        def send(hop: Hop) -> Any:
-            return method.remote(body, info, hop=hop)
+        def send(hop: Hop) -> Reply:
+            return Reply(method.remote(body, info, hop=hop))
 
         def tell(note: Note, num_hops: int) -> None:
             self._tell(note, num_hops, body)
@@ -162,6 +163,23 @@ class SloIngress(OpenAiIngress):
         return replies.metrics()
 
 
+class Reply:
+    """What a replica yields. Where Ray says that the request was cancelled, so is whoever waits for it."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self._generator.__anext__()
+        except names.TaskCancelledError:
+            raise asyncio.CancelledError from None
+
+    def cancel(self) -> None:
+        """Give the request up at the replica."""
+        self._generator.cancel()
+
+
 def _switch(handle: Any, order: dict[str, Any]) -> Mapping[str, Any]:
     """Give an order about the mode to every replica that runs now; `TimeoutError` where one does not answer."""
     said: list[dict[str, Any]] = handle.broadcast("set_mode", order).results(timeout_s=CONTROL_S)
@@ -173,7 +191,7 @@ def is_fault(error: BaseException) -> bool:
     """Tell whether an error means that the replica is lost, rather than that the request is wrong."""
     if isinstance(error, names.RayTaskError):
         return isinstance(error.cause, names.RayActorError) or type(error.cause).__name__ in ENGINE_FAULTS
-    return isinstance(error, names.RayError) and not isinstance(error, names.TaskCancelledError)
+    return isinstance(error, names.RayError)
 
 
 def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
