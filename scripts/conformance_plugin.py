@@ -43,11 +43,18 @@ qwen2_vl.Qwen2VLProcessingInfo.get_mm_max_tokens_per_item = _image_tokens
 if KIND != "stock":
     from slos_serve.core.baselines import VllmPlanner
     from slos_serve.core.perf import PerfModel
-    from slos_serve.vllm_plugin import runtime
+    from slos_serve.vllm_plugin import faults, runtime
+    from slos_serve.vllm_plugin.modes import Modes
     from slos_serve.vllm_plugin.scheduler import SloMixin
 
     MODEL = PerfModel.from_terms([{"per_token_s": 1e-5, "fixed_s": 1e-3}])
     runtime.warm_up = lambda *_: 0.0  # compiled once, in the first plan of the run
+
+    def note_fault(_self: Any, kind: str, error: Exception, _state: Any = None) -> None:
+        """Keep a fault of ours with its words."""
+        FAULTS[f"{kind}: {type(error).__name__}: {error}"] += 1
+
+    faults.Faults.add = note_fault
 
     class Watched(SloMixin):
         """Our scheduler, told to enforce where the kind says so, and counted."""
@@ -57,7 +64,7 @@ if KIND != "stock":
             RUNTIMES.append(self.slo)
             if KIND == "enforce":
                 slo = self.slo
-                slo.mode = "enforce"
+                slo.modes = Modes(engine="enforce")
                 slo.settings = dataclasses.replace(slo.settings, always_plan=True)
                 slo.planner = VllmPlanner(draft_length=self.num_spec_tokens)
                 slo.learner._new = ({"schema": "conformance"}, MODEL)  # noqa: SLF001 - as if a profile had been read
@@ -71,8 +78,6 @@ if KIND != "stock":
             STEPS["steered" if slo.last_plan is not None and slo.is_enforcing else "own order"] += 1
             for name in slo.differences:
                 STEPS[f"not steered: {name}"] += 1
-            FAULTS.update(slo.faults.counts)
-            slo.faults.counts.clear()
             DIVERGENCES.update(slo.divergences)
             slo.divergences.clear()
             return output
