@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.types import RequestTable, Status
+from slos_serve.sim import inner
 from slos_serve.sim.kvpool import KvPool
 
 if TYPE_CHECKING:
     from slos_serve.core.types import BatchPlan, IntArray, Limits, Request
 
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class Step:
     """A batch on its way: table rows, where each started, its tokens and drafts, and who emits a token.
 
     `outputs_before` are output tokens before the step. `gone_tokens` were computed for requests that had
-    ended meanwhile.
+    ended meanwhile. `totals`: see `inner.start_rows`; None where they are still to be added up.
     """
 
     rows: IntArray
@@ -39,9 +41,19 @@ class Step:
     is_decode: BoolArray
     outputs_before: IntArray
     gone_tokens: int = 0
+    totals: FloatArray | None = None
 
     def shape(self) -> dict[str, Any]:
         """Return the terms of the performance model, under the names of a step record."""
+        if self.totals is not None:
+            return {
+                "num_tokens": int(self.totals[inner.SUM_TOKENS]) + self.gone_tokens,
+                "num_requests": len(self.rows),
+                "context_tokens": int(self.totals[inner.SUM_CONTEXT]),
+                "draft_steps": int(self.totals[inner.MOST_DRAFTS]),
+                "attention_pairs": float(self.totals[inner.SUM_PAIRS]),
+                "has_prefill": int(self.totals[inner.NUM_PREFILL] > 0),
+            }
         prefill = self.tokens[~self.is_decode]
         pairs = prefill * (self.start[~self.is_decode] + 0.5 * prefill)
         return {
@@ -119,6 +131,9 @@ class Engine:
         if not ids:
             return None
         chosen = np.array([table.index(request_id) for request_id in ids], np.int64)
+        step = self._start_all(chosen, tokens, drafts, gone_tokens)
+        if step is not None:
+            return step
         rows = table.rows[chosen]
         start = np.where(rows["num_computed_tokens"] == 0, rows["num_cached_tokens"], rows["num_computed_tokens"])
         needed = rows["num_prompt_tokens"] + rows["num_output_tokens"] - start
@@ -150,6 +165,38 @@ class Engine:
             is_decode=needed == 1,
             outputs_before=rows["num_output_tokens"],
             gone_tokens=gone_tokens,
+        )
+
+    def _start_all(self, chosen: IntArray, tokens: IntArray, drafts: IntArray, gone_tokens: int) -> Step | None:
+        """Start a batch that simply fits, as nearly all do; None for any other."""
+        live, limits = self.table.rows, self.limits
+        fits, batch, totals = inner.start_rows(
+            chosen,
+            tokens,
+            drafts,
+            live["status"],
+            live["num_prompt_tokens"],
+            live["num_output_tokens"],
+            live["num_computed_tokens"],
+            live["num_cached_tokens"],
+            live["num_kv_blocks"],
+            np.array(
+                (limits.block_size, limits.max_model_len, limits.max_num_batched_tokens, self.pool.num_free), np.int64
+            ),
+        )
+        if not fits:
+            return None
+        self._take(int(totals[inner.SUM_BLOCKS]))
+        return Step(
+            rows=chosen,
+            start=batch[inner.START],
+            tokens=batch[inner.TOKENS],
+            drafts=batch[inner.DRAFTS],
+            emits=batch[inner.EMITS] > 0,
+            is_decode=batch[inner.IS_DECODE] > 0,
+            outputs_before=batch[inner.BEFORE],
+            gone_tokens=gone_tokens,
+            totals=totals,
         )
 
     def _cut_tokens(
@@ -206,12 +253,16 @@ class Engine:
         return tokens
 
     def _allocate(self, chosen: IntArray, rows: npt.NDArray[np.void], num_blocks: int) -> None:
-        """Take blocks; prefixes in use are no longer idle, and idle ones may be lost."""
+        """Take blocks for a batch; prefixes in use are no longer idle."""
         if self._prefix_of:
             for index in chosen[rows["status"] == Status.WAITING].tolist():
                 session_id = self._prefix_of.pop(self.table.request_ids[index], None)
                 if session_id is not None:
                     self.pool.claim(session_id)
+        self._take(num_blocks)
+
+    def _take(self, num_blocks: int) -> None:
+        """Take blocks of the pool; who counted on a prefix that is lost by that computes it again."""
         lost = self.pool.take(num_blocks)
         if lost:
             for request_id in [name for name, session_id in self._prefix_of.items() if session_id in lost]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.deadlines import CHECK_EVERY
+from slos_serve.sim import inner
 from slos_serve.sim.records import Record, SimRequest
 
 if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
     from slos_serve.core.types import IntArray, RequestTable
-    from slos_serve.sim.engine import BoolArray, Step
+    from slos_serve.sim.engine import Step
 
 ACCEPTANCE_PRIOR = 50.0  # draft tokens behind the acceptance a run starts from
 
@@ -103,24 +103,31 @@ class Streams:
         rows = self.table.rows
         before = step.outputs_before[step.emits]
         new = self._accept(emitting, step.drafts[step.emits], now_s)
-        after = np.minimum(before + new, self._truth[emitting, 0])
-        rows["num_output_tokens"][emitting] = after
-        rows["num_computed_tokens"][emitting] += after - before - 1
-        rows["last_token_s"][emitting] = now_s
-        first = before == 0
-        if first.any():
-            rows["first_token_s"][emitting[first]] = now_s
-        if self._thinks:
-            thinking = self._truth[emitting, 1]
-            rows["num_thinking_tokens"][emitting] = np.minimum(after, thinking)
-            rows["is_thinking"][emitting] = after < thinking
-        finished = after >= self._truth[emitting, 0]
-        self._grade(emitting, after, first | finished | (after // CHECK_EVERY > before // CHECK_EVERY), now_s)
+        after, flags = inner.emit_rows(
+            emitting,
+            before,
+            new,
+            self._truth,
+            rows["num_output_tokens"],
+            rows["num_computed_tokens"],
+            rows["first_token_s"],
+            rows["last_token_s"],
+            rows["num_thinking_tokens"],
+            rows["is_thinking"],
+            rows["predicted_output_tokens"],
+            rows["max_gap_s"],
+            now_s,
+            self._thinks,
+        )
+        if not flags.any() and not self.options.exact_windows:
+            return []
+        looked_at = np.full(len(flags), fill_value=True) if self.options.exact_windows else flags & inner.LOOKED_AT > 0
+        self._grade(emitting[looked_at], after[looked_at], now_s)
         if not self.options.known_lengths:
-            outrun = ~finished & (after >= rows["predicted_output_tokens"][emitting])
+            outrun = flags & inner.OUTRUN > 0
             for index, produced in zip(emitting[outrun].tolist(), after[outrun].tolist(), strict=True):
                 rows["predicted_output_tokens"][index] = self.predict(self.records[index].sim, produced)
-        return sorted(emitting[finished].tolist(), reverse=True) if finished.any() else []
+        return sorted(emitting[flags & inner.FINISHED > 0].tolist(), reverse=True)
 
     def measured_acceptance(self) -> dict[str, float]:
         """Return accepted over tested draft tokens by class, starting from the configured figure."""
@@ -154,14 +161,10 @@ class Streams:
         new += accepted
         return new
 
-    def _grade(self, emitting: IntArray, after: IntArray, looked_at: BoolArray, now_s: float) -> None:
-        """Feed the graders whose rule looks at one of these tokens."""
+    def _grade(self, looked_at: IntArray, after: IntArray, now_s: float) -> None:
+        """Feed the graders of the rows whose rule looks at one of these tokens."""
         rows = self.table.rows
-        if self.options.exact_windows:
-            looked_at = np.ones_like(looked_at)
-        else:
-            looked_at = looked_at | np.isfinite(rows["max_gap_s"][emitting])
-        for index, produced in zip(emitting[looked_at].tolist(), after[looked_at].tolist(), strict=True):
+        for index, produced in zip(looked_at.tolist(), after.tolist(), strict=True):
             record = self.records[index]
             record.feed(now_s, produced)
             if record.grader.missed:
