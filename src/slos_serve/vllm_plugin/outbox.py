@@ -42,8 +42,11 @@ class Outbox:
 
     @property
     def snapshot(self) -> dict[str, Any]:
-        """The newest snapshot, taken now if there was none."""
-        return {**(self._snapshot or self._take()), **self._facts()}
+        """The newest snapshot, taken now if there was none, or one from before the profile was read."""
+        known = self._snapshot
+        if known is None or known.get("replica", known) is None:
+            known = self._take()
+        return {**known, **self._facts()}
 
     def flush(self, now_s: float, *, is_idle: bool) -> None:
         """Send what there is to tell; once more, with a fresh snapshot, when the engine falls idle."""
