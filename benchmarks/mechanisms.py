@@ -99,19 +99,17 @@ class Variant(SloPlanner):
 class NeverAhead(planner._Planning):
     """Decodes join only when they must."""
 
-    def batch(self, *args: Any, eager: bool) -> BatchPlan:
+    def batch(self, *args: Any, **options: Any) -> BatchPlan:
         """Return the batch for this order of joining."""
-        del eager
-        return super().batch(*args, eager=False)
+        return super().batch(*args, **(options | {"eager": False}))
 
 
 class AlwaysAhead(planner._Planning):
     """Decodes join every batch before prefills do, whatever was checked."""
 
-    def batch(self, *args: Any, eager: bool) -> BatchPlan:
+    def batch(self, *args: Any, **options: Any) -> BatchPlan:
         """Return the batch for this order of joining."""
-        del eager
-        return super().batch(*args, eager=True)
+        return super().batch(*args, **(options | {"eager": True}))
 
 
 class NoRecovery(planner._Planning):

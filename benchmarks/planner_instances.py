@@ -78,15 +78,15 @@ def set_lengths(demand: Demand, machine: Machine, acceptance: float, max_verify:
 
 
 def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict[str, Any], float]:
-    """Return the plan document and the milliseconds that choosing the promises took."""
+    """Return the plan document and the CPU milliseconds that choosing the promises took."""
     demand, ids = read_demand(instance)
     machine = read_machine(instance)
-    began = time.perf_counter()
+    began = time.thread_time()
     spec = instance.get("spec")
     if spec:
         set_lengths(demand, machine, spec["alpha"], spec["max_len"])
     chosen, trial = admission.select(machine, demand, instance["now"], Effort(work_limit), name=name, width=200)
-    elapsed_ms = (time.perf_counter() - began) * 1e3
+    elapsed_ms = (time.thread_time() - began) * 1e3
     plan = write_plan(demand[:, chosen], [ids[i] for i in chosen.tolist()], machine, instance["now"], kept=trial.kept)
     return plan, elapsed_ms
 

@@ -144,7 +144,7 @@ def test_the_virtual_copy_agrees_with_the_planner_where_only_one_request_is_new(
         yes += theirs
         rash += mine and not theirs
     assert 20 < yes < cases - 20
-    assert agreed >= 0.94 * cases
+    assert agreed >= 0.93 * cases
     assert rash <= 1  # where groups of decodes blur the picture, the copy is the more careful one
 
 

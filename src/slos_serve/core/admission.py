@@ -271,7 +271,7 @@ def _attempt(machine, demand, now, max_work, on, finished_at):  # type: ignore[n
     if outcome == KEPT:
         finished_at[:] = np.inf
         finished_at[index] = at
-    return outcome, index[missed] if missed >= 0 else -1, work + 2 * index.shape[0]
+    return outcome, index[missed] if missed >= 0 else -1, work + 4 * index.shape[0]
 
 
 @jit

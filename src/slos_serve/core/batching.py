@@ -5,8 +5,9 @@ the earliest time at which a live decode owes a token, and by the earliest prefi
 still meet. Up to that limit a longer batch is a better one, because it pays the fixed cost of a step
 once. Inside the limit
 
-1. a decode joins when its token would be late in the *next* batch (decodes due within one shortest
-   period after the limit), or when so many are due in later batches that they would not fit there;
+1. a decode joins when its token would be late in the *next* batch, or would cut that one short (decodes
+   due within one shortest period after the limit, earliest first, while they fit), or when so many are
+   due in later batches that they would not fit there;
 2. prefill chunks fill what is left, earliest deadline first;
 3. the remaining decodes join where room is free, earliest due first. In `eager` mode they come before
    the prefill chunks: tokens ahead of schedule are slack that later, longer batches can spend.
@@ -139,8 +140,11 @@ def _owed_early(demand, live, tokens, limit, period, capacity):  # type: ignore[
 
 
 @jit
-def _join_by_due(machine, demand, live, wanted, seconds, tokens, totals):  # type: ignore[no-untyped-def]
-    """Put decodes into the batch, earliest due first, until `wanted` tokens or no room; return how many."""
+def _join_by_due(machine, demand, live, until, wanted, seconds, tokens, totals):  # type: ignore[no-untyped-def]
+    """Put decodes due before `until` into the batch, earliest first; return how many.
+
+    That ends where there is no room, or with `wanted` tokens.
+    """
     if wanted <= 0.0:
         return 0
     rest = np.empty(live.shape[0], np.int64)
@@ -149,7 +153,7 @@ def _join_by_due(machine, demand, live, wanted, seconds, tokens, totals):  # typ
     read = totals[READ]
     drafts = totals[DRAFTS]
     for i in live:
-        if tokens[i] == 0.0:
+        if tokens[i] == 0.0 and demand[DUE, i] < until:
             rest[count] = i
             count += 1
             num_tokens += demand[VERIFY, i]
@@ -199,17 +203,21 @@ def _join_decodes(machine, demand, live, eager, margin, limit, now, tokens, tota
             tokens[i] = demand[VERIFY, i]
         totals[TOKENS], totals[REQUESTS], totals[READ], totals[DRAFTS] = owed, live.shape[0], read, drafts
         return 0
+    # in the next batch a token due before this time would be late whatever that batch holds
+    certain = limit + margin * batch_seconds(machine.lines, 1.0, 1.0, 0.0, 0.0, 0.0)
     waiting = live.shape[0]
     for i in live:
-        if demand[DUE, i] < limit + period and totals[TOKENS] + demand[VERIFY, i] <= machine.token_budget:
+        if demand[DUE, i] < certain and totals[TOKENS] + demand[VERIFY, i] <= machine.token_budget:
             _join(demand, i, tokens, totals)
             waiting -= 1
+    if waiting > 0:
+        waiting -= _join_by_due(machine, demand, live, limit + period, math.inf, seconds, tokens, totals)
     if waiting > 0 and math.isfinite(period) and math.isfinite(limit):
         hold = max_chunk_tokens(machine.lines, period / margin, 0.0, 0.0, totals[READ], totals[DRAFTS], 0.0, 0.0)
         hold = max(1.0, min(hold, machine.token_budget))
         if owed > hold:
             early = _owed_early(demand, live, tokens, limit, period, hold)
-            waiting -= _join_by_due(machine, demand, live, early, seconds, tokens, totals)
+            waiting -= _join_by_due(machine, demand, live, math.inf, early, seconds, tokens, totals)
     return waiting
 
 
@@ -268,10 +276,10 @@ def compose(machine, demand, live, prompts, free_blocks, eager, now, tokens, tot
         eager_now = eager or prompts.shape[0] == 0
         waiting = _join_decodes(machine, demand, live, eager_now, margin, limit, now, tokens, totals)
         if eager_now and waiting > 0:
-            waiting -= _join_by_due(machine, demand, live, math.inf, seconds, tokens, totals)
+            waiting -= _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
         room = _join_prefills(machine, demand, prompts, free_blocks, num_started, seconds, tokens, totals)
         if not eager_now and waiting > 0 and room:
-            _join_by_due(machine, demand, live, math.inf, seconds, tokens, totals)
+            _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
         if totals[TOKENS] > 0.0 or attempt == 1:
             break
         # Nothing fits before the limit: then a batch that ends after it is better than none.

@@ -164,8 +164,9 @@ class Columns:
 
     def by_deadline(self, index: IntArray) -> IntArray:
         """Return rows in the order of a demand."""
-        # two stable sorts of what is nearly in order already
+        # stable sorts of what is nearly in order already; decodes as a trial has them: in the order in which they began
         order: IntArray = index[np.argsort(self.rows["seq"][index], kind="stable")]
+        order = order[np.argsort(self.rows["first_token_s"][order], kind="stable")]
         return order[np.argsort(self.deadline[order], kind="stable")]
 
     def growth(self, index: IntArray) -> FloatArray:

@@ -48,7 +48,7 @@ from slos_serve.core.demand import (
     prefill_rate,
 )
 from slos_serve.core.perf import batch_seconds
-from slos_serve.core.trial import NOT_KEPT, Trial, simulate
+from slos_serve.core.trial import Trial, simulate
 from slos_serve.core.types import BatchPlan, Plan, Verdict
 
 if TYPE_CHECKING:
@@ -123,12 +123,11 @@ class _Planning(Columns):
             if kept is not None:
                 order, demand = order[kept], demand[:, kept]
                 at_risk = np.setdiff1d(self.promised, order)
-            if kept is not None or candidates.size:
-                chosen, trial, eager = self.admit(demand)
-                order, demand = order[chosen], demand[:, chosen]
+            chosen, trial, eager = self.admit(demand, changed=kept is not None)
+            order, demand = order[chosen], demand[:, chosen]
         self.promise(order, demand, trial, verdicts)
         return Plan(
-            batch=self.batch(order, demand, at_risk, crowded_out, eager=eager),
+            batch=self.batch(order, demand, at_risk, crowded_out, eager=eager, kept=trial.kept),
             verdicts=tuple(verdicts),
             at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
             work=self.effort.spent,
@@ -200,17 +199,21 @@ class _Planning(Columns):
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
         return self.by_deadline(index[~hopeless])[:MAX_CANDIDATES]
 
-    def admit(self, demand: Demand) -> tuple[IntArray, Trial, bool]:
-        """Return the positions to promise or keep, their trial, and whether decodes may run ahead."""
+    def admit(self, demand: Demand, *, changed: bool) -> tuple[IntArray, Trial, bool]:
+        """Return the positions to promise or keep, their trial, and whether decodes may run ahead.
+
+        `changed`: promises were let go since everyone was tried with decodes running ahead.
+        """
         required = demand[REQUIRED] > 0
         if required.all():
-            chosen, trial = np.arange(len(required)), NOT_KEPT
+            chosen = np.arange(len(required))
+            trial = simulate(self.machine, demand, self.now, self.effort, eager=False)
         else:
             chosen, trial = admission.select(
                 self.machine, demand, self.now, self.effort,
                 name=self.options.admission_name, width=self.options.beam_width,
             )  # fmt: skip
-        if trial.kept:
+        if trial.kept or (required.all() and not changed):
             return chosen, trial, False
         # The promises made so far may hold only with decodes running ahead.
         chosen = np.flatnonzero(required)
@@ -234,7 +237,7 @@ class _Planning(Columns):
     # -- the batch --------------------------------------------------------------------------------
 
     def batch(
-        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool
+        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool, kept: bool
     ) -> BatchPlan:
         """Compose the next batch for the promised rows and fill it up."""
         machine, now = self.machine, self.now
@@ -260,12 +263,7 @@ class _Planning(Columns):
             composed = totals.copy()
             filled, more = self.fill(rest, index, counts, preempted, until, totals)
             later = batching.batch_end(machine, totals, now)
-            if (
-                later > end + EPS_S
-                and len(order)
-                and not self.goes_on(demand, tokens, later, eager=eager)
-                and self.goes_on(demand, tokens, end, eager=eager)
-            ):
+            if later > end + EPS_S and kept and len(order) and not self.goes_on(demand, tokens, later, eager=eager):
                 # What the promised will need later may only use the room that costs no time.
                 totals = composed
                 filled, more = self.fill(rest, index, counts, preempted, end, totals)

@@ -62,9 +62,6 @@ class Trial:
         return self.outcome == KEPT
 
 
-NOT_KEPT = Trial(outcome=MISSED, finished_at=NO_BATCH)
-
-
 @jit
 def _is_ample(machine, demand):  # type: ignore[no-untyped-def]
     """Tell whether the free KV blocks suffice even if nobody ever gave one back."""
@@ -93,7 +90,7 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
     live[:num_live] = decodes
     prompts[:num_prompts] = prefills
     free = math.inf if _is_ample(machine, demand) else machine.free_blocks
-    work = 0
+    work = 3 * demand.shape[1]  # to set out
     batch = 0
     while num_prompts > 0 or now < max(until, head_end):
         work += num_live + num_prompts + 8
