@@ -1,8 +1,9 @@
 """A recorded run on the virtual clock: the same requests, the steps as long as they were measured.
 
-The engine of the replay is fitted to the record's own steps (and spreads as they did around the fit), its
-limits are the recorded ones, its scheduler is what ran: vLLM's order where plans were only made, the SLO
-planner where they were carried out. What cannot be replayed is refused by name, never approximated in silence.
+The engine of the replay is fitted to the record's own steps. How much slower than that fit the machine was at
+each second of the record is kept, because what else a machine does comes in phases; what remains is noise. Limits
+are the recorded ones, and the scheduler is what ran: vLLM's order where plans were only made, the SLO planner where
+they were carried out. What cannot be replayed is refused by name, never approximated in silence.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from slos_serve.config import OVERRIDES, SloConfig
 from slos_serve.core.baselines import VllmPlanner
-from slos_serve.core.fit import fit_perf_model, from_records
+from slos_serve.core.fit import fit_perf_model, from_records, predicted_s
 from slos_serve.core.types import Request, Slo
 from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import Hardware
@@ -27,6 +28,7 @@ from slos_serve.sim.run import run_workload
 from slos_serve.sim.workload import Workload
 
 if TYPE_CHECKING:
+    from slos_serve.core.perf import FloatArray
     from slos_serve.core.summary import GradedRequest
     from slos_serve.core.types import Planner
     from slos_serve.sim.recording import Recording
@@ -45,7 +47,7 @@ class Observed:
 
     recording: Recording
     hardware: Hardware
-    noise_sigma: float
+    slowness: Slowness
     is_enforced: bool
     attainment: Mapping[str, float]
     num_by_class: Mapping[str, int]
@@ -66,14 +68,14 @@ class Observed:
         if len(enforced) > 1:
             value = f"{enforced[True]} of {len(graded)} requests enforced"
             raise ConfigError(where=where, key="mode", value=value, expected="one mode for the whole record")
-        hardware, sigma = _hardware(recording)
+        hardware, slowness = _hardware(recording)
         num = Counter(line["slo_class"] for line in graded)
         met = Counter(line["slo_class"] for line in graded if line["outcome"] == "met")
         own = sum(any(f"slo_{name}" in line["said"] for name in OVERRIDES) for line in graded)
         return cls(
             recording=recording,
             hardware=hardware,
-            noise_sigma=sigma,
+            slowness=slowness,
             is_enforced=enforced[True] > 0,
             attainment={name: met[name] / count for name, count in sorted(num.items())},
             num_by_class=dict(sorted(num.items())),
@@ -144,7 +146,8 @@ class Observed:
         limits = self.recording.engine["limits"]
         options = ReplicaOptions(
             async_lag=bool(self.recording.engine.get("is_async")),
-            noise_sigma=self.noise_sigma,
+            noise_sigma=self.slowness.noise_sigma,
+            slowness=self.slowness,
             makes_promises=enforced,
             acceptance=_acceptance(self.recording),
         )
@@ -157,6 +160,32 @@ class Observed:
             max_draft_length=int(limits.get("max_draft_length", 0)),
         )
         return result.graded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slowness:
+    """Measured over predicted step time, by second of the run; what spreads around it is `noise_sigma`."""
+
+    factors: FloatArray
+    noise_sigma: float
+
+    @classmethod
+    def of(cls, ended_s: FloatArray, measured_s: FloatArray, predicted: FloatArray) -> Slowness:
+        """Average steps over the seconds that they ran in; seconds without a step take the average of all."""
+        num = max(1, int(np.ceil(ended_s.max())) + 1)
+        spent, due = np.zeros(num), np.zeros(num)
+        for end, seconds, expected in zip(ended_s.tolist(), measured_s.tolist(), predicted.tolist(), strict=True):
+            for second in range(max(0, int(end - seconds)), int(max(end, 0.0)) + 1):
+                inside = max(0.0, min(end, second + 1.0) - max(end - seconds, second))
+                spent[second] += inside
+                due[second] += expected * inside / seconds
+        factors = np.where(due > 0, spent / np.maximum(due, 1e-12), measured_s.sum() / predicted.sum())
+        around = measured_s / (predicted * factors[np.clip((ended_s - measured_s).astype(int), 0, num - 1)])
+        return cls(factors=factors, noise_sigma=float(min(np.std(np.log(around)), MAX_NOISE)))
+
+    def __call__(self, time_s: float) -> float:
+        """Return the factor on the time of a step that starts then; after the record, its last one."""
+        return float(self.factors[min(max(int(time_s), 0), len(self.factors) - 1)])
 
 
 def attainment(graded: Sequence[GradedRequest]) -> dict[str, float]:
@@ -176,8 +205,8 @@ def _requests(recording: Recording) -> list[dict[str, Any]]:
     return sorted((line for line in recording.requests if line["t"] >= first), key=lambda line: line["arrival_s"])
 
 
-def _hardware(recording: Recording) -> tuple[Hardware, float]:
-    """Return the engine that the record's steps describe, and how they spread around it."""
+def _hardware(recording: Recording) -> tuple[Hardware, Slowness]:
+    """Return the engine that the record's steps describe, and how it was slower or faster by time."""
     lines = _requests(recording)
     first, last = min(line["arrival_s"] for line in lines), max(line["t"] for line in lines)
     steps = [step for step in recording.steps if first <= step["t"] <= last]
@@ -199,19 +228,9 @@ def _hardware(recording: Recording) -> tuple[Hardware, float]:
     except (ValueError, KeyError, TypeError) as error:
         expected = f"steps that can be fitted and the engine's limits ({error})"
         raise ConfigError(where=str(recording.path), key="steps", value=len(steps), expected=expected) from error
-    ratios = [
-        sample.seconds
-        / model.seconds(
-            sample.num_tokens,
-            sample.num_requests,
-            context_tokens=sample.context_tokens,
-            draft_steps=sample.draft_steps,
-            attention_pairs=sample.attention_pairs,
-        )
-        for sample in samples
-        if sample.seconds > 0
-    ]
-    return hardware, float(min(np.std(np.log(ratios)), MAX_NOISE))
+    terms = np.array([[*sample[:5], 1.0] for sample in samples])
+    ended = np.array([step["t"] for step in steps]) - first
+    return hardware, Slowness.of(ended, np.array([sample.seconds for sample in samples]), predicted_s(model, terms))
 
 
 def _acceptance(recording: Recording) -> dict[str, float]:

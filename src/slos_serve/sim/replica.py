@@ -49,13 +49,15 @@ CHECK_EVERY_STEPS = 64
 class ReplicaOptions(StreamOptions):
     """How the simulated engine differs from an ideal one, beside what `StreamOptions` says.
 
-    `noise_sigma`: lognormal spread of step times, mean 1. `drafter_step_s`: seconds each drafter step
+    `noise_sigma`: lognormal spread of step times, mean 1. `slowness`: a factor on them by the time that a step
+    starts (replays). `drafter_step_s`: seconds each drafter step
     adds to what the hardware model says. `learns_times`: the planner's model is corrected online.
     `makes_promises`: the system gives verdicts. `drops_declined`: what gets a "no" is turned away, not served.
     """
 
     async_lag: bool = False
     noise_sigma: float = 0.0
+    slowness: Callable[[float], float] | None = None
     drafter_step_s: float = 0.0
     learns_times: bool = True
     makes_promises: bool = False
@@ -286,6 +288,8 @@ class Replica:
             shape["draft_steps"],
             shape["attention_pairs"],
         )
+        if self.options.slowness is not None:
+            seconds *= self.options.slowness(self.kernel.now_s)
         sigma = self.options.noise_sigma
         if sigma:
             seconds *= math.exp(sigma * self._noise_rng.standard_normal() - 0.5 * sigma * sigma)
