@@ -178,7 +178,7 @@ def test_a_waiting_request_is_fetched_by_a_replica_that_becomes_free():
     load = workload(
         sim("long", 700, 200, max_output_tokens=250),
         sim("short", 700, 20, at_s=0.001, max_output_tokens=250),
-        sim("third", 400, 2, at_s=1.0, ttft_s=2.0),
+        sim("third", 400, 2, at_s=1.0, ttft_s=2.0, max_output_tokens=250),
     )
     stays = run(load, 2, hw=hw, router="slo", max_hops=0, options=PROMISES)
     fetched = run(load, 2, hw=hw, router="slo", options=PROMISES)

@@ -29,7 +29,7 @@ import numpy as np
 
 from slos_serve.core.dispatch import Arrival, Choice, Dispatcher, Known, Route, Router
 from slos_serve.core.snapshots import PrefillRow, ReplicaSnapshot, snapshot_of
-from slos_serve.core.virtual_copy import Guess, VirtualCopy
+from slos_serve.core.virtual_copy import Guess, Sent, VirtualCopy
 
 __all__ = [
     "ROUTERS",
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 MAX_SESSIONS = 10_000
+TOGETHER_S = 1.0  # replicas first heard of within this time are equally new
 
 
 def _plain(names: Sequence[str], reason: str) -> Route:
@@ -184,6 +185,7 @@ class SloRouter(Dispatcher):
     def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[list[Guess], list[str]]:
         """Return the closed form's view of each replica, and those of which too little is known, by load."""
         guesses, blind = [], []
+        oldest_s = min(self._known[name].since_s for name in names)
         phantom = self._phantom_tokens(names, now_s)
         for name, row in zip(names, self._rows(arrival, names), strict=True):
             known = self._known[name]
@@ -192,7 +194,8 @@ class SloRouter(Dispatcher):
                 blind.append(name)
                 continue
             age_s = now_s - known.since_s
-            extra = phantom * (1.0 - age_s / self.ramp_s) if age_s < self.ramp_s else 0.0
+            is_new = age_s < self.ramp_s and known.since_s - oldest_s > TOGETHER_S
+            extra = phantom * (1.0 - age_s / self.ramp_s) if is_new else 0.0
             guesses.append(copy.guess(name, row, _recent(known), now_s, extra))
         return guesses, self._by_load(blind, now_s)
 
@@ -201,7 +204,7 @@ class SloRouter(Dispatcher):
         if all(now_s - self._known[name].since_s >= self.ramp_s for name in names):
             return 0.0
         backlogs = [
-            copy.backlog[-1] + sum(row.left_tokens for row in _recent(self._known[name]))
+            copy.backlog[-1] + sum(row.left_tokens for _, row in _recent(self._known[name]))
             for name in names
             if (copy := self._copies.get(name)) is not None
         ]
@@ -229,9 +232,9 @@ def _is_owed(row: PrefillRow) -> bool:
     return math.isfinite(row.deadline_s) or math.isfinite(row.tpot_s)
 
 
-def _recent(known: Known) -> list[PrefillRow]:
+def _recent(known: Known) -> list[Sent]:
     """Return what was sent since the snapshot and has an SLO."""
-    return [row for _, row in known.recent.values() if _is_owed(row)]
+    return [entry for entry in known.recent.values() if _is_owed(entry[1])]
 
 
 def _choices(guesses: Sequence[Guess], tested: set[str]) -> Iterator[Choice]:

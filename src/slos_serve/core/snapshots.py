@@ -74,7 +74,8 @@ class ReplicaSnapshot:
 
     `free_kv_blocks`: free, plus what best-effort work would give back, less what promised prefills under
     way have been granted (may be negative). `sessions`: (session id, cached tokens) of prefixes that the
-    cache holds, newest last. `mode`: `observe` makes no promises. Raises `ValueError` for unusable values.
+    cache holds, newest last. `step_s`: how long the step that starts now is predicted to take. `mode`:
+    `observe` makes no promises. Raises `ValueError` for unusable values.
     """
 
     replica_id: str
@@ -90,6 +91,7 @@ class ReplicaSnapshot:
     num_best_effort: int = 0
     best_effort_tokens: float = 0.0
     headroom_tokens_per_s: float = 0.0
+    step_s: float = 0.0
     sessions: tuple[tuple[str, int], ...] = ()
     mode: str = "enforce"
     healthy: bool = True
@@ -100,7 +102,7 @@ class ReplicaSnapshot:
             raise ValueError(f"ReplicaSnapshot.replica_id = {self.replica_id!r}: expected a name")
         if self.mode not in MODES:
             raise ValueError(f"ReplicaSnapshot.mode = {self.mode!r}: expected one of {MODES}")
-        for name in ("time_s", "free_kv_blocks", "best_effort_tokens", "headroom_tokens_per_s"):
+        for name in ("time_s", "free_kv_blocks", "best_effort_tokens", "headroom_tokens_per_s", "step_s"):
             _finite(name, getattr(self, name))
         for name in ("num_running", "num_waiting", "num_best_effort"):
             if getattr(self, name) < 0:
@@ -173,12 +175,13 @@ def snapshot_of(
     *,
     replica_id: str,
     headroom_tokens_per_s: float = 0.0,
+    step_s: float = 0.0,
     sessions: Sequence[tuple[str, int]] = (),
     mode: str = "enforce",
     healthy: bool = True,
     draining: bool = False,
 ) -> ReplicaSnapshot:
-    """Summarise the planner's input; `headroom_tokens_per_s` is the last plan's."""
+    """Summarise the planner's input; `headroom_tokens_per_s` is the last plan's, `step_s` its batch's seconds."""
     rows, limits, model = state.requests.rows, state.limits, state.perf_model
     fixed_s = max(model.seconds(1.0), MIN_TPOT_S)
     computed, produced = rows["num_computed_tokens"], rows["num_output_tokens"]
@@ -230,6 +233,7 @@ def snapshot_of(
         num_best_effort=int(rest.sum()),
         best_effort_tokens=float((remaining + output_left)[rest].sum()),
         headroom_tokens_per_s=headroom_tokens_per_s,
+        step_s=step_s,
         sessions=tuple(sessions[-MAX_SESSIONS:]),
         mode=mode,
         healthy=healthy,

@@ -5,8 +5,8 @@ with what has been sent since and the request in question. `VirtualCopy.guess` i
 same figures for when there are many replicas to look at: prefill backlog due before the request, the
 rate that the decodes leave, KV blocks, and the price of the promise.
 
-The price is what the promise takes of each resource (seconds of an idle engine; share of the KV room times
-seconds of residence), each times `PRICE_BASE` to the power of how full that resource would be: the
+The price is what the promise takes of each resource until `RENT_S` from now (seconds of an idle engine; share
+of the KV room, times seconds), each times `PRICE_BASE` to the power of how full that resource would be: the
 exponential weights of online routing, under which no resource is filled while another one is free.
 """
 
@@ -30,9 +30,13 @@ from slos_serve.core.trial import simulate
 
 BoolArray = npt.NDArray[np.bool_]
 PRICE_BASE = 64.0  # how much dearer a full resource is than an empty one
+RENT_S = 1.0
 FULLEST = 1.5  # beyond it a resource grows no dearer
 LEAST_SHARE = 0.05  # of the idle rate that a guess reckons with, however many decodes there are
 NEVER_S = 1e9
+
+
+Sent = tuple[float, PrefillRow]  # when a request was sent, and what it is
 
 
 class Guess(NamedTuple):
@@ -58,6 +62,7 @@ class VirtualCopy:
     acceptance: FloatArray
     peak: float  # prefill tokens per second of an idle engine
     rate: float  # and with its decodes kept
+    step_s: float  # a step of its decodes alone, with margin
     deadlines: list[float]  # of the prefills, ascending
     backlog: list[float]  # prefill tokens due by each, from 0 on
     coming_load: float  # decode tokens per second that the prefills will add, half counted
@@ -78,6 +83,9 @@ class VirtualCopy:
         load = float(count.sum())
         read = float((np.array([group.context_tokens for group in groups]) * share).sum())
         room = max_chunk_tokens(lines, period / margin, load, load + 1.0, read, 0.0, 0.0, 0.0)
+        sizes = np.array([group.size for group in groups])
+        context = sum(group.context_tokens for group in groups)
+        step_s = machine.margin_decode * batch_seconds(lines, sizes.sum(), float(len(groups)), context, 0.0, 0.0)
         return cls(
             snapshot=snapshot,
             machine=machine,
@@ -87,6 +95,7 @@ class VirtualCopy:
             acceptance=np.array([*(group.acceptance for group in groups), *(row.acceptance for row in rows)]),
             peak=budget / whole,
             rate=max(0.0, min(room, budget - load)) / period,
+            step_s=step_s,
             deadlines=[row.deadline_s for row in rows],
             backlog=np.cumsum([0.0, *(row.left_tokens for row in rows)]).tolist(),
             coming_load=sum(0.5 / row.tpot_s for row in rows),
@@ -94,11 +103,35 @@ class VirtualCopy:
             sessions=dict(snapshot.sessions),
         )
 
-    def slack_s(self, sent: Sequence[PrefillRow], row: PrefillRow, now_s: float, work_limit: int) -> float | None:
+    def _progress(self, sent: Sequence[Sent], now_s: float) -> tuple[float, float]:
+        """Return how long a newcomer waits for the step under way, and the prefill tokens done by its end.
+
+        A fluid estimate: since the snapshot prefills went on at the rate that decodes leave. A step is not
+        interrupted. After the one that the snapshot tells of, it is taken to have just begun, as long as a
+        step may be while there are prompts to compute.
+        """
+        snapshot, rate = self.snapshot, max(self.rate, LEAST_SHARE * self.peak)
+        clear_s, listed = snapshot.time_s + self.backlog[-1] / rate, self.backlog[-1]
+        for at_s, row in sent:
+            clear_s = max(clear_s, at_s) + self.step_s + row.left_tokens / rate
+            listed += row.left_tokens
+        left = max(0.0, clear_s - now_s) * rate
+        wait_s = snapshot.time_s + snapshot.step_s - now_s
+        if wait_s < 0.0:
+            lines, machine = self.machine.lines, self.machine
+            if left > 0.0:
+                whole = machine.margin_prefill * batch_seconds(lines, left, 1.0, 0.0, 0.0, 0.0)
+                wait_s = min(whole, machine.max_batch_s)
+            else:
+                wait_s = self.step_s
+        return wait_s, max(0.0, listed - left) + rate * wait_s
+
+    def slack_s(self, sent: Sequence[Sent], row: PrefillRow, now_s: float, work_limit: int) -> float | None:
         """Return how long before its deadline the request would be prefilled; None where a promise would break."""
-        rows = [*sent, row]
+        rows = [*(one for _, one in sent), row]
         demand = np.concatenate([self.demand, prefill_demand(rows)], axis=1)
-        self._advance(demand, max(0.0, now_s - self.snapshot.time_s), now_s)
+        wait_s, done = self._progress(sent, now_s)
+        self._advance(demand, done, now_s + wait_s)
         is_new = np.zeros(demand.shape[1], np.bool_)
         is_new[-1] = True
         if self.snapshot.limits.max_draft_length:
@@ -116,28 +149,29 @@ class VirtualCopy:
                 return float(slack) if math.isfinite(slack) else NEVER_S
         return None
 
-    def _advance(self, demand: FloatArray, elapsed_s: float, now_s: float) -> None:
-        """Make times relative to now, and let the engine have worked since the snapshot: a fluid estimate.
+    def _advance(self, demand: FloatArray, done: float, start_s: float) -> None:
+        """Make times relative to `start_s`, when the next step begins.
 
-        Decodes kept their lead over their schedule, and prefills went on at the rate they leave, earliest
-        deadline first.
+        Decodes kept their lead over their schedule since the snapshot, and `done` prefill tokens were computed,
+        earliest deadline first.
         """
-        at_s = self.snapshot.time_s
-        n, m = self.num_groups, self.demand.shape[1]
-        groups, rows = demand[:, :n], demand[:, n:m]
-        demand[columns.DEADLINE] -= now_s
-        everyone = batch_seconds(
-            self.machine.lines, groups[columns.VERIFY].sum(), float(n), groups[columns.CONTEXT].sum(), 0.0, 0.0
-        )
-        groups[columns.DUE] = np.maximum(groups[columns.DUE] - at_s, self.machine.margin_decode * everyone)
-        if elapsed_s > 0.0:
-            ran = np.where(np.isfinite(groups[columns.TPOT]), elapsed_s / groups[columns.TPOT], 0.0)
-            groups[columns.OUTPUT_LEFT] = np.maximum(groups[columns.GAIN], groups[columns.OUTPUT_LEFT] - ran)
-            left = rows[columns.LEFT]
-            before = np.cumsum(left) - left
-            done = np.floor(np.clip(self.rate * elapsed_s - before, 0.0, left - 1.0))
-            rows[columns.LEFT] -= done
-            rows[columns.CONTEXT] += done
+        at_s, n = self.snapshot.time_s, self.num_groups
+        groups, rows = demand[:, :n], demand[:, n:-1]
+        demand[columns.DEADLINE] -= start_s
+        groups[columns.DUE] = np.maximum(groups[columns.DUE] - at_s, self.step_s)
+        elapsed_s = max(0.0, start_s - at_s)
+        ran = np.where(np.isfinite(groups[columns.TPOT]), elapsed_s / groups[columns.TPOT], 0.0)
+        groups[columns.OUTPUT_LEFT] = np.maximum(groups[columns.GAIN], groups[columns.OUTPUT_LEFT] - ran)
+        order = np.argsort(rows[columns.DEADLINE], kind="stable")
+        left = rows[columns.LEFT, order]
+        tokens = np.floor(np.clip(done - (np.cumsum(left) - left), 0.0, left))
+        rows[columns.LEFT, order] -= tokens
+        rows[columns.CONTEXT, order] += tokens
+        ended = rows[columns.LEFT] == 0.0  # they decode by now
+        rows[columns.DUE, ended] = np.maximum(rows[columns.DEADLINE, ended], 0.0) + rows[columns.TPOT, ended]
+        rows[columns.DUE, ended] = np.maximum(rows[columns.DUE, ended], self.step_s)
+        rows[columns.HELD, ended] = np.maximum(rows[columns.HELD, ended], rows[columns.START, ended])
+        rows[columns.DEADLINE, ended] = -math.inf
 
     def _within_reach(self, demand: FloatArray) -> BoolArray:
         """Tell which columns the engine could still serve in time alone: the planner lets go of the others."""
@@ -167,31 +201,29 @@ class VirtualCopy:
         demand[columns.GAIN] *= gain[group]
         demand[columns.STEPS] = verify[group] - 1
 
-    def guess(
-        self, replica_id: str, row: PrefillRow, sent: Sequence[PrefillRow], now_s: float, extra_tokens: float
-    ) -> Guess:
+    def guess(self, replica_id: str, row: PrefillRow, sent: Sequence[Sent], now_s: float, extra_tokens: float) -> Guess:
         """Return the closed form for a request; `extra_tokens` is backlog to reckon with beside what is known."""
         snapshot = self.snapshot
         deadline_s = row.deadline_s
-        done = self.rate * max(0.0, now_s - snapshot.time_s)
-        before = max(0.0, self.backlog[bisect_right(self.deadlines, deadline_s)] - done) + extra_tokens
+        wait_s, done = self._progress(sent, now_s)
+        before = self.backlog[bisect_right(self.deadlines, deadline_s)]
         load, blocks = self.coming_load, self.coming_blocks
-        for other in sent:
+        for _, other in sent:
             if other.deadline_s <= deadline_s:
                 before += other.left_tokens
             load += 0.5 / other.tpot_s  # until the deadline they decode for half of the time
             blocks += other.start_blocks
+        before = max(0.0, before - done) + extra_tokens
         rate = max(self.rate - load, LEAST_SHARE * self.peak)
         left_s = max(deadline_s - now_s, 1e-3) if math.isfinite(deadline_s) else 10.0
-        slack_s = left_s - (before + row.left_tokens) / rate
+        slack_s = left_s - wait_s - (before + row.left_tokens) / rate
         num_blocks = float(snapshot.limits.num_kv_blocks)
         free = snapshot.free_kv_blocks - blocks - row.start_blocks
-        pace = row.tpot_s if math.isfinite(row.tpot_s) else 0.1
-        compute = 1.0 - rate / self.peak + (before + row.left_tokens) / (self.peak * left_s)
+        decodes = min(row.output_tokens, RENT_S / row.tpot_s)
+        compute = 1.0 - rate / self.peak + wait_s / left_s + (before + row.left_tokens) / (self.peak * left_s)
         memory = 1.0 - free / num_blocks
-        seconds = (row.left_tokens + row.output_tokens) / self.peak
-        room = (row.start_blocks + row.output_tokens / snapshot.limits.block_size) / num_blocks
-        price = seconds * PRICE_BASE ** min(compute, FULLEST)
-        price += room * row.output_tokens * pace * PRICE_BASE ** min(memory, FULLEST)
-        fits = slack_s >= 0.0 and free >= 0.0 and self.rate - load >= 1.0 / pace
+        room = (row.start_blocks + decodes / snapshot.limits.block_size) / num_blocks
+        price = (row.left_tokens + decodes) / self.peak * PRICE_BASE ** min(compute, FULLEST)
+        price += room * RENT_S * PRICE_BASE ** min(memory, FULLEST)
+        fits = slack_s >= 0.0 and free >= 0.0 and self.rate - load >= 1.0 / row.tpot_s
         return Guess(replica_id, row, fits, price, slack_s, rate)

@@ -234,7 +234,7 @@ class Cluster:
         if self.router.uses_snapshots:
             now_s = self.kernel.now_s
             if now_s - self._published_s[replica.name] >= self.options.snapshot_period_s:
-                self._publish(replica, replace(state, now_s=now_s), plan.headroom_tokens_per_s)
+                self._publish(replica, replace(state, now_s=now_s), plan)
 
     def _stepped(self, replica: Replica, record: dict[str, object]) -> None:
         if self._hooks.step is not None:
@@ -281,16 +281,17 @@ class Cluster:
         """Let idle replicas publish too, while anything is still to come."""
         for replica in self.fleet.live.values():
             if not len(replica.table):
-                self._publish(replica, replica.state(self.kernel.now_s), 0.0)
+                self._publish(replica, replica.state(self.kernel.now_s))
         if self._left > 0:
             self.kernel.schedule(self.kernel.now_s + self.options.snapshot_period_s, Priority.STEP_END, self._tick)
 
-    def _publish(self, replica: Replica, state: ReplicaState, headroom_tokens_per_s: float) -> None:
+    def _publish(self, replica: Replica, state: ReplicaState, plan: Plan | None = None) -> None:
         self._published_s[replica.name] = self.kernel.now_s
         snapshot = snapshot_of(
             state,
             replica_id=replica.name,
-            headroom_tokens_per_s=headroom_tokens_per_s,
+            headroom_tokens_per_s=plan.headroom_tokens_per_s if plan else 0.0,
+            step_s=plan.batch.predicted_s if plan else 0.0,
             sessions=replica.engine.pool.sessions(MAX_SESSIONS),
             mode="enforce" if self._replica_options.makes_promises else "observe",
         )
