@@ -14,8 +14,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from vllm.model_executor.models import qwen2_vl
 from vllm.v1.core.sched import async_scheduler, scheduler
@@ -50,6 +51,35 @@ if KIND != "stock":
     MODEL = PerfModel.from_terms([{"per_token_s": 1e-5, "fixed_s": 1e-3}])
     runtime.warm_up = lambda *_: 0.0  # compiled once, in the first plan of the run
 
+    class InOrder:
+        """Plan everything in the order of the scheduler's own policy, which no planner of ours is told."""
+
+        def __init__(self, owner: Any) -> None:
+            limit = owner.scheduler_config.long_prefill_token_threshold or None
+            budget = owner.max_num_scheduled_tokens
+            self.owner = owner
+            self.inner = ByPolicy(token_budget=budget, draft_length=owner.num_spec_tokens, chunk_limit=limit)
+
+        def plan(self, state: Any) -> Any:
+            """Return the next batch."""
+            ByPolicy.requests = self.owner.requests if self.owner.policy.value == "priority" else {}
+            return self.inner.plan(state)
+
+    class ByPolicy(VllmPlanner):
+        """vLLM's batches; where `requests` are given, by their priority."""
+
+        requests: ClassVar[dict[str, Any]] = {}
+
+        def order(self, state: Any) -> Any:
+            """Return the rows of running and waiting requests in service order."""
+            rows = super().order(state)
+            if not self.requests:
+                return rows
+            ids = state.requests.request_ids
+            return tuple(
+                np.array(sorted(part.tolist(), key=lambda i: self.requests[ids[i]]), np.int64) for part in rows
+            )
+
     def note_fault(_self: Any, kind: str, error: Exception, _state: Any = None) -> None:
         """Keep a fault of ours with its words."""
         FAULTS[f"{kind}: {type(error).__name__}: {error}"] += 1
@@ -66,7 +96,7 @@ if KIND != "stock":
                 slo = self.slo
                 slo.modes = Modes(engine="enforce")
                 slo.settings = dataclasses.replace(slo.settings, always_plan=True)
-                slo.planner = VllmPlanner(draft_length=self.num_spec_tokens)
+                slo.planner = InOrder(self)
                 slo.learner._new = ({"schema": "conformance"}, MODEL)  # noqa: SLF001 - as if a profile had been read
                 slo.learner._is_done = True  # noqa: SLF001
                 slo.safety.limits = dataclasses.replace(slo.safety.limits, is_enabled=False)

@@ -22,7 +22,9 @@ def batch_shape(tracker: Tracker, output: SchedulerOutput) -> BatchShape:
     """
     shares = output.num_scheduled_tokens
     table = tracker.table
-    ids = [i for i in shares if i in table] if tracker.stock else list(shares)
+    # a blocked request may become runnable within schedule() itself
+    is_whole = not tracker.stock and not tracker.blocked
+    ids = list(shares) if is_whole else [i for i in shares if i in table]
     index = np.fromiter(map(table.index, ids), np.int64, len(ids))
     counts = np.fromiter(map(shares.__getitem__, ids), np.int64, len(ids))
     starts = tracker.computed[index]
@@ -34,7 +36,7 @@ def batch_shape(tracker: Tracker, output: SchedulerOutput) -> BatchShape:
     decodes = (total - starts) == 1
     prefills = ~decodes
     chunks, befores = counts[prefills], starts[prefills]
-    others = [n for i, n in shares.items() if i not in table] if tracker.stock else []
+    others = [] if is_whole else [n for i, n in shares.items() if i not in table]
     return BatchShape(
         num_tokens=int(output.total_num_scheduled_tokens),
         num_requests=len(shares),
