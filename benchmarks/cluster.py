@@ -50,7 +50,7 @@ FLAGS = (
 )
 BURSTS = "bursts:4:20:0.3"  # four times the base rate during the first 6 s of every 20
 FAULTS = ("kill", "hang", "slow", "drain", "late")
-FAULT_AT_S, FAULT_FOR_S = 10.0, 40.0
+FAULT_AT_S, FAULT_FOR_S = 10.0, 30.0
 RECOVERY_S = 240.0
 BENCH_ROUTERS = ("slo", "ray", "round-robin")
 
