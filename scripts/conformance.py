@@ -39,8 +39,8 @@ EXPLAINED: dict[tuple[str, str], str] = {
         "a steered step does not pad a request's first decode with drafts: a cap on its share would break that"
     ),
     ("enforce", "test_fcfs_mixed_skipped_waiting_types_keep_order"): (
-        "what waited for a grammar or for input joins the planner's table when it can run, behind what could run before; "
-        "remote KV blocks, which the test has without a KV connector, are never awaited then"
+        "what waited for a grammar or for input joins the planner's table when it can run, behind what could run "
+        "before; remote KV blocks, which the test has without a KV connector, are never awaited then"
     ),
 }
 

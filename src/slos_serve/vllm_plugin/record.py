@@ -1,15 +1,16 @@
 """What `--record FILE` writes, one JSON object a line: steps, requests, and what the planner was asked.
 
 - A *step* (no `kind`): what it computed, how long it took, what was predicted; a performance model is fitted
-  from these. About 250 bytes.
+  from these. About 230 bytes.
 - `engine`, once at the start: schema, versions, limits, classes, planner; `model`: the pinned reference, when
   there is one.
-- `request`, when one ends: what it asked for, its true lengths, what became of it. About 500 bytes.
+- `request`, when one ends: what it asked for, its true lengths, what became of it. About 850 bytes.
 - `plan`: the planner's whole input (`ReplicaState`) and output (`Plan`), and what vLLM then scheduled; for every plan
-  with a verdict and every `PLAN_EVERY`-th without. About 0.9 KiB and 0.25 KiB for each live request, so these are
+  with a verdict and every `PLAN_EVERY`-th without. About 1.5 KB and 0.25 KB for each live request, so these are
   rationed: `PLAN_BYTES_PER_S` on average, `PLAN_BURST_BYTES` at once, `MAX_PLAN_BYTES` in all.
 
-The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 82 KB a second.
+The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 86 KB a second, and with one promise a second
+and 15 requests live by about 15 KB.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ logger = logging.getLogger("vllm.slos_serve")
 SCHEMA = "slos-serve-record/1"
 MAX_BUFFERED = 10_000
 PLAN_EVERY = 16
-PLAN_BYTES, PLAN_BYTES_PER_REQUEST = 900, 250  # what a plan's line is taken to cost before it is written
+PLAN_BYTES, PLAN_BYTES_PER_REQUEST = 1500, 250  # what a plan's line is taken to cost before it is written
 PLAN_BYTES_PER_S = 64 << 10
 PLAN_BURST_BYTES = 8 << 20
 MAX_PLAN_BYTES = 1 << 30
