@@ -9,8 +9,7 @@
   with a verdict and every `PLAN_EVERY`-th without. About 1.5 KB and 0.25 KB for each live request, so these are
   rationed: `PLAN_BYTES_PER_S` on average, `PLAN_BURST_BYTES` at once, `MAX_PLAN_BYTES` in all.
 
-The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 86 KB a second, and with one promise a second
-and 15 requests live by about 15 KB.
+The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 86 KB a second.
 """
 
 from __future__ import annotations
