@@ -30,6 +30,10 @@ def colours_of(systems: Sequence[str]) -> dict[str, str]:
 def attainment_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) -> Any:
     """Draw attainment of the class that has least, by rate, one panel a scenario, with the 90 % line."""
     colours = colours_of(systems)
+    shares = [
+        row["attainment"] for entry in scenarios.values() for curve in entry["attainment"].values() for row in curve
+    ]
+    lowest = max(0.0, min(80.0, 100 * min(shares) - 3))
     with style() as pyplot:
         columns = min(3, len(scenarios))
         rows = math.ceil(len(scenarios) / columns)
@@ -42,7 +46,7 @@ def attainment_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) ->
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colours[system], label=system,
                           linewidth=2.2 if ours else 1.4, zorder=3 if ours else 2)  # fmt: skip
             axes.axhline(90, color=INK, linewidth=1, linestyle=":")
-            axes.set(xscale="log", ylim=(45, 101), xlabel="requests per second and GPU")
+            axes.set(xscale="log", ylim=(lowest, 101), xlabel="requests per second and GPU")
             axes.xaxis.set_major_formatter("{x:g}")
             _label_rates(axes)
             axes.set_title(name)
@@ -92,7 +96,7 @@ def capacity_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) -> A
         axes.grid(visible=False, axis="x")
         axes.set_ylabel("capacity / best without drafts")
         axes.set_title("Capacity per GPU at 90 % of every class")
-        figure.tight_layout(rect=(0, 0.12, 1, 1))
+        figure.tight_layout(rect=(0, 0.08, 1, 1))
         _legend(figure, colours)
         return figure
 
@@ -123,22 +127,22 @@ def ablation_figure(scenarios: Mapping[str, Entry], parts: Sequence[str], whole:
 
 
 def burst_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width_s: float) -> Any:
-    """Draw arrivals, and the p99 of TTFT and of the time per token as multiples of what is promised.
+    """Draw arrivals, and the p99 of the first and of the last token's time as multiples of what is promised.
 
-    `runs[system]`: rows with `arrival_s`, `ttft` and `tpot` (multiples, None where unknown), `accepted`. The
+    `runs[system]`: rows with `arrival_s`, `first` and `last` (multiples, None where unknown), `accepted`. The
     solid line counts accepted requests, the dashed one everybody.
     """
     colours = colours_of(list(runs))
     with style() as pyplot:
-        figure, (arrivals, first, pace) = pyplot.subplots(3, 1, figsize=(9, 6.4), sharex=True, height_ratios=(1, 2, 2))
+        figure, (arrivals, first, last) = pyplot.subplots(3, 1, figsize=(9, 6.4), sharex=True, height_ratios=(1, 2, 2))
         start_s = [row["arrival_s"] for row in next(iter(runs.values()))]
         edges = np.arange(0.0, max(start_s) + width_s, width_s)
         arrivals.hist(start_s, bins=edges, color=GREY)
         arrivals.set(ylabel="requests")
         arrivals.set_title(f"Arrivals, in {width_s:g} s")
         for axes, key, title in (
-            (first, "ttft", "Time to first token, p99, as a multiple of its promise"),
-            (pace, "tpot", "Time per token, p99, as a multiple of its promise"),
+            (first, "first", "Time to the first token, p99, as a multiple of what is promised"),
+            (last, "last", "Time to the last token, p99, as a multiple of what is promised"),
         ):
             for system, rows in runs.items():
                 for dashed in (False, True):
@@ -151,9 +155,10 @@ def burst_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width_s: fl
             axes.axhline(1, color=INK, linewidth=1)
             axes.set(yscale="log", ylabel="multiple")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
             axes.set_title(title)
-        first.legend(fontsize=8, loc="upper right")
-        pace.set_xlabel("time of arrival, s")
+        first.legend(fontsize=8, loc="upper left")
+        last.set_xlabel("time of arrival, s")
         figure.tight_layout()
         return figure
 
@@ -171,22 +176,25 @@ def _moving_p99(rows: Sequence[Mapping[str, Any]], key: str, edges: Any) -> list
     return line
 
 
-def scaling_figure(capacity: Mapping[str, Mapping[int, float]]) -> Any:
-    """Draw capacity per GPU by number of replicas, relative to one. `capacity[system][replicas]`."""
-    colours = colours_of(list(capacity))
+def scaling_figure(scenarios: Mapping[str, Mapping[str, Mapping[int, float | None]]]) -> Any:
+    """Draw capacity by number of replicas, relative to one. `scenarios[name][system][replicas]`: per GPU."""
+    colours = colours_of(list(dict.fromkeys(system for systems in scenarios.values() for system in systems)))
     with style() as pyplot:
-        figure, axes = pyplot.subplots(figsize=(5.2, 3.4))
-        for system, by_count in capacity.items():
-            counts = sorted(count for count, rps in by_count.items() if rps)
-            if counts and counts[0] == 1:
-                heights = [count * by_count[count] / by_count[1] for count in counts]
-                axes.plot(counts, heights, marker="o", linewidth=2, color=colours[system], label=system)
-        ends = [1, max(count for by_count in capacity.values() for count in by_count)]
-        axes.plot(ends, ends, color=INK, linewidth=1, linestyle=":", label="proportional")
-        axes.set(xlabel="replicas", ylabel="capacity / that of one replica")
-        axes.set_title("Scaling with replicas")
-        axes.legend(fontsize=8)
-        figure.tight_layout()
+        size = (max(4.5, 3.4 * len(scenarios)), 3.4)
+        figure, panels = pyplot.subplots(1, len(scenarios), figsize=size, squeeze=False)
+        for axes, (name, systems) in zip(panels[0], scenarios.items(), strict=True):
+            for system, by_count in systems.items():
+                known = {count: rps for count, rps in sorted(by_count.items()) if rps}
+                if 1 in known:
+                    heights = [count * rps / known[1] for count, rps in known.items()]
+                    axes.plot(list(known), heights, marker="o", linewidth=2, color=colours[system])
+            ends = [1, max(count for by_count in systems.values() for count in by_count)]
+            axes.plot(ends, ends, color=INK, linewidth=1, linestyle=":")
+            axes.set(xlabel="replicas")
+            axes.set_title(name)
+        panels[0][0].set_ylabel("capacity / that of one")
+        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        _legend(figure, colours)
         return figure
 
 
@@ -213,7 +221,8 @@ def feasible_figure(model: PerfModel, *, acceptance: float, tiers_s: Sequence[fl
             axes.axhspan(0, tier_s * 1e3, color=OURS, alpha=0.06, linewidth=0)
             axes.axhline(tier_s * 1e3, color=INK, linewidth=1, linestyle=":")
             axes.annotate(f"{tier_s * 1e3:.0f} ms", (1, tier_s * 1e3), fontsize=8, va="bottom")
-        axes.set(xscale="log", ylim=(0, 2.2e3 * max(tiers_s)), xlabel="requests that decode together")
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        axes.set(xscale="log", ylim=(0, min(2.2e3 * max(tiers_s), 1.15 * highest)), xlabel="requests decoding together")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylabel("time per token, ms")
         axes.set_title(f"What can be promised: batch size and draft length (acceptance {acceptance:g})")

@@ -18,6 +18,7 @@ from slos_serve.sim.cells import Cell, deploy, offered, simulate
 from slos_serve.sim.hardware import load_hardware
 
 if TYPE_CHECKING:
+    from slos_serve.core.summary import GradedRequest
     from slos_serve.sim.capacity_study import Site, Study
 
 BURSTY = ("coding", "mixed", "chatbot")  # the burst is shown in the first of these that was run
@@ -52,19 +53,23 @@ that holds under one set of constants only is no result.</p>
 def write_report(document: Mapping[str, Any], study: Study, folder: Path) -> None:
     """Write everything; without matplotlib no figures."""
     write_tables(document, folder)
+    drawn: dict[str, list[tuple[str, str]]] = {}
+    note = ""
     try:
-        drawn = {
-            site.name: list(drawings(document["hardware"], study, site))
-            for site in study.sites
-            if document["hardware"][site.name]["scenarios"]
-        }
+        for site in study.sites:
+            if document["hardware"][site.name]["scenarios"]:
+                drawn[site.name] = list(draw(document["hardware"], study, site, folder))
     except MissingExtraError as error:
-        (folder / "report.html").write_text(page(document, {}, note=str(error)), encoding="utf-8")
-        return
-    for name, mine in drawn.items():
-        for key, _, figure in mine:
-            figures.save(figure, folder / f"{key}-{Path(name).stem}.png")
-    (folder / "report.html").write_text(page(document, drawn), encoding="utf-8")
+        note = str(error)
+    (folder / "report.html").write_text(page(document, drawn, note=note), encoding="utf-8")
+
+
+def draw(hardware: Mapping[str, Any], study: Study, site: Site, folder: Path) -> Iterator[tuple[str, str]]:
+    """Write a site's figures as PNG; yield heading and SVG of each."""
+    for key, heading, figure in drawings(hardware, study, site):
+        shown = sized(figure)
+        figures.save(figure, folder / f"{key}-{Path(site.name).stem.replace(' ', '-')}.png")
+        yield heading, shown
 
 
 def write_tables(document: Mapping[str, Any], folder: Path) -> None:
@@ -92,16 +97,16 @@ def drawings(hardware: Mapping[str, Any], study: Study, site: Site) -> Iterator[
             figure = plots.burst_figure(runs, width_s=max(1.0, round(end_s / BURST_BINS)))
             yield "burst", f"Through the bursts of {bursty}, at our capacity", figure
     if site.name == site.hardware and len(study.replicas) > 1:
-        for scenario, counts in scaling(hardware, study, site.hardware).items():
-            yield f"scaling-{scenario}", f"Scaling with replicas, {scenario}", plots.scaling_figure(counts)
+        counts = scaling(hardware, study, site.hardware)
+        yield "scaling", "Scaling with replicas", plots.scaling_figure(counts)
     file = next(iter(scenarios.values()))["hardware"]
     figure = plots.feasible_figure(load_hardware(file).perf_model, acceptance=study.acceptance)
     yield "feasible", f"What can be promised on {Path(file).stem}", figure
 
 
-def scaling(hardware: Mapping[str, Any], study: Study, name: str) -> dict[str, dict[str, dict[int, float]]]:
+def scaling(hardware: Mapping[str, Any], study: Study, name: str) -> dict[str, dict[str, dict[int, float | None]]]:
     """Return capacity per GPU by scenario, system and number of replicas."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    found: dict[str, dict[str, dict[int, float | None]]] = {}
     for site in study.sites:
         if site.hardware == name:
             for scenario, entry in hardware[site.name]["scenarios"].items():
@@ -139,18 +144,28 @@ def burst_rows(cell: Cell) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arrival_s": grade.arrival_s,
-                "ttft": grade.ttft_s / slo.ttft_s if grade.ttft_s and slo.ttft_s else None,
-                "tpot": grade.tpot_s / slo.tpot_s if grade.tpot_s and slo.tpot_s else None,
+                "first": grade.ttft_s / slo.ttft_s if grade.ttft_s and slo.ttft_s else None,
+                "last": _share_of_time(grade),
                 "accepted": grade.outcome != "declined",
             }
         )
     return rows
 
 
-def page(document: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, str, Any]]], *, note: str = "") -> str:
+def _share_of_time(grade: GradedRequest) -> float | None:
+    """Return the time to the last token as a multiple of what is promised."""
+    if grade.finish_s is None or grade.last_due_s is None or not math.isfinite(grade.last_due_s):
+        return None
+    return (grade.finish_s - grade.arrival_s) / (grade.last_due_s - grade.arrival_s)
+
+
+def page(document: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, str]]], *, note: str = "") -> str:
     """Return the whole page."""
     tiles = []
+    fewest = min(entry["replicas"] for entry in document["hardware"].values())
     for name, entry in document["hardware"].items():
+        if entry["replicas"] > fewest:
+            continue
         for key, what in (("ratio", "without drafts"), ("ratio_spec", "of all")):
             mean = entry["geomean"]
             if mean[key] is not None:
@@ -178,13 +193,12 @@ def page(document: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, st
     )  # fmt: skip
 
 
-def hardware_panel(entry: Mapping[str, Any], drawn: Sequence[tuple[str, str, Any]], *, group: str) -> str:
+def hardware_panel(entry: Mapping[str, Any], drawn: Sequence[tuple[str, str]], *, group: str) -> str:
     """Return what is shown of one hardware."""
     scenarios = entry["scenarios"]
     parts = [("Capacity in requests per second and GPU", table(entry))]
     if drawn:
-        shown = [(heading, sized(figure)) for _, heading, figure in drawn]
-        parts.append(("Figures", tabs(f"figure-{group}", shown)))
+        parts.append(("Figures", tabs(f"figure-{group}", drawn)))
     parts.append(("By scenario", tabs(group, [(name, scenario_panel(one)) for name, one in scenarios.items()])))
     return "".join(f"<h3>{pages.text(heading)}</h3>{content}" for heading, content in parts)
 

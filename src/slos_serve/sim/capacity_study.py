@@ -17,7 +17,7 @@ from slos_serve.sim.scenarios import find_scenario, hardware_of
 from slos_serve.sim.systems import find_system
 
 QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
-FULL = Effort()
+FULL = Effort(steps=2, max_rates=7, higher_rates=2)
 BOUND = Effort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
 QUICK_SETTINGS, QUICK_REQUESTS, QUICK_LONG_REQUESTS = 3, 200, 60
 

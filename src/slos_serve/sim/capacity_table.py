@@ -84,9 +84,8 @@ def scenario_entry(answers: Answers, *, hardware: str) -> dict[str, Any]:
     entry["clairvoyant_rps"] = bound or None
     entry["share_of_clairvoyant"] = ours_rps / bound if bound > 0 and ours_rps > 0 else None
     entry["attainment"] = {name: curve_rows(answer.curve) for name, answer in answers.items()}
-    first = next(iter(answers.values()), None)
-    entry["num_windows"] = len(first.curve.offered) if first else 0
-    entry["num_requests"] = int(first.curve.offered.sum()) if first else 0
+    entry["num_windows"] = max((len(answer.curve.offered) for answer in answers.values()), default=0)
+    entry["num_requests"] = max((int(answer.curve.offered.sum()) for answer in answers.values()), default=0)
     return entry
 
 

@@ -43,9 +43,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware",
         metavar="NAMES|FILES",
-        default=",".join(HARDWARE_SETS),
         help=f"of {', '.join((*HARDWARE_SETS, *hardware_names()))}, or files; the first two are sets, with one file "
-        "for each scenario (both sets)",
+        "for each scenario (both sets; with --quick measured)",
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of public trace files")
     parser.add_argument("--quick", action="store_true", help="three short windows, a coarse search, few settings")
@@ -54,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--router", metavar="NAME", choices=(*ROUTERS, POOLED), help="default: the system's own")
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
-    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (about 500, with --quick 200)")
+    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (300, with --quick 200)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--slo-scale", metavar="F", type=float, default=1.0, help="multiply every promise (1)")
@@ -114,7 +113,7 @@ def read_study(args: argparse.Namespace) -> Study:
     check("acceptance", args.acceptance, "at least 0, below 1", good=0 <= args.acceptance < 1)
     check("slo_scale", args.slo_scale, "more than 0, at most 100", good=0 < args.slo_scale <= 100)
     check("data", args.data, "a folder of trace files", good=Path(args.data).is_dir())
-    hardware = tuple(args.hardware.split(","))
+    hardware = tuple((args.hardware or ("measured" if args.quick else ",".join(HARDWARE_SETS))).split(","))
     for name in hardware:
         if name not in HARDWARE_SETS:
             load_hardware(name)

@@ -127,7 +127,7 @@ class Scenario:
     classes: tuple[str, ...]
     has_rounds: bool = False
     max_context: int = 8192
-    enough_requests: int = 500
+    enough_requests: int = 300
     published: str = "a100-40g-opt-6.7b-published"
     measured: str = "a100-80g-7b-measured"
 
