@@ -69,7 +69,7 @@ def test_a_missing_model_folder_is_told_before_anything_starts(capsys, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--replicas", "2"], "--replicas"),
+        (["--replicas", "0"], "--replicas"),
         (["--profile", "nowhere.json"], "--profile"),
         (["--slo-config", "nowhere.yaml"], "nowhere.yaml"),
         (["--no-slo", "--record", "steps.jsonl"], "--record"),
@@ -217,14 +217,14 @@ def profiling(monkeypatch):
 
 
 def run_until_ready(args, monkeypatch):
-    say = verb._say
+    say = verb.say
 
     def say_and_end(text):
         say(text)
         if text.startswith("ready"):
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
-    monkeypatch.setattr(verb, "_say", say_and_end)
+    monkeypatch.setattr(verb, "say", say_and_end)
     return verb.run(args)
 
 
