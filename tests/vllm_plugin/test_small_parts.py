@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -189,6 +191,28 @@ def test_one_of_several_api_servers_knows_its_number_and_the_way_into_its_engine
     finally:
         stats.listener.close()
         HUB.configure()
+
+
+COMPILED = """
+import slos_serve.core as core
+from slos_serve.core import admission, batching, draft, perf
+from slos_serve.core.planner import SloPlanner
+from slos_serve.core.types import Limits
+from slos_serve.vllm_plugin.warmup import warm_up
+
+limits = Limits(
+    max_num_batched_tokens=512, max_num_seqs=16, max_model_len=4096, block_size=16, num_kv_blocks=2000,
+    max_draft_length=3,
+)
+warm_up(SloPlanner(), limits)
+found = {f"{m.__name__}.{name}": thing for m in (admission, batching, draft, perf) for name, thing in vars(m).items()}
+print(sorted(name for name, thing in found.items() if not getattr(thing, "signatures", True)))
+"""
+
+
+def test_no_loop_of_the_planner_is_left_to_compile_while_requests_wait() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_counts_by_class_read_as_text() -> None:

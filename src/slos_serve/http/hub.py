@@ -126,7 +126,7 @@ class Hub:
             _wake(waiter)
 
     def _is_own(self, item: Mapping[str, Any]) -> bool:
-        return item.get("client", self._client) == self._client
+        return bool(item.get("client", self._client) == self._client)
 
     def _take_finished(self, item: Mapping[str, Any]) -> None:
         label, outcome = self._label(item["slo_class"]), item["outcome"]

@@ -78,7 +78,8 @@ def ask(where: str, question: Message, timeout_s: float = 2.0) -> Message:
         socket.send(msgspec.json.encode(question))
         if not socket.poll(timeout_s * 1000):
             raise TimeoutError(f"the engine at {where} did not answer within {timeout_s:g} s")
-        return msgspec.json.decode(socket.recv(), type=dict[str, Any])
+        answer: Message = msgspec.json.decode(socket.recv(), type=dict[str, Any])
+        return answer
     finally:
         socket.close(linger=0)
         context.term()

@@ -35,7 +35,7 @@ class SafetyLimits:
     num_faults: int = 5
     max_time_share: float = 0.05
     num_timed_steps: int = 200
-    max_plan_s: float = 5.0
+    max_plan_s: float = 30.0
     max_clock_step_s: float = 0.1
     hold_s: float = 60.0
     is_enabled: bool = True

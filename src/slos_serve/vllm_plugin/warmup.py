@@ -1,4 +1,4 @@
-"""Let the planner compile its loops before the first request, not during it."""
+"""Let the planner compile its loops before the first request, not during it: each takes seconds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def warm_up(planner: Planner, limits: Limits) -> float:
     started = time.perf_counter()
     for num_candidates in (0, 2, 40):
         planner.plan(_situation(limits, num_candidates))
+    planner.plan(_situation(limits, 40, overloaded=True))
     return time.perf_counter() - started
 
 
-def _situation(limits: Limits, num_candidates: int) -> ReplicaState:
-    """Return decodes with promises and without, and candidates more than fit."""
+def _situation(limits: Limits, num_candidates: int, *, overloaded: bool = False) -> ReplicaState:
+    """Return decodes with promises and without, and candidates more than fit; `overloaded`: half of them promised."""
     table = RequestTable()
     decodes = min(4, limits.max_num_seqs)
     longest = limits.max_model_len // 2
@@ -43,6 +44,8 @@ def _situation(limits: Limits, num_candidates: int) -> ReplicaState:
     rows["num_output_tokens"] = 1
     rows["num_kv_blocks"] = [math.ceil(n / limits.block_size) for n in rows["num_prompt_tokens"].tolist()]
     rows["first_token_s"] = rows["last_token_s"] = 0.1
+    if overloaded:
+        table.rows["tier"][decodes : decodes + num_candidates // 2] = Tier.PROMISED
     return ReplicaState(
         now_s=0.1, requests=table, num_free_kv_blocks=limits.num_kv_blocks // 2, limits=limits, perf_model=_MODEL
     )
