@@ -72,6 +72,16 @@ def test_scaling_goes_by_headroom_unless_told_otherwise():
     assert own["deployment_config"]["autoscaling_config"]["policy"] == {"policy_function": "a:b"}
 
 
+def test_ray_makes_our_policy_from_the_configuration():
+    from ray.serve._private.autoscaling_state import _resolve_policy_callable
+    from ray.serve.config import AutoscalingConfig
+
+    scaled = filled({"deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}})
+    config = AutoscalingConfig(**scaled["deployment_config"]["autoscaling_config"])
+    policy = _resolve_policy_callable(config.policy)
+    assert policy.patience_s == scaled["deployment_config"]["graceful_shutdown_timeout_s"]
+
+
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
