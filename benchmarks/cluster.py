@@ -126,10 +126,12 @@ def arguments(options: argparse.Namespace, port: int, count: int, router: str) -
     """Return what `slos-serve serve` would be given."""
     parser = argparse.ArgumentParser()
     verb.configure(parser)
-    given = [str(ensure_demo_model()), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
+    model = options.model or ensure_demo_model()
+    given = [str(model), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
     given += ["--replicas", str(count), "--router", router]
     given += ["--profile", str(options.profile)] if options.profile else []
     given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
+    given += ["--load-format", "dummy"] if options.dummy else []
     args, extra = parser.parse_known_args(given)
     args.extra, args.arguments = extra, given
     return args
@@ -237,10 +239,10 @@ def slow_down(pids: Sequence[int], stop: threading.Event) -> None:
         send(pids, signal.SIGCONT)
 
 
-def run_fault(name: str, bed: Bed, scaled: Scaled, seed: int) -> dict[str, Any]:
+def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer a steady load, strike once, and say what became of every request."""
-    rate = 0.35 * scaled.service_capacity_rps * bed.count
-    requests = requests_of(scaled, rate, FAULT_FOR_S, seed, "poisson")
+    rate = options.rate or 0.35 * scaled.service_capacity_rps * bed.count
+    requests = requests_of(scaled, rate, FAULT_FOR_S, options.seed, "poisson")
     struck: dict[str, Any] = {}
     recovered: list[float | None] = []
     if name == "late":
@@ -269,9 +271,13 @@ def run_fault(name: str, bed: Bed, scaled: Scaled, seed: int) -> dict[str, Any]:
 
 
 def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_s: float) -> dict[str, Any]:
-    """Count ends. `lost`: no end that says what happened. `doubled`: more tokens than were asked for."""
+    """Count ends.
+
+    `unfinished`: still served when the run was over. `lost`: no end that says what happened. `doubled`: more tokens
+    than were asked for.
+    """
     counts = {"offered": len(results), "in_flight": 0, "completed": 0, "retried": 0, "failed_clearly": 0,
-              "lost": 0, "doubled": 0}  # fmt: skip
+              "unfinished": 0, "lost": 0, "doubled": 0}  # fmt: skip
     for request, result in zip(requests, results, strict=True):
         begun = result.sent_s <= at_s
         counts["in_flight"] += begun and (result.finished_s is None or result.finished_s > at_s)
@@ -282,6 +288,8 @@ def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_
             counts["completed" if whole else "lost"] += 1
         elif "breaks off here" in result.error or result.status in (429, 503):
             counts["failed_clearly"] += 1
+        elif result.error.startswith("cut off"):
+            counts["unfinished"] += 1
         else:
             counts["lost"] += 1
             say(f"  lost: {result.error}")
@@ -298,9 +306,9 @@ def faults(options: argparse.Namespace) -> list[dict[str, Any]]:
         bed.deploy(options.replicas)
         bed.wait_usable(options.replicas, RECOVERY_S)
         warmed(bed)
-        for i, name in enumerate(options.only or FAULTS):
+        for name in options.only or FAULTS:
             say(f"fault: {name}")
-            rows.append(run_fault(name, bed, scaled, options.seed + i))
+            rows.append(run_fault(name, bed, scaled, options))
             say(json.dumps(rows[-1]))
             if bed.wait_usable(options.replicas, RECOVERY_S) is None:
                 say("the cluster did not recover: no more faults")
@@ -396,7 +404,7 @@ def demo(options: argparse.Namespace) -> list[dict[str, Any]]:
         bed.deploy(options.replicas)
         warmed(bed)
         say(f"serving at {bed.url}/v1; in {FAULT_AT_S:.0f} s one replica is killed")
-        row = run_fault("kill", bed, scaled, options.seed)
+        row = run_fault("kill", bed, scaled, options)
     finally:
         bed.close()
     return [row]
@@ -421,6 +429,9 @@ def main() -> None:
     parser.add_argument("what", choices=("demo", "faults", "routers", "path"))
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--profile", type=Path, help="measured profile (default: the cache, or measured first)")
+    parser.add_argument("--model", type=Path, help="model folder (default: the demo's)")
+    parser.add_argument("--dummy", action="store_true", help="random weights: a folder with a config.json is enough")
+    parser.add_argument("--rate", type=float, help="faults, demo: requests/s (default: 0.35 of the capacity)")
     parser.add_argument("--only", action="append", help="one fault or router; may be given more than once")
     parser.add_argument("--load", type=float, default=0.5, help="routers: share of the replicas' capacity")
     parser.add_argument("--seconds", type=float, default=40.0, help="routers: length of one run")
