@@ -147,10 +147,12 @@ class Known:
     snapshot: ReplicaSnapshot | None = None
     sent: OrderedDict[str, None] = field(default_factory=OrderedDict)
     recent: dict[str, tuple[float, PrefillRow]] = field(default_factory=dict)  # not in the snapshot yet
+    version: int = 0  # of `snapshot` and `recent`
 
     def update(self, snapshot: ReplicaSnapshot) -> None:
         """Take a newer snapshot; what it knows of is no longer recent."""
         self.snapshot = snapshot
+        self.version += 1
         if self.recent:
             listed = {row.request_id for row in snapshot.prefills}
             self.recent = {
@@ -160,7 +162,8 @@ class Known:
     def drop(self, request_id: str) -> None:
         """Forget a request."""
         self.sent.pop(request_id, None)
-        self.recent.pop(request_id, None)
+        if self.recent.pop(request_id, None) is not None:
+            self.version += 1
 
     def is_fresh(self, now_s: float, stale_s: float) -> bool:
         """Tell whether the snapshot is recent enough to plan with."""
@@ -258,17 +261,19 @@ class Dispatcher:
         """Return the request as it will look on each replica."""
         deadline_s, pace_s, prompt = arrival.deadline_s, arrival.pace_s, arrival.num_prompt_tokens
         output = max(1.0, arrival.predicted_output_tokens)
+        made: dict[tuple[float, int, float, int], PrefillRow] = {}  # most replicas are alike
         rows = []
         for name in replica_ids:
             snapshot = self._known[name].snapshot
             guard_s, block_size, acceptance = 0.0, 16, 0.0
             if snapshot is not None:
                 guard_s, block_size = snapshot.limits.guard_s, snapshot.limits.block_size
-                acceptance = min(max(snapshot.acceptance.get(arrival.slo_class, 0.0), 0.0), 0.99)
+                acceptance = snapshot.acceptance.get(arrival.slo_class, 0.0)
             cached = min(self._cached_tokens(arrival, name), prompt - 1)
-            blocks = float(-(-(prompt + 1) // block_size))
-            rows.append(
-                PrefillRow(
+            key = guard_s, block_size, acceptance, cached
+            if key not in made:
+                blocks = float(-(-(prompt + 1) // block_size))
+                made[key] = PrefillRow(
                     arrival.request_id,
                     float(prompt - cached),
                     float(cached),
@@ -277,10 +282,10 @@ class Dispatcher:
                     output,
                     0.0,
                     blocks,
-                    acceptance,
+                    min(max(acceptance, 0.0), 0.99),
                     promised=False,
                 )
-            )
+            rows.append(made[key])
         return rows
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
@@ -289,6 +294,7 @@ class Dispatcher:
         known = self._known.setdefault(replica_id, Known(since_s=now_s))
         known.sent[arrival.request_id] = None
         known.recent[arrival.request_id] = now_s + self.transit_s, self._row(arrival, replica_id)
+        known.version += 1
         self._where[arrival.request_id] = replica_id
         while len(known.sent) > MAX_SENT:  # nobody told us that they ended
             oldest = next(iter(known.sent))

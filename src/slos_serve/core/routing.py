@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from slos_serve.core.dispatch import Arrival, Choice, Dispatcher, Known, Route, Router
+from slos_serve.core.dispatch import Arrival, Choice, Dispatcher, Route, Router
 from slos_serve.core.snapshots import PrefillRow, ReplicaSnapshot, snapshot_of
-from slos_serve.core.virtual_copy import Guess, Sent, VirtualCopy
+from slos_serve.core.virtual_copy import Flow, Guess, VirtualCopy
 
 __all__ = [
     "ROUTERS",
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 MAX_SESSIONS = 10_000
+MAX_RANKED = 8  # further choices that a route names
 TOGETHER_S = 1.0  # replicas first heard of within this time are equally new
 
 
@@ -114,7 +115,7 @@ class SloRouter(Dispatcher):
         self,
         *,
         hops: int = 2,
-        num_tested: int = 3,
+        num_tested: int = 2,
         work_limit: int = 20_000,
         max_parked: int = 256,
         ramp_s: float = 5.0,
@@ -129,6 +130,7 @@ class SloRouter(Dispatcher):
         self.max_parked = max_parked
         self.ramp_s = ramp_s
         self._copies: dict[str, VirtualCopy] = {}
+        self._flows: dict[str, tuple[int, Flow]] = {}
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
 
     def _observed(self, snapshot: ReplicaSnapshot) -> None:
@@ -138,6 +140,7 @@ class SloRouter(Dispatcher):
         """Drop what is known of a replica that has gone."""
         super().forget(replica_id)
         self._copies.pop(replica_id, None)
+        self._flows.pop(replica_id, None)
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
         """Count a request as sent to a replica, and remember where its session is."""
@@ -167,8 +170,8 @@ class SloRouter(Dispatcher):
         worth_it = [guess for guess in guesses if guess.fits] if arrival.tried else guesses
         tested: set[str] = set()
         for guess in worth_it[: self.num_tested]:
-            copy, known = self._copies[guess.replica_id], self._known[guess.replica_id]
-            slack = copy.slack_s(_recent(known), guess.row, now_s, self.work_limit)
+            copy = self._copies[guess.replica_id]
+            slack = copy.slack_s(self._flow(guess.replica_id, copy), guess.row, now_s, self.work_limit)
             if slack is not None:
                 best = Choice(replica_id=guess.replica_id, feasible=True, slack_s=slack)
                 rest = [one for one in guesses if one is not guess]
@@ -185,8 +188,10 @@ class SloRouter(Dispatcher):
     def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[list[Guess], list[str]]:
         """Return the closed form's view of each replica, and those of which too little is known, by load."""
         guesses, blind = [], []
-        oldest_s = min(self._known[name].since_s for name in names)
-        phantom = self._phantom_tokens(names, now_s)
+        since_s = [self._known[name].since_s for name in names]
+        oldest_s = min(since_s)
+        some_new = max(since_s) - oldest_s > TOGETHER_S and now_s - max(since_s) < self.ramp_s
+        phantom = self._phantom_tokens(names) if some_new else 0.0
         for name, row in zip(names, self._rows(arrival, names), strict=True):
             known = self._known[name]
             copy = self._copies.get(name)
@@ -194,20 +199,23 @@ class SloRouter(Dispatcher):
                 blind.append(name)
                 continue
             age_s = now_s - known.since_s
-            is_new = age_s < self.ramp_s and known.since_s - oldest_s > TOGETHER_S
+            is_new = some_new and age_s < self.ramp_s and known.since_s - oldest_s > TOGETHER_S
             extra = phantom * (1.0 - age_s / self.ramp_s) if is_new else 0.0
-            guesses.append(copy.guess(name, row, _recent(known), now_s, extra))
+            guesses.append(copy.guess(name, row, self._flow(name, copy), now_s, extra))
         return guesses, self._by_load(blind, now_s)
 
-    def _phantom_tokens(self, names: Sequence[str], now_s: float) -> float:
-        """Return the mean prefill backlog, as what a newcomer is taken to have; 0 where nobody is new."""
-        if all(now_s - self._known[name].since_s >= self.ramp_s for name in names):
-            return 0.0
-        backlogs = [
-            copy.backlog[-1] + sum(row.left_tokens for _, row in _recent(self._known[name]))
-            for name in names
-            if (copy := self._copies.get(name)) is not None
-        ]
+    def _flow(self, replica_id: str, copy: VirtualCopy) -> Flow:
+        """Return what was sent to a replica since its snapshot, summed up; kept until that changes."""
+        known = self._known[replica_id]
+        version, flow = self._flows.get(replica_id, (-1, None))
+        if flow is None or version != known.version:
+            flow = copy.flow([entry for entry in known.recent.values() if _is_owed(entry[1])])
+            self._flows[replica_id] = known.version, flow
+        return flow
+
+    def _phantom_tokens(self, names: Sequence[str]) -> float:
+        """Return the mean prefill backlog: what a newcomer is taken to have."""
+        backlogs = [self._flow(name, copy).listed for name in names if (copy := self._copies.get(name)) is not None]
         return sum(backlogs) / max(1, len(backlogs))
 
     def _num_parked(self, replica_id: str) -> int:
@@ -232,13 +240,8 @@ def _is_owed(row: PrefillRow) -> bool:
     return math.isfinite(row.deadline_s) or math.isfinite(row.tpot_s)
 
 
-def _recent(known: Known) -> list[Sent]:
-    """Return what was sent since the snapshot and has an SLO."""
-    return [entry for entry in known.recent.values() if _is_owed(entry[1])]
-
-
 def _choices(guesses: Sequence[Guess], tested: set[str]) -> Iterator[Choice]:
-    for guess in guesses:
+    for guess in guesses[:MAX_RANKED]:
         feasible = False if guess.replica_id in tested else None
         yield Choice(replica_id=guess.replica_id, feasible=feasible, slack_s=guess.slack_s)
 

@@ -50,6 +50,22 @@ class Guess(NamedTuple):
     rate: float
 
 
+class Flow(NamedTuple):
+    """What was sent to a replica since its snapshot, and what that does to it.
+
+    `clear_s`: when its prompts would all be computed, one after another; `listed`: their tokens, those of the
+    snapshot included; `rate`: prefill tokens per second; `load`: decode tokens per second that they will add,
+    half counted; `blocks`: KV blocks they will take.
+    """
+
+    rows: list[PrefillRow]
+    clear_s: float
+    listed: float
+    rate: float
+    load: float
+    blocks: float
+
+
 @dataclass(slots=True)
 class VirtualCopy:
     """Arrays made from a snapshot once: the engine, its demand, and the closed form's figures."""
@@ -103,34 +119,39 @@ class VirtualCopy:
             sessions=dict(snapshot.sessions),
         )
 
-    def _progress(self, sent: Sequence[Sent], now_s: float) -> tuple[float, float]:
+    def flow(self, sent: Sequence[Sent]) -> Flow:
+        """Sum up what was sent since the snapshot; see `Flow`."""
+        rate = max(self.rate, LEAST_SHARE * self.peak)
+        clear_s, listed = self.snapshot.time_s + self.backlog[-1] / rate, self.backlog[-1]
+        load, blocks = self.coming_load, self.coming_blocks
+        rows = []
+        for at_s, row in sent:
+            clear_s = max(clear_s, at_s) + self.step_s + row.left_tokens / rate
+            listed += row.left_tokens
+            load += 0.5 / row.tpot_s  # until the deadline they decode for half of the time
+            blocks += row.start_blocks
+            rows.append(row)
+        return Flow(rows, clear_s, listed, rate, load, blocks)
+
+    def _progress(self, flow: Flow, now_s: float) -> tuple[float, float]:
         """Return how long a newcomer waits for the step under way, and the prefill tokens done by its end.
 
         A fluid estimate: since the snapshot prefills went on at the rate that decodes leave. A step is not
         interrupted. After the one that the snapshot tells of, it is taken to have just begun, as long as a
         step may be while there are prompts to compute.
         """
-        snapshot, rate = self.snapshot, max(self.rate, LEAST_SHARE * self.peak)
-        clear_s, listed = snapshot.time_s + self.backlog[-1] / rate, self.backlog[-1]
-        for at_s, row in sent:
-            clear_s = max(clear_s, at_s) + self.step_s + row.left_tokens / rate
-            listed += row.left_tokens
-        left = max(0.0, clear_s - now_s) * rate
-        wait_s = snapshot.time_s + snapshot.step_s - now_s
+        left = max(0.0, flow.clear_s - now_s) * flow.rate
+        wait_s = self.snapshot.time_s + self.snapshot.step_s - now_s
         if wait_s < 0.0:
-            lines, machine = self.machine.lines, self.machine
-            if left > 0.0:
-                whole = machine.margin_prefill * batch_seconds(lines, left, 1.0, 0.0, 0.0, 0.0)
-                wait_s = min(whole, machine.max_batch_s)
-            else:
-                wait_s = self.step_s
-        return wait_s, max(0.0, listed - left) + rate * wait_s
+            # a step with prompts is as long as it may be, one without is short
+            wait_s = min(self.machine.max_batch_s, self.step_s + left / self.peak) if left > 0.0 else self.step_s
+        return wait_s, max(0.0, flow.listed - left) + flow.rate * wait_s
 
-    def slack_s(self, sent: Sequence[Sent], row: PrefillRow, now_s: float, work_limit: int) -> float | None:
+    def slack_s(self, flow: Flow, row: PrefillRow, now_s: float, work_limit: int) -> float | None:
         """Return how long before its deadline the request would be prefilled; None where a promise would break."""
-        rows = [*(one for _, one in sent), row]
+        rows = [*flow.rows, row]
         demand = np.concatenate([self.demand, prefill_demand(rows)], axis=1)
-        wait_s, done = self._progress(sent, now_s)
+        wait_s, done = self._progress(flow, now_s)
         self._advance(demand, done, now_s + wait_s)
         is_new = np.zeros(demand.shape[1], np.bool_)
         is_new[-1] = True
@@ -201,24 +222,20 @@ class VirtualCopy:
         demand[columns.GAIN] *= gain[group]
         demand[columns.STEPS] = verify[group] - 1
 
-    def guess(self, replica_id: str, row: PrefillRow, sent: Sequence[Sent], now_s: float, extra_tokens: float) -> Guess:
+    def guess(self, replica_id: str, row: PrefillRow, flow: Flow, now_s: float, extra_tokens: float) -> Guess:
         """Return the closed form for a request; `extra_tokens` is backlog to reckon with beside what is known."""
-        snapshot = self.snapshot
-        deadline_s = row.deadline_s
-        wait_s, done = self._progress(sent, now_s)
+        snapshot, deadline_s, load = self.snapshot, row.deadline_s, flow.load
+        wait_s, done = self._progress(flow, now_s)
         before = self.backlog[bisect_right(self.deadlines, deadline_s)]
-        load, blocks = self.coming_load, self.coming_blocks
-        for _, other in sent:
+        for other in flow.rows:
             if other.deadline_s <= deadline_s:
                 before += other.left_tokens
-            load += 0.5 / other.tpot_s  # until the deadline they decode for half of the time
-            blocks += other.start_blocks
         before = max(0.0, before - done) + extra_tokens
         rate = max(self.rate - load, LEAST_SHARE * self.peak)
         left_s = max(deadline_s - now_s, 1e-3) if math.isfinite(deadline_s) else 10.0
         slack_s = left_s - wait_s - (before + row.left_tokens) / rate
         num_blocks = float(snapshot.limits.num_kv_blocks)
-        free = snapshot.free_kv_blocks - blocks - row.start_blocks
+        free = snapshot.free_kv_blocks - flow.blocks - row.start_blocks
         decodes = min(row.output_tokens, RENT_S / row.tpot_s)
         compute = 1.0 - rate / self.peak + wait_s / left_s + (before + row.left_tokens) / (self.peak * left_s)
         memory = 1.0 - free / num_blocks
