@@ -124,3 +124,11 @@ def test_a_quick_look_takes_the_first_requests_at_the_same_rate(data, name):
     assert quick.num_requests == pytest.approx(40, abs=4)
     assert quick.rate_rps == pytest.approx(4.0)
     assert lengths(quick)[: len(quick.arrivals)] == lengths(full)[: len(quick.arrivals)]
+
+
+def test_what_is_too_long_is_counted_as_far_as_the_window_goes(data):
+    small = load_hardware("a100-40g-opt-6.7b-published")
+    scenario = find_scenario("chatbot")
+    full, cut = (scenario.offer(offer(data, hardware=small, max_requests=n)) for n in (None, 20))
+    assert full.num_dropped > cut.num_dropped > 0
+    assert cut.num_dropped / cut.num_requests == pytest.approx(full.num_dropped / full.num_requests, rel=0.7)

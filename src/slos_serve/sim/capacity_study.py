@@ -19,7 +19,8 @@ from slos_serve.sim.systems import find_system
 QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
 FULL = Effort(steps=2, max_rates=7, higher_rates=2)
 BOUND = Effort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
-QUICK_SETTINGS, QUICK_REQUESTS, QUICK_LONG_REQUESTS = 3, 200, 60
+QUICK_SETTINGS = 3
+QUICK_SHARE = 2  # a quick look runs one in so many of the requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +67,7 @@ class Study:
         """Return a run of one search."""
         enough = find_scenario(scenario).enough_requests
         if self.is_quick or system == CLAIRVOYANT:
-            enough = QUICK_REQUESTS if enough > QUICK_REQUESTS else QUICK_LONG_REQUESTS
-        enough = min(enough, self.max_requests or enough)
+            enough //= QUICK_SHARE
         values = {
             "scenario": scenario,
             "system": system,
@@ -80,7 +80,7 @@ class Study:
             "rate_rps": 1.0,
             "acceptance": self.acceptance,
             "known_lengths": self.known_lengths,
-            "max_requests": enough,
+            "max_requests": self.max_requests or enough,
             "slo_scale": self.slo_scale,
             "seed": self.seed,
         }

@@ -118,7 +118,7 @@ class Scenario:
     """A named workload. `max_context`: longest sequence offered, in tokens, whatever the hardware could hold.
 
     `has_rounds`: requests wait for earlier ones. `enough_requests`: how many of a window a capacity search
-    runs, so that windows cost about the same.
+    runs: enough for several times the life of a request at the rates in question.
     `published`, `measured`: the hardware file that stands for the scenario in each set of constants.
     """
 
@@ -293,7 +293,7 @@ def _tools(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario(name="chatbot", classes=("chat",), build=_window(CONV, "chat", CONV_WINDOWS)),
+        Scenario(name="chatbot", classes=("chat",), build=_window(CONV, "chat", CONV_WINDOWS), enough_requests=600),
         Scenario(name="coding", classes=("coding",), build=_window(CODE, "coding", CODE_WINDOWS)),
         Scenario(name="summarization", classes=("summarization",), build=_summarization),
         Scenario(name="mixed", classes=("chat", "coding", "summarization"), build=_mixed),

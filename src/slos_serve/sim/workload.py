@@ -150,10 +150,13 @@ def trace_workload(
     """Offer every row of a trace that fits the context, at its own times or stretched to `rate_rps`.
 
     A row's `slo_class` counts where the trace has one, else `default_class`. Prefix hits are the trace's.
-    `max_requests`: only so many from the start, over the time until the next one.
+    `max_requests`: only so many from the start, over the time until the next one. What is too long for the
+    context is dropped and counted.
     """
-    kept, dropped = trace.limited_to(max_model_len)
-    kept = first_of(kept, max_requests)
+    fitting, dropped = trace.limited_to(max_model_len)
+    kept = first_of(fitting, max_requests)
+    if len(kept) < len(fitting):  # of those that would have arrived meanwhile
+        dropped = int((trace.arrived_at_s < kept.span_s).sum()) - len(kept)
     if rate_rps is not None:
         kept = kept.at_rate(rate_rps)
     columns = (
