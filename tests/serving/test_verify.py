@@ -134,10 +134,11 @@ def step(size, ratio, *, has_prefill=0):
 
 def test_a_decode_batch_size_that_falls_out_of_the_graphs_is_found():
     even = [step(size, 1.0) for size in range(1, 9) for _ in range(6)]
-    assert checks.graph_sizes(even).status == PASS
-    found = checks.graph_sizes([*even, *(step(9, 2.0) for _ in range(6))])
+    assert checks.graph_sizes(even, has_graphs=True).status == PASS
+    found = checks.graph_sizes([*even, *(step(9, 2.0) for _ in range(6))], has_graphs=True)
     assert (found.status, found.values["by_size"]["9"]) == ("fail", 2.0)
-    assert checks.graph_sizes([step(3, 9.0, has_prefill=1)] * 9).status == SKIPPED
+    assert checks.graph_sizes([step(3, 9.0, has_prefill=1)] * 9, has_graphs=True).status == SKIPPED
+    assert checks.graph_sizes(even, has_graphs=False).status == SKIPPED
 
 
 def test_throughput_is_compared_at_its_best_and_outputs_by_what_vllm_itself_keeps():

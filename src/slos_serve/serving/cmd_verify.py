@@ -118,7 +118,9 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
             mine = measure(ours.url, size, seed=args.seed, slo=STEERED)
         snapshot = _status(ours.url, None)
         fleet.stop()
-        found += _of_record(snapshot, record, load, has_drafter=flags.has("speculative-config"))
+        has_graphs = not engine.is_cpu and not flags.has("enforce-eager")
+        has_drafter = flags.has("speculative-config")
+        found += _of_record(snapshot, record, load, has_drafter=has_drafter, has_graphs=has_graphs)
         if engine.is_cpu:
             found.append(checks.skipped("async", "on CPUs vLLM schedules synchronously"))
         elif flags.has("no-async-scheduling"):
@@ -148,13 +150,16 @@ def _other_scheduling(fleet: Any, args: argparse.Namespace, forced: Sequence[str
     fleet.stop()
     counts = sum((snapshot.get("planner_faults") or {}).values())
     good = all(texts) and not counts and snapshot.get("effective_mode") == "enforce"
-    return Check(
-        name="async", status=PASS if good else FAIL, detail=f"both kinds of scheduling, {counts} faults"
-    )
+    return Check(name="async", status=PASS if good else FAIL, detail=f"both kinds of scheduling, {counts} faults")
 
 
 def _of_record(
-    snapshot: Mapping[str, Any], record: Path | None, load: Mapping[str, Any] | None, *, has_drafter: bool
+    snapshot: Mapping[str, Any],
+    record: Path | None,
+    load: Mapping[str, Any] | None,
+    *,
+    has_drafter: bool = False,
+    has_graphs: bool = False,
 ) -> list[Check]:
     """Return the checks that need our server alone."""
     found = [checks.hook(snapshot), checks.enforcing(snapshot), checks.faults(snapshot)]
@@ -169,7 +174,7 @@ def _of_record(
     recording = read_recording(record)
     steps = [step for step in recording.steps if step.get("predicted_s")]
     found += [checks.plans(replay(recording).to_json()), checks.overhead(snapshot, steps)]
-    return [*found, checks.graph_sizes(steps), checks.drafts(steps, has_drafter=has_drafter)]
+    return [*found, checks.graph_sizes(steps, has_graphs=has_graphs), checks.drafts(steps, has_drafter=has_drafter)]
 
 
 def _against(ours: Evidence, stock: Evidence, *, quick: bool) -> list[Check]:
@@ -189,7 +194,7 @@ def verify_target(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any]
     load = serve_promises(args.target, size, seed=args.seed, api_key=args.api_key)
     mine = measure(args.target, size, seed=args.seed, slo=STEERED, api_key=args.api_key)
     snapshot = _status(args.target, args.api_key)
-    found = _of_record(snapshot, None, load, has_drafter=False)
+    found = _of_record(snapshot, None, load)
     if args.stock:
         found += _against(
             mine, measure(args.stock, size, seed=args.seed, slo=None, api_key=args.api_key), quick=args.quick
