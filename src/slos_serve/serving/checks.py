@@ -90,7 +90,7 @@ def overhead(snapshot: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) ->
 
 
 def graph_sizes(steps: Sequence[Mapping[str, Any]], *, has_graphs: bool) -> Check:
-    """Check that no decode batch size is far slower than the others, by the model, as one outside the graphs would be."""
+    """Check that no decode batch size is far slower than the others, as one outside captured graphs would be."""
     if not has_graphs:
         return skipped("graph-sizes", "no graphs are captured (a CPU, or --enforce-eager)")
     ratios: dict[int, list[float]] = {}
