@@ -157,6 +157,11 @@ class Fleet:
         with self._lock:
             return sum(map(self._is_usable, self._members))
 
+    def num_open(self, tried: Sequence[str]) -> int:
+        """Return how many replicas can be sent to that are not among `tried`."""
+        with self._lock:
+            return sum(self._is_usable(name) for name in self._members.keys() - set(tried))
+
     def reports(self) -> dict[str, Report]:
         """Return the last report of every replica that has made one."""
         with self._lock:

@@ -129,12 +129,9 @@ class Journey:
 
     def _may_pass(self) -> bool:
         """Tell whether another replica would be asked after this one."""
-        left = self._fleet.num_usable - len(set(self._tried))
-        return (
-            bool(self._who.slo_id)
-            and not self._who.best_effort
-            and (left > 1 and self._num_passed < self._fleet.num_hops)
-        )
+        if not self._who.slo_id or self._who.best_effort or self._num_passed >= self._fleet.num_hops:
+            return False
+        return self._fleet.num_open(self._tried) > 1
 
     def _take_loss(self, hop: Hop, error: _LostHereError) -> None:
         replica_id = self._fleet.where(hop.key)
