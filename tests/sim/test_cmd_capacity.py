@@ -167,7 +167,9 @@ def test_the_mean_over_scenarios_is_geometric_and_has_an_interval():
     assert entry["geomean"]["ratio"] == pytest.approx(4.0, rel=0.03)
     assert entry["geomean"]["ratio_interval"] == pytest.approx([entry["geomean"]["ratio"]] * 2)
     assert entry["geomean"]["num_scenarios"] == 2
-    text = as_text({"hardware": {"toy": entry}, "errors": {"toy/coding/edf": "ValueError: x"}})
+    facts = {"known_lengths": True, "is_quick": True, "num_windows": 3, "slo_scale": 0.5}
+    text = as_text({"hardware": {"toy": entry}, "errors": {"toy/coding/edf": "ValueError: x"}, "study": facts})
+    assert "every system knows the true output lengths; every promise times 0.5; a quick look" in text
     assert "| chatbot |" in text
     assert "toy/coding/edf: no answer, ValueError: x" in text
 

@@ -13,7 +13,7 @@ from slos_serve import figures, pages
 from slos_serve.errors import MissingExtraError
 from slos_serve.sim import capacity_plots as plots
 from slos_serve.sim.capacity import index_of, rate_at
-from slos_serve.sim.capacity_table import OURS, OURS_AR, RATIOS, as_text, is_ours, number, with_interval
+from slos_serve.sim.capacity_table import OURS, OURS_AR, RATIOS, as_text, is_ours, labels, number, with_interval
 from slos_serve.sim.cells import Cell, deploy, offered, simulate
 from slos_serve.sim.hardware import load_hardware
 
@@ -187,6 +187,7 @@ def page(document: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, st
         sections.append(("Searches without an answer", f"<ul>{rows}</ul>"))
     sections.append(("What the numbers mean", EXPLANATION))
     lead = "The highest rate per GPU at which each scheduler keeps every class's promises to 90 % of its requests."
+    lead = " ".join([lead, *(f"Here {pages.text(label)}." for label in labels(document))])
     return pages.page(
         title="Capacity within latency promises", lead=lead + pages.text(note and f" ({note})"), tiles=tiles,
         sections=sections,

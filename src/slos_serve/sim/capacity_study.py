@@ -104,6 +104,19 @@ class Study:
             grid = [grid[0], *grid[1 :: (len(grid) - 1) // (QUICK_SETTINGS - 1)]][:QUICK_SETTINGS]
         return grid
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a reader of the table must know of how it was made."""
+        return {
+            "is_quick": self.is_quick,
+            "num_windows": self.effort.num_windows,
+            "max_requests": self.max_requests,
+            "acceptance": self.acceptance,
+            "known_lengths": self.known_lengths,
+            "slo_scale": self.slo_scale,
+            "router": self.router,
+            "seed": self.seed,
+        }
+
     def lanes(self) -> list[Lane]:
         """Return every search, those of one scenario side by side."""
         return [
@@ -147,7 +160,7 @@ class Study:
                     found[scenario] = mine
             on = {scenario: hardware_of(scenario, site.hardware) for scenario in found}
             hardware[site.name] = {**hardware_entry(found, on), "replicas": site.replicas}
-        document: dict[str, Any] = {"hardware": hardware}
+        document: dict[str, Any] = {"hardware": hardware, "study": self.facts()}
         errors = {lane.name: lane.error for lane in lanes if lane.error}
         return {**document, "errors": errors} if errors else document
 

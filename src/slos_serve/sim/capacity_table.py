@@ -132,9 +132,19 @@ def geometric_mean(values: Sequence[float | None]) -> float | None:
     return math.exp(sum(map(math.log, known)) / len(known)) if known else None
 
 
+def labels(document: Mapping[str, Any]) -> list[str]:
+    """Return, in words, what makes a table another one than the usual."""
+    facts = document.get("study", {})
+    known = "every system knows the true output lengths" if facts.get("known_lengths") else ""
+    scale = facts.get("slo_scale", 1.0)
+    scaled = f"every promise times {scale:g}" if scale != 1 else ""
+    quick = f"a quick look: {facts['num_windows']} short windows, few settings" if facts.get("is_quick") else ""
+    return [text for text in (known, scaled, quick) if text]
+
+
 def as_text(document: Mapping[str, Any]) -> str:
     """Return the tables as Markdown."""
-    lines: list[str] = []
+    lines = [f"({'; '.join(labels(document))})", ""] if labels(document) else []
     for name, hardware in document["hardware"].items():
         scenarios = hardware["scenarios"]
         systems = list(dict.fromkeys(system for entry in scenarios.values() for system in entry["capacity_rps"]))
