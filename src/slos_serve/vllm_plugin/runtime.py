@@ -294,6 +294,9 @@ class SloRuntime:
             stock=tracker.stock,
             next_draft_length=None if self.drafts is None else self.drafts.take_plan(batch, tracker.table),
         )
+        if not steering.fits_adapters:
+            self.divergences["adapters"] += 1
+            return None
         for request in steering.preempted:
             self.num_preempted += 1
             tracker.note_preempted(request.request_id)

@@ -129,8 +129,6 @@ class Steering:
         if stock:
             self.caps.update(dict.fromkeys(stock, UNCAPPED))
             self._join_stock(stock)
-        if scheduler.lora_config is not None and self.offered:
-            self._leave_out_adapters(scheduler.lora_config.max_loras)
 
     def _join_stock(self, stock: Mapping[str, Request]) -> None:
         """Serve requests with rules of their own: running ones first, waiting ones by arrival.
@@ -145,20 +143,15 @@ class Steering:
         earlier = [r for r in theirs if r.arrival_time <= first]
         self.offered = earlier + self.offered + [r for r in theirs if r.arrival_time > first]
 
-    def _leave_out_adapters(self, most: int) -> None:
-        """Offer nobody whose adapter does not fit beside those of all that run, held requests included.
+    @property
+    def fits_adapters(self) -> bool:
+        """Tell whether the adapters of all that run, held requests included, and of all that is offered are few enough.
 
-        vLLM looks at the adapters of what one step schedules alone, for it holds nobody; where later ones are too
-        many for a step its engine ends.
+        vLLM looks at the adapters of what one step schedules alone, for it holds nobody; where held ones come back
+        and are too many its engine ends.
         """
-        loaded = {_adapter(r) for r in self.sorted}
-        offered = []
-        for request in self.offered:
-            wanted = loaded | {_adapter(request)}
-            if len(wanted - {0}) <= most:
-                loaded = wanted
-                offered.append(request)
-        self.offered = offered
+        lora = self.scheduler.lora_config
+        return lora is None or len({_adapter(r) for r in (*self.sorted, *self.offered)} - {0}) <= lora.max_loras
 
     def begin(self) -> None:
         """Preempt what the plan preempts and put the plan's queues in place."""
