@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from slos_serve import cli
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
@@ -19,15 +21,15 @@ def post(url, body):
         return dict(response.headers), json.loads(response.read())
 
 
-def test_a_server_without_a_profile_measures_itself_and_then_keeps_promises(tmp_path, free_port):
+def test_a_server_without_a_profile_measures_itself_keeps_promises_and_can_say_why(tmp_path, free_port, capsys):
     pytest.importorskip("vllm")
     from slos_serve.bench.model import ensure_demo_model
 
-    profile = tmp_path / "profile.json"
+    profile, record = tmp_path / "profile.json", tmp_path / "run.jsonl"
     command = [sys.executable, "-m", "slos_serve.cli", "serve", str(ensure_demo_model()), "--json"]
     command += ["--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "demo", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", "256M"]
-    command += ["--profile", str(profile), "--reprofile"]
+    command += ["--profile", str(profile), "--reprofile", "--record", str(record)]
     with (tmp_path / "server.log").open("w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -43,6 +45,8 @@ def test_a_server_without_a_profile_measures_itself_and_then_keeps_promises(tmp_
             headers, answer = post(f"{ready['url']}/v1/chat/completions", body)
             assert "Paris" in answer["choices"][0]["message"]["content"]
             assert headers["x-slo-verdict"] == "promised"
+            assert cli.main(["explain", answer["id"], "--target", ready["url"]]) == 0
+            assert "promised" in capsys.readouterr().out
         finally:
             child.send_signal(signal.SIGTERM)
             try:
@@ -53,3 +57,10 @@ def test_a_server_without_a_profile_measures_itself_and_then_keeps_promises(tmp_
     assert out == ""
     assert child.returncode == 0
     assert "Traceback" not in Path(log.name).read_text()
+
+    assert cli.main(["replay", str(record), "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert replayed["num_plans"] == replayed["num_same"] >= 1
+    assert replayed["num_steered"] == replayed["num_exact"] >= 1
+    assert cli.main(["explain", answer["id"], "--record", str(record)]) == 0
+    assert answer["id"] in capsys.readouterr().out
