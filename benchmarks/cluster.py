@@ -45,7 +45,7 @@ from slos_serve.serving.platforms import num_cores
 
 MODEL = "demo"
 FLAGS = (
-    *("--served-model-name", MODEL, "--max-model-len", "1024", "--max-num-seqs", "32"),
+    *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32"),
     *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager"),
 )
 BURSTS = "bursts:4:20:0.3"  # four times the base rate during the first 6 s of every 20
@@ -131,7 +131,9 @@ def arguments(options: argparse.Namespace, port: int, count: int, router: str) -
     given += ["--replicas", str(count), "--router", router]
     given += ["--profile", str(options.profile)] if options.profile else []
     given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
-    given += ["--load-format", "dummy"] if options.dummy else []
+    if options.dummy:  # its steps are so short that planning takes a large share of them, and it would step down
+        safety = {"slo": {"safety": {"is_enabled": False}}}
+        given += ["--load-format", "dummy", "--additional-config", json.dumps(safety)]
     args, extra = parser.parse_known_args(given)
     args.extra, args.arguments = extra, given
     return args
