@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slos_serve.sim.capacity import (
+    BEYOND,
     HIGHEST,
     LOWEST,
     LOWEST_RPS,
@@ -15,6 +16,7 @@ from slos_serve.sim.capacity import (
     Curve,
     Effort,
     Outcome,
+    crossing,
     index_of,
     interval,
     never_rising,
@@ -161,6 +163,15 @@ def test_the_fitted_curve_never_rises_and_keeps_the_mean(shares):
     assert fitted.mean() == pytest.approx(np.mean(shares))
     if (np.diff(shares) <= 0).all():
         assert fitted == pytest.approx(shares)
+
+
+def test_a_draw_beyond_the_rates_that_were_run_follows_the_slope_and_no_further_than_its_limit():
+    log_rates = np.log([1.0, 2.0])
+    rows = np.array([[1.0, 0.92], [0.89, 0.79], [0.99, 0.99]])
+    above, below, flat = crossing(rows, log_rates, 0.9)
+    assert above == pytest.approx(2 * 2 ** (0.02 / 0.08))
+    assert below == pytest.approx(2 ** (-0.01 / 0.1))
+    assert flat == pytest.approx(2 * BEYOND)
 
 
 def test_a_ratio_is_of_the_same_windows_on_both_sides():

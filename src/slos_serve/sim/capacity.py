@@ -36,6 +36,7 @@ MAX_DRAIN_S = 20.0
 LOWEST_RPS, HIGHEST_RPS = 0.004, 500.0
 COARSE_STEPS = 12  # grid steps of the first bracket: a factor of 1.43
 DRAWS = 2000
+BEYOND = 1.5  # how far past the rates that were run a bootstrap draw may lie
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -136,7 +137,7 @@ class Curve:
         return min(self.attainment(index).values())
 
     def capacities(self, target: float, weights: FloatArray) -> FloatArray:
-        """Return the capacity for each row of window weights, shape (draws, windows): rates, clipped to those run."""
+        """Return the capacity for each row of window weights, shape (draws, windows), as rates."""
         indices = self.indices
         met = np.einsum("dw,rwc->drc", weights, np.stack([self.met[index] for index in indices]))
         offered = np.maximum((weights @ self.offered)[:, None, :], 1e-9)
@@ -151,6 +152,8 @@ class Curve:
         """Return the capacity over all windows; 0 where no rate passes, None where no rate that was run does."""
         if self.fitted()[0] < target:
             return 0.0 if self.indices[0] <= LOWEST else None
+        if self.fitted()[-1] >= target:
+            return rate_at(self.indices[-1])
         return float(self.capacities(target, np.ones((1, len(self.offered))))[0])
 
     def draws(self, target: float, *, seed: int = 0) -> FloatArray:
@@ -178,15 +181,23 @@ def never_rising(shares: FloatArray) -> FloatArray:
 
 
 def crossing(fitted: FloatArray, log_rates: FloatArray, target: float) -> FloatArray:
-    """Return the rate at which each row falls below a target, clipped to the rates. Rows never rise."""
+    """Return the rate at which each row falls below a target. Rows never rise.
+
+    Where it does so beyond the rates that were run, the row goes on with its mean slope, `BEYOND` times at most.
+    """
     passing = (fitted >= target - 1e-12).sum(axis=1)
-    last = np.clip(passing - 1, 0, len(log_rates) - 2) if len(log_rates) > 1 else np.zeros(len(fitted), np.int64)
-    following = np.minimum(last + 1, len(log_rates) - 1)
+    count = len(log_rates)
+    last = np.clip(passing - 1, 0, max(count - 2, 0))
+    following = np.minimum(last + 1, count - 1)
     rows = np.arange(len(fitted))
     upper, lower = fitted[rows, last], fitted[rows, following]
     share = np.clip((upper - target) / np.maximum(upper - lower, 1e-12), 0.0, 1.0)
-    log_rate = log_rates[last] + share * (log_rates[following] - log_rates[last])
-    log_rate = np.where(passing == 0, log_rates[0], np.where(passing == len(log_rates), log_rates[-1], log_rate))
+    inside = log_rates[last] + share * (log_rates[following] - log_rates[last])
+    slope = (fitted[:, 0] - fitted[:, -1]) / max(float(log_rates[-1] - log_rates[0]), 1e-12)
+    limit = math.log(BEYOND)
+    below = log_rates[0] - np.clip((target - fitted[:, 0]) / np.maximum(slope, 1e-9), 0.0, limit)
+    above = log_rates[-1] + np.clip((fitted[:, -1] - target) / np.maximum(slope, 1e-9), 0.0, limit)
+    log_rate = np.where(passing == 0, below, np.where(passing == count, above, inside))
     return np.asarray(np.exp(log_rate), np.float64)
 
 

@@ -24,6 +24,7 @@ from slos_serve.sim.systems import SYSTEMS, find_system
 
 HELP = "find the highest rate at which systems keep their SLOs"
 MAX_REPLICAS = 64
+SLOW_SCENARIO = "reasoning"  # thousands of tokens each: not for a quick look
 QUICK_SYSTEMS = ("slos-serve", "slos-serve-ar", "vllm", "vllm-spec", "sarathi-serve")
 
 
@@ -31,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `capacity`."""
     parser.epilog = "example: slos-serve capacity --scenarios chatbot,coding --hardware measured --data DIR --quick"
     parser.add_argument(
-        "--scenarios", metavar="NAMES", default=",".join(SCENARIOS), help=f"of {', '.join(SCENARIOS)} (all)"
+        "--scenarios", metavar="NAMES", help=f"of {', '.join(SCENARIOS)} (all; with --quick all but {SLOW_SCENARIO})"
     )
     parser.add_argument(
         "--systems",
@@ -117,11 +118,13 @@ def read_study(args: argparse.Namespace) -> Study:
     for name in hardware:
         if name not in HARDWARE_SETS:
             load_hardware(name)
+    every = [name for name in SCENARIOS if not (args.quick and name == SLOW_SCENARIO)]
+    scenarios = args.scenarios.split(",") if args.scenarios else every
     effort = QUICK if args.quick else FULL
     if args.windows is not None:
         effort = replace(effort, num_windows=args.windows, coarse_windows=min(effort.coarse_windows, args.windows))
     return Study(
-        scenarios=tuple(find_scenario(name).name for name in args.scenarios.split(",")),
+        scenarios=tuple(find_scenario(name).name for name in scenarios),
         systems=read_systems(args.systems or (",".join(QUICK_SYSTEMS) if args.quick else "main")),
         hardware=hardware,
         data=str(Path(args.data).resolve()),
