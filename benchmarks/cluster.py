@@ -50,7 +50,7 @@ FLAGS = (
 )
 BURSTS = "bursts:4:20:0.3"  # four times the base rate during the first 6 s of every 20
 FAULTS = ("kill", "hang", "slow", "drain", "late")
-FAULT_AT_S, FAULT_FOR_S = 10.0, 30.0
+FAULT_AT_S, FAULT_FOR_S, LATE_FOR_S = 10.0, 30.0, 90.0
 RECOVERY_S = 240.0
 BENCH_ROUTERS = ("slo", "ray", "round-robin")
 
@@ -199,19 +199,16 @@ def send(pids: Sequence[int], number: int) -> None:
 def fault(name: str, bed: Bed) -> Iterator[Callable[[], dict[str, Any]]]:
     """Yield a function that does it, to the busiest replica, and says to which; undo it at the end.
 
-    kill: SIGKILL to all its processes. hang: SIGSTOP. slow: stopped half of the time. drain: one replica less is
-    asked for. late: one more is, after the load has begun.
+    kill: SIGKILL to all its processes. hang: SIGSTOP. slow: stopped half of the time. drain: a rolling update, each
+    replica drained and replaced. late: killed before the load, so that its successor joins under it.
     """
     stop = threading.Event()
     hit: list[int] = []
 
     def strike() -> dict[str, Any]:
-        if name == "late":
-            threading.Thread(target=bed.deploy, args=(bed.count,), daemon=True).start()
-            return {}
         busiest = max(bed.status(), key=lambda one: one.get("num_running") or 0)
         pids = family(int(busiest["pid"]))
-        if name == "kill":
+        if name in ("kill", "late"):
             send(pids, signal.SIGKILL)
         elif name == "hang":
             hit.extend(pids)
@@ -219,7 +216,7 @@ def fault(name: str, bed: Bed) -> Iterator[Callable[[], dict[str, Any]]]:
         elif name == "slow":
             threading.Thread(target=slow_down, args=(pids[1:], stop), daemon=True).start()
         elif name == "drain":
-            threading.Thread(target=bed.deploy, args=(bed.count - 1,), daemon=True).start()
+            bed.deploy(bed.count)
         return busiest
 
     try:
@@ -244,32 +241,26 @@ def slow_down(pids: Sequence[int], stop: threading.Event) -> None:
 def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer a steady load, strike once, and say what became of every request."""
     rate = options.rate or 0.35 * scaled.service_capacity_rps * bed.count
-    requests = requests_of(scaled, rate, FAULT_FOR_S, options.seed, "poisson")
+    strike_at_s, load_s = (0.0, LATE_FOR_S) if name == "late" else (FAULT_AT_S, FAULT_FOR_S)
+    requests = requests_of(scaled, rate, load_s, options.seed, "poisson")
     struck: dict[str, Any] = {}
-    recovered: list[float | None] = []
-    if name == "late":
-        bed.deploy(bed.count - 1)
     with fault(name, bed) as strike:
 
         def hit() -> None:
-            struck.update(strike(), at=time.perf_counter())
-            time.sleep(1.0)
+            struck["at"] = time.perf_counter()
+            struck.update(strike())
             if name in ("kill", "hang", "late"):
-                gone = bed.wait_usable_below(bed.count, 60.0)
-                back = bed.wait_usable(bed.count, RECOVERY_S)
-                recovered.append(None if back is None else round(1.0 + gone + back, 1))
+                bed.wait_usable_below(bed.count, 60.0)
+            if name != "slow" and bed.wait_usable(bed.count, RECOVERY_S) is not None:
+                struck["recovered"] = time.perf_counter()
 
         started = time.perf_counter()
-        timer = threading.Timer(FAULT_AT_S, hit)
+        timer = threading.Timer(strike_at_s, hit)
         timer.start()
         results = asyncio.run(offer(bed.url, MODEL, requests, drain_timeout_s=90.0))
         timer.join()
-    at_s = struck["at"] - started
-    if name == "drain":
-        bed.deploy(bed.count)
-        recovered.append(bed.wait_usable(bed.count, RECOVERY_S))
-    return {"fault": name, **tally(requests, results, at_s), "busy_there": struck.get("num_running"),
-            "recovery_s": recovered[0] if recovered else 0.0}  # fmt: skip
+    recovery_s = round(struck["recovered"] - struck["at"], 1) if "recovered" in struck else None
+    return {"fault": name, **tally(requests, results, struck["at"] - started), "recovery_s": recovery_s}
 
 
 def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_s: float) -> dict[str, Any]:
