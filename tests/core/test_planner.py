@@ -247,6 +247,19 @@ def test_a_request_larger_than_the_memory_is_declined_for_memory_and_stops_nobod
     assert list(plan.batch.request_ids) == ["small"]
 
 
+@pytest.mark.parametrize(("left", "beside", "expected"), [(5, True, 4), (1, True, None), (5, False, 5), (1, False, 1)])
+def test_beside_promised_work_a_prompt_ends_only_with_a_promise(left, beside, expected):
+    table = RequestTable()
+    if beside:
+        add_decode(table, "promised", ahead_s=5.0)
+    index = table.add(make_request("waits", prompt=100, ttft_s=0.5, tpot_s=0.02))  # no step is that fast
+    row = table.rows[index]
+    row["status"], row["num_computed_tokens"], row["num_kv_blocks"] = Status.RUNNING, 100 - left, 7
+    plan = SloPlanner().plan(make_state(table))
+    assert not plan.verdicts
+    assert {entry.request_id: entry.num_tokens for entry in plan.batch.entries}.get("waits") == expected
+
+
 def test_a_prompt_of_one_token_is_served_like_any_other():
     table = RequestTable()
     table.add(make_request("tiny", prompt=1, most=1, ttft_s=0.5, tpot_s=0.1))

@@ -94,6 +94,8 @@ class Columns:
         self.due[late] = np.maximum(due[late], self.decode_seconds(late))
         open_to = alive & (produced == 0) & (self.pending | ((tier == BEST_EFFORT) & (due > self.now)))
         self.candidates = np.flatnonzero(open_to)
+        # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
+        self.undecided = self.pending & open_to & np.isfinite(due) & (len(self.promised) > 0)
         # Blocks that promised prefills under way have been granted, though they do not hold them yet.
         self.granted = np.where(decoding, self.held, np.maximum(self.held, self.start))
         self.granted[~self.running] = 0.0

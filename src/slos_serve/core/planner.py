@@ -33,6 +33,7 @@ from slos_serve.core.demand import (
     EPS_S,
     GAIN,
     HAS_PREFILL,
+    LEFT,
     LIMIT,
     MISSED,
     NUM_TOTALS,
@@ -311,7 +312,7 @@ class _Planning(Columns):
     def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> IntArray:
         """Return the rows outside `order` that may run in what it leaves: at risk, undecided, then best-effort."""
         rows = self.rows
-        mask = np.ones(len(rows), np.bool_)
+        mask = ~(self.undecided & (self.left == 1))
         mask[order] = False
         mask[preempted] = False
         rest = np.flatnonzero(mask)
@@ -336,9 +337,11 @@ class _Planning(Columns):
         starting = int((~self.running[index]).sum())
         seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
         tokens = np.zeros(len(rest))
+        demand = self.demand(rest, self.held)
+        demand[LEFT] -= self.undecided[rest]
         batching.fill(
             self.machine,
-            self.demand(rest, self.held),
+            demand,
             seats,
             free_blocks,
             float(self.running.sum()),
