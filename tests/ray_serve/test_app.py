@@ -56,6 +56,11 @@ def test_files_travel_with_the_application(tmp_path):
     assert slo["profile"] == PROFILE
 
 
+def test_the_way_through_ray_is_taken_off_every_deadline():
+    assert settings(filled())["guard_ms"] == 30.0
+    assert settings(filled(guard_ms=5))["guard_ms"] == 5
+
+
 def test_replicas_of_one_machine_do_not_share_what_they_learn():
     assert settings(filled())["state"] is False
 

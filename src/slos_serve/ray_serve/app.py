@@ -41,6 +41,7 @@ DEPLOYMENT = {
     "graceful_shutdown_wait_loop_s": 0.5,
 }
 STATS_PERIOD_S = 0.5
+GUARD_MS = 30.0  # what the way through Ray adds to a first token: benchmarks/cluster.py path
 INGRESS = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": PATIENCE_S}
 
 
@@ -83,6 +84,7 @@ def read_slo(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
     profile = slo.get("profile")
     if profile:
         slo["profile"] = read_profile(profile)
+    slo.setdefault("guard_ms", GUARD_MS)
     slo |= {"publish_replica": True, "state": False}  # what was learnt is not shared by replicas of one machine
     if router == RAYS_OWN:
         return slo, {}
