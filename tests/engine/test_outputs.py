@@ -115,6 +115,7 @@ def test_greedy_outputs_equal_those_of_stock_vllm(model: str, stock, slo, tmp_pa
     asked = [args is not None for args in classes()]
     assert [reason is not None for reason in reasons] == asked
     steps = [json.loads(text) for text in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "kind" not in step]
     assert len(steps) > 20
     assert all(step["seconds"] > 0 for step in steps)
 

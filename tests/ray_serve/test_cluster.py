@@ -247,8 +247,8 @@ def test_the_loss_of_a_replica_loses_no_request_and_none_is_answered_twice(clust
     before = {one["pid"] for one in cluster.replicas()}
     with ThreadPoolExecutor(24) as pool:
         waiting = [pool.submit(stream, i) for i in range(24)]
-        cluster.wait_for(lambda replicas: any(one["num_running"] and one["num_waiting"] for one in replicas), 60)
-        victim = max(cluster.replicas(), key=lambda one: one["num_waiting"])["pid"]
+        cluster.wait_for(lambda replicas: any(one["num_running"] for one in replicas), 60)
+        victim = max(cluster.replicas(), key=lambda one: one["num_running"] + one["num_waiting"])["pid"]
         pids = family(victim)
         os.kill(victim, signal.SIGKILL)
         results = [one.result() for one in waiting]

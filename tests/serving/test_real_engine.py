@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with opener.open(request, timeout=120) as response:
         return dict(response.headers), json.loads(response.read())
+
+
+def wait_for_a_plan(record):
+    """Lines are written twice a second; what is not when the engine is told to end may be lost."""
+    for _ in range(100):
+        if '"kind": "plan"' in record.read_text() or '"kind":"plan"' in record.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("no plan in the record after ten seconds")
 
 
 def test_a_server_without_a_profile_measures_itself_keeps_promises_and_can_say_why(tmp_path, free_port, capsys):
@@ -47,6 +57,7 @@ def test_a_server_without_a_profile_measures_itself_keeps_promises_and_can_say_w
             assert headers["x-slo-verdict"] == "promised"
             assert cli.main(["explain", answer["id"], "--target", ready["url"]]) == 0
             assert "promised" in capsys.readouterr().out
+            wait_for_a_plan(record)  # lines are written twice a second
         finally:
             child.send_signal(signal.SIGTERM)
             try:

@@ -18,7 +18,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.serving import verb
 from slos_serve.serving.profiles import SCHEMA
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def write_profile(path, **changes):
@@ -150,7 +150,14 @@ def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, t
 
 def serve_in_child(*arguments):
     command = [sys.executable, "-m", "slos_serve.cli", "serve", *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell inherits that SIGINT is ignored; the server must not.
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
