@@ -54,6 +54,30 @@ class Server:
 
 
 @pytest.fixture(scope="module")
+def in_process_engine() -> Iterator[None]:
+    """Let an engine run in this process, on one thread, offline."""
+    kept = dict(os.environ)
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_LOGGING_LEVEL="WARNING",
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    """Return the folder of the demo model."""
+    from slos_serve.bench.model import ensure_demo_model
+
+    return str(ensure_demo_model())
+
+
+@pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     pytest.importorskip("vllm")
     from slos_serve.bench.model import ensure_demo_model

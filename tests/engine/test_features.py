@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from typing import Any
@@ -13,27 +12,12 @@ import pytest
 vllm = pytest.importorskip("vllm")
 
 # An engine in this process raises warnings that are not ours to mend.
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("in_process_engine")]
 
 LINE = {"per_token_s": 1e-3, "per_request_s": 1e-3, "fixed_s": 40e-3}
 PROFILE = {"schema": "slos-serve-profile/1", "key": "test", "perf_model": {"lines": [LINE]}}
 RELAXED = {"slo_ttft_ms": 60_000, "slo_tpot_ms": 5_000}
 STORY = "Once upon a time in a quiet village there lived"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_process_engine():
-    kept = dict(os.environ)
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_LOGGING_LEVEL="WARNING",
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-    )
-    yield
-    os.environ.clear()
-    os.environ.update(kept)
 
 
 class Steered:
@@ -83,13 +67,6 @@ def params(args: dict[str, Any] | None = None, **options: Any) -> vllm.SamplingP
 
 def ids(output: Any) -> list[tuple[int, ...]]:
     return [tuple(one.token_ids) for one in output.outputs]
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    from slos_serve.bench.model import ensure_demo_model
-
-    return str(ensure_demo_model())
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,10 @@ import pytest
 vllm = pytest.importorskip("vllm")
 
 # An engine in this process raises warnings that are not ours to mend.
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("in_process_engine")]
 
 SYNC = "slos_serve.vllm_plugin.scheduler.SloScheduler"
 TOPICS = ("rain", "bread", "the sea", "a long train journey", "maps", "honey bees", "glass", "winter")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _in_process_engine():
-    kept = dict(os.environ)
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_LOGGING_LEVEL="WARNING",
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-    )
-    yield
-    os.environ.clear()
-    os.environ.update(kept)
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    from slos_serve.bench.model import ensure_demo_model
-
-    return str(ensure_demo_model())
 
 
 def prompts() -> list[str]:

@@ -7,13 +7,12 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+from slos_serve.bench.engines import ending_by_signal
 from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
             build_openai_app, Cluster = _import()  # noqa: N806
             for note in plan.notes:
                 say(note)
-            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster, _interrupts():  # Ray's handlers abort
+            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster, ending_by_signal():  # Ray's handlers abort
                 cluster.check_room(num_replicas, bundle)
                 document = application(args, engine, plan, profile_of(args, plan), bundle)
                 say(f"starting {num_replicas} replicas of {plan.model_name} on Ray Serve ({plan.mode})")
@@ -188,18 +187,3 @@ def quiet_stdout(wanted: bool) -> Iterator[None]:
         real = _STDOUT.pop()
         os.dup2(real, 1)
         os.close(real)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Let a request to end reach `run` as `KeyboardInterrupt`, whichever signal it comes by."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
