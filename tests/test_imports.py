@@ -39,7 +39,7 @@ RULES = {
     "pages": rule("figures"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
     "config": rule("core.types errors", "yaml"),
-    "sim": rule("sim core config errors figures pages", "numpy yaml scipy"),
+    "sim": rule("sim cache core config errors figures pages", "numpy yaml scipy"),
     "sim.vllm_replica": rule("sim core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(

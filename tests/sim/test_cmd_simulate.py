@@ -111,7 +111,7 @@ def test_a_setting_of_the_system_can_be_given(capsys, trace):
     [
         (("--system", "orca"), "system"),
         (("--hardware", "abacus"), "hardware"),
-        (("--scenario", "chatbot"), "data"),
+        (("--scenario", "chatbot", "--data", "/absent"), "data"),
         (("--scenario", "chatbot", "--trace", "x"), "trace"),
         (("--rate", "-1"), "rate"),
         (("--acceptance", "1.5"), "acceptance"),

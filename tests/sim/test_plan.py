@@ -119,7 +119,7 @@ def test_several_kinds_of_hardware_are_compared_by_gpus(capsys, trace):
         (["--burst", "0.5"], "burst"),
         (["--hardware", "abacus"], "abacus"),
         (["--system", "fifo"], "fifo"),
-        (["--scenario", "chatbot"], "--data"),
+        (["--scenario", "chatbot", "--data", "/absent"], "data"),
         (["--trace", "absent.csv"], "absent.csv"),
         (["--rate", "-1"], "rate"),
     ],

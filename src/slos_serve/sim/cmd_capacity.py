@@ -20,6 +20,7 @@ from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.lanes import Journal, run_lanes
 from slos_serve.sim.progress import Bar
 from slos_serve.sim.scenarios import HARDWARE_SETS, SCENARIOS, find_scenario
+from slos_serve.sim.standins import data_folder
 from slos_serve.sim.systems import SYSTEMS, find_system
 
 HELP = "find the highest rate at which systems keep their SLOs"
@@ -47,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join((*HARDWARE_SETS, *hardware_names()))}, or files; the first two are sets, with one file "
         "for each scenario (both sets; with --quick measured)",
     )
-    parser.add_argument("--data", metavar="DIR", required=True, help="folder of public trace files")
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
     parser.add_argument("--quick", action="store_true", help="three short windows, a coarse search, few settings")
     parser.add_argument(
         "--replicas", metavar="N[,N...]", default="1", help="replicas (1); more than one number shows how it scales"
@@ -113,7 +114,6 @@ def read_study(args: argparse.Namespace) -> Study:
     check("seed", args.seed, "0 or more", good=args.seed >= 0)
     check("acceptance", args.acceptance, "at least 0, below 1", good=0 <= args.acceptance < 1)
     check("slo_scale", args.slo_scale, "more than 0, at most 100", good=0 < args.slo_scale <= 100)
-    check("data", args.data, "a folder of trace files", good=Path(args.data).is_dir())
     hardware = tuple((args.hardware or ("measured" if args.quick else ",".join(HARDWARE_SETS))).split(","))
     for name in hardware:
         if name not in HARDWARE_SETS:
@@ -127,7 +127,7 @@ def read_study(args: argparse.Namespace) -> Study:
         scenarios=tuple(find_scenario(name).name for name in scenarios),
         systems=read_systems(args.systems or (",".join(QUICK_SYSTEMS) if args.quick else "main")),
         hardware=hardware,
-        data=str(Path(args.data).resolve()),
+        data=str(data_folder(args.data, command="capacity").resolve()),
         effort=effort,
         is_quick=args.quick,
         max_requests=args.requests,

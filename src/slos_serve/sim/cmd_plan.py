@@ -8,7 +8,6 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.progress import Bar
 from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
 from slos_serve.sim.sizing import Deployment, faster, fewest, highest_factor, with_burst
+from slos_serve.sim.standins import SYNTHETIC, data_folder
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.traces import SMALL_TRACE, Trace, read_trace
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
@@ -36,11 +36,11 @@ NUM_WINDOWS = 3
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     parser.epilog = "example: slos-serve plan --trace mine.csv --rate 20 --hardware a100-80g-7b-measured --burst 3"
-    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}; needs --data")
+    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
     parser.add_argument(
         "--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)"
     )
-    parser.add_argument("--data", metavar="DIR", help="folder of public trace files")
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
     parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
     parser.add_argument("--rate", metavar="R", type=float, help="requests per second (default: the trace's own)")
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     hardware = {name: load_hardware(name) for name in names}
     document: dict[str, Any] = {"target_attainment": args.target_attainment, "system": args.system}
     document["burst_factor"] = args.burst
+    if args.scenario is not None:
+        document["data"] = args.data or SYNTHETIC
     with Bar(f"planning on {', '.join(hardware)}", len(hardware)) as bar:
         found: dict[str, dict[str, Any]] = {}
         num_runs = 0
@@ -113,8 +115,6 @@ def check(args: argparse.Namespace) -> None:
     where = "plan"
     if args.scenario is not None and args.trace is not None:
         raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
-    if args.scenario is not None and args.data is None:
-        raise ConfigError(where=where, key="data", value=None, expected="--data DIR, the folder of trace files")
     find_system(args.system)
     bounds = {
         "rate": (0.0, 1e6),
@@ -137,9 +137,10 @@ def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[
     if args.scenario is not None:
         scenario = find_scenario(args.scenario)
         slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
+        data = data_folder(args.data, command="plan")
         each = max(1, args.max_requests // NUM_WINDOWS)
         offers = [
-            Offer(data=Path(args.data), hardware=hardware, rate_rps=args.rate, seed=seed, max_requests=each)
+            Offer(data=data, hardware=hardware, rate_rps=args.rate, seed=seed, max_requests=each)
             for seed in range(NUM_WINDOWS)
         ]
         return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)

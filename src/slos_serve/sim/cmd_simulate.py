@@ -21,6 +21,7 @@ from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.standins import SYNTHETIC, data_folder
 from slos_serve.sim.systems import SYSTEMS, System, find_system
 from slos_serve.sim.traces import SMALL_TRACE, read_trace
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
@@ -37,7 +38,7 @@ BAR_AFTER_S, BAR_EVERY_S, BAR_WIDTH = 2.0, 0.2, 40
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
     parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
-    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}; needs --data")
+    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
     parser.add_argument(
         "--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)"
     )
@@ -74,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fault", metavar="F", action="append", default=[], help=f"{FORM}; may be repeated")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
-    parser.add_argument("--data", metavar="DIR", help="folder of public trace files")
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
     parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
@@ -112,8 +113,6 @@ def _check(args: argparse.Namespace) -> None:
     where = "simulate"
     if args.scenario is not None and args.trace is not None:
         raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
-    if args.scenario is not None and args.data is None:
-        raise ConfigError(where=where, key="data", value=None, expected="--data DIR, the folder of trace files")
     if not 1 <= args.replicas <= MAX_REPLICAS:
         raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
     if args.hops is not None and args.hops < 0:
@@ -158,7 +157,13 @@ def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Worklo
     if args.scenario is not None:
         scenario = find_scenario(args.scenario)
         slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
-        offer = Offer(data=Path(args.data), hardware=hardware, rate_rps=args.rate, part=args.part, seed=args.seed)
+        offer = Offer(
+            data=data_folder(args.data, command="simulate"),
+            hardware=hardware,
+            rate_rps=args.rate,
+            part=args.part,
+            seed=args.seed,
+        )
         return scenario.offer(offer, slos), scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
@@ -222,6 +227,8 @@ def simulate(
     entry = result.entry(system=system.name, wall_s=wall_s)
     entry["hardware"] = hardware.name
     entry["settings"] = settings
+    if args.scenario is not None:
+        entry["data"] = args.data or SYNTHETIC
     entry["known_lengths"] = args.known_lengths
     return entry
 
