@@ -83,6 +83,21 @@ def test_runs_made_by_other_code_are_left_out(tmp_path):
     assert len(code_digest()) == 16
 
 
+def test_runs_of_named_systems_stand_although_other_code_made_them(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    for code, met in (("older", 10), ("old", 20)):
+        with Journal(path, code=code) as journal:
+            for name in ("vllm", "slos-serve"):
+                journal.add(cell(system=name), outcome(met))
+    journal = Journal(path, code="new", reuse={"vllm"})
+    assert journal.find(cell(system="vllm")) == outcome(20)
+    assert journal.find(cell(system="slos-serve")) is None
+    assert (journal.num_reused, journal.num_foreign) == (2, 2)
+    with Journal(path, code="new") as journal:
+        journal.add(cell(system="vllm"), outcome(30))
+    assert Journal(path, code="new", reuse={"vllm"}).find(cell(system="vllm")) == outcome(30)
+
+
 def test_a_stopped_run_answers_only_who_may_stop_too():
     journal = Journal(None)
     journal.add(cell(may_stop=True), outcome(stopped=True))

@@ -17,7 +17,7 @@ from slos_serve.sim.scenarios import find_scenario, hardware_of
 from slos_serve.sim.systems import find_system
 
 QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
-FULL = Effort(coarse_windows=2, steps=2, max_rates=7, higher_rates=1)
+FULL = Effort(coarse_windows=2, steps=3, max_rates=4, higher_rates=0)
 BOUND = Effort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
 QUICK_SETTINGS = 3
 QUICK_SHARE = 2  # a quick look runs one in so many of the requests
@@ -38,6 +38,7 @@ class Study:
 
     `replicas`: the first number is the table's; the others are sites of their own, for scaling. The
     clairvoyant bound is found on the first windows only, cut short: it costs a linear programme a run.
+    `reuse`: systems whose runs by earlier code stand.
     """
 
     scenarios: tuple[str, ...]
@@ -53,6 +54,7 @@ class Study:
     seed: int = 0
     replicas: tuple[int, ...] = (1,)
     router: str | None = None
+    reuse: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
@@ -115,6 +117,7 @@ class Study:
             "slo_scale": self.slo_scale,
             "router": self.router,
             "seed": self.seed,
+            "reuse": list(self.reuse),
         }
 
     def lanes(self) -> list[Lane]:

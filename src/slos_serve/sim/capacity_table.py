@@ -139,7 +139,8 @@ def labels(document: Mapping[str, Any]) -> list[str]:
     scale = facts.get("slo_scale", 1.0)
     scaled = f"every promise times {scale:g}" if scale != 1 else ""
     quick = f"a quick look: {facts['num_windows']} short windows, few settings" if facts.get("is_quick") else ""
-    return [text for text in (known, scaled, quick) if text]
+    reused = f"runs of {', '.join(facts['reuse'])} kept from earlier code" if facts.get("reuse") else ""
+    return [text for text in (known, scaled, quick, reused) if text]
 
 
 def as_text(document: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--router", metavar="NAME", choices=(*ROUTERS, POOLED), help="default: the system's own")
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
-    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (150 to 600, with --quick half)")
+    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (150 to 400, with --quick half)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--slo-scale", metavar="F", type=float, default=1.0, help="multiply every promise (1)")
@@ -67,6 +67,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("capacity-report"),
         help="report, plots, and the runs so far: the same command goes on from them (capacity-report)",
+    )
+    parser.add_argument(
+        "--reuse",
+        metavar="NAMES",
+        help="systems whose runs in --out stand although other code made them, which the report then says (none)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -82,9 +87,14 @@ def run(args: argparse.Namespace) -> int:
         if name:  # what is known so far survives whatever happens next
             write_tables(study.document(lanes), args.out)
 
-    with Journal(args.out / "runs.jsonl") as journal, Bar(f"{len(lanes)} searches", len(lanes)) as bar:
+    with (
+        Journal(args.out / "runs.jsonl", reuse=study.reuse) as journal,
+        Bar(f"{len(lanes)} searches", len(lanes)) as bar,
+    ):
         if journal.num_foreign:
             bar.note(f"{journal.num_foreign} runs in {args.out} were made by other code and are made again")
+        if journal.num_reused:
+            bar.note(f"{journal.num_reused} runs in {args.out} were made by other code and stand")
         try:
             run_lanes(lanes, journal, jobs=args.jobs or os.cpu_count() or 1, progress=progress)
         except KeyboardInterrupt:
@@ -137,6 +147,7 @@ def read_study(args: argparse.Namespace) -> Study:
         seed=args.seed,
         replicas=read_replicas(args.replicas),
         router=args.router,
+        reuse=read_systems(args.reuse) if args.reuse else (),
     )
 
 

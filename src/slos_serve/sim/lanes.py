@@ -11,7 +11,7 @@ import hashlib
 import json
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -41,12 +41,17 @@ def code_digest() -> str:
 
 
 class Journal:
-    """Outcomes by cell, kept in a file. `num_foreign`: lines that other code wrote, which are not used."""
+    """Outcomes by cell, kept in a file. `num_foreign`: lines that other code wrote, which are not used.
 
-    def __init__(self, path: Path | None, *, code: str | None = None) -> None:
+    Those of the systems in `reuse` are used all the same, where today's code has written none; `num_reused`
+    counts them.
+    """
+
+    def __init__(self, path: Path | None, *, code: str | None = None, reuse: Collection[str] = ()) -> None:
         self.path = path
         self.code = code_digest() if code is None else code
-        self.num_foreign = 0
+        self.reuse = frozenset(reuse)
+        self.num_foreign = self.num_reused = 0
         self._outcomes: dict[str, Outcome] = {}
         self._file: IO[str] | None = None
         if path is not None and path.exists():
@@ -69,6 +74,7 @@ class Journal:
         return len(self._outcomes)
 
     def _read(self, path: Path) -> None:
+        earlier: list[tuple[str, Outcome]] = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
@@ -82,8 +88,13 @@ class Journal:
                 continue  # the line that an interruption cut short
             if code == self.code:
                 self._keep(key, outcome)
+            elif self.reuse and json.loads(key)["system"] in self.reuse:
+                earlier.append((key, outcome))
             else:
                 self.num_foreign += 1
+        self.num_reused = len(earlier)
+        for key, outcome in reversed(earlier):  # the latest first: what is known is not replaced
+            self._keep(key, outcome)
 
     def _keep(self, key: str, outcome: Outcome) -> None:
         known = self._outcomes.get(key)

@@ -127,7 +127,7 @@ class Scenario:
     classes: tuple[str, ...]
     has_rounds: bool = False
     max_context: int = 8192
-    enough_requests: int = 300
+    enough_requests: int = 200
     published: str = "a100-40g-opt-6.7b-published"
     measured: str = "a100-80g-7b-measured"
 
@@ -293,10 +293,10 @@ def _tools(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario(name="chatbot", classes=("chat",), build=_window(CONV, "chat", CONV_WINDOWS), enough_requests=600),
+        Scenario(name="chatbot", classes=("chat",), build=_window(CONV, "chat", CONV_WINDOWS), enough_requests=400),
         Scenario(name="coding", classes=("coding",), build=_window(CODE, "coding", CODE_WINDOWS)),
         Scenario(name="summarization", classes=("summarization",), build=_summarization),
-        Scenario(name="mixed", classes=("chat", "coding", "summarization"), build=_mixed),
+        Scenario(name="mixed", classes=("chat", "coding", "summarization"), build=_mixed, enough_requests=300),
         Scenario(
             name="tool-calling",
             classes=("tool",),
