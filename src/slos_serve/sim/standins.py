@@ -88,10 +88,10 @@ def write_stand_ins(folder: Path) -> None:
             written = context + int(output)
             context = written + int(result)
             offset_s += output / 200.0 + float(np.exp(rng.normal(np.log(2.0), 1.0)))
-    columns = ("session_id", "turn", "prompt_tokens", "output_tokens", "cached_tokens")
-    _write(folder / "lengths/toolbench_full_sessions_calls.csv.gz", columns, sessions)
-    columns = ("agent", "session_id", "turn", "offset_in_session_s", *columns[2:])
-    _write(folder / "lengths/lmcache_agent_calls.csv.gz", columns, agents)
+    tokens = ("prompt_tokens", "output_tokens", "cached_tokens")
+    _write(folder / "lengths/toolbench_full_sessions_calls.csv.gz", ("session_id", "turn", *tokens), sessions)
+    header = ("agent", "session_id", "turn", "offset_in_session_s", *tokens)
+    _write(folder / "lengths/lmcache_agent_calls.csv.gz", header, agents)
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
