@@ -6,8 +6,11 @@ import math
 import pytest
 
 from slos_serve.cli import main
+from slos_serve.core.summary import GradedRequest
+from slos_serve.core.types import Slo
 from slos_serve.sim.capacity import Answer, Curve, Outcome, index_of, rate_at
-from slos_serve.sim.capacity_report import tabs
+from slos_serve.sim.capacity_detail import summary
+from slos_serve.sim.capacity_report import scaling, tabs
 from slos_serve.sim.capacity_study import QUICK, Study
 from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, scenario_entry
 from slos_serve.sim.cmd_capacity import read_replicas, read_systems
@@ -52,6 +55,10 @@ def test_the_table_is_found_written_and_found_again_without_a_run(capsys, data, 
     assert entry["best_baseline"] in {"vllm", "sarathi-serve"}
     assert entry["ratio"] == entry["capacity_rps"]["slos-serve-ar"] / entry["capacity_rps"][entry["best_baseline"]]
     assert document["hardware"]["h100-8b-derived"]["geomean"]["ratio"] == pytest.approx(entry["ratio"])
+    assert list(entry["at_capacity"]) == ["slos-serve-ar", entry["best_baseline"]]
+    closer = entry["at_capacity"]["slos-serve-ar"]
+    assert 0 <= closer["kept"] <= closer["promised"] <= closer["num_requests"]
+    assert all(0 <= share <= 1 for share in closer["attainment_by_prompt"])
     folder = tmp_path / "out"
     assert json.loads((folder / "report.json").read_text()) == document
     assert "| summarization |" in (folder / "report.md").read_text()
@@ -89,6 +96,8 @@ def test_a_baseline_that_cannot_hold_the_lowest_rate_leaves_no_ratio(capsys, dat
         (["--requests", "0"], "requests"),
         (["--replicas", "0"], "replicas"),
         (["--replicas", "one"], "replicas"),
+        (["--router", "slo,roulette"], "roulette"),
+        (["--reuse", "vllm,fifo"], "fifo"),
         (["--slo-scale", "0"], "slo_scale"),
         (["--acceptance", "1"], "acceptance"),
         (["--data", "/absent"], "data"),
@@ -133,6 +142,36 @@ def test_settings_are_tried_the_default_first_and_fewer_in_a_quick_look():
     assert json.loads(grid[0]) == SYSTEMS["vllm"].default
     assert len(grid) == len(SYSTEMS["vllm"].grid)
     assert len(Study(**values, is_quick=True).grid("vllm-spec")) == 3
+
+
+def test_routers_are_compared_where_there_are_several_replicas_beside_one_alone():
+    values = {"scenarios": ("chatbot",), "systems": ("vllm",), "hardware": ("measured",), "data": "x", "effort": QUICK}
+    study = Study(**values, replicas=(1, 4), routers=("slo", "pooled"))
+    assert [site.name for site in study.sites] == ["measured", "measured x4 slo", "measured x4 pooled"]
+    rates = (1.0, 1.5, 1.8)
+    found = {
+        site.name: {"scenarios": {"chatbot": {"capacity_rps": {"vllm": rate}}}}
+        for site, rate in zip(study.sites, rates, strict=True)
+    }
+    assert scaling(found, study, "measured")["chatbot"] == {
+        "vllm, slo": {1: 1.0, 4: 1.5},
+        "vllm, pooled": {1: 1.0, 4: 1.8},
+    }
+    assert [site.name for site in Study(**values, replicas=(4,), routers=("slo",)).sites] == ["measured"]
+
+
+def grade(prompt_tokens, outcome, **changes):
+    return GradedRequest(slo_class="chat", outcome=outcome, num_prompt_tokens=prompt_tokens, **changes)
+
+
+def test_a_closer_look_tells_which_prompts_miss_and_how_late_the_declined_come():
+    rows = [(grade(100 * i, "met" if i < 6 else "declined", promised=i < 6, ttft_s=0.1 * i), Slo(ttft_s=0.1))
+            for i in range(1, 9)]  # fmt: skip
+    found = summary(rows)
+    assert found["attainment_by_prompt"] == [1.0, 1.0, 0.5, 0.0]
+    assert (found["promised"], found["kept"], found["declined"]) == (5, 5, 3)
+    assert found["declined_ttft_p99"] == pytest.approx(8.0, abs=0.05)
+    assert summary([(grade(5, "missed"), None)])["declined_ttft_p99"] is None
 
 
 def curve(capacity_rps, *, windows=4):

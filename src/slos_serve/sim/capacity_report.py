@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve import figures, pages
 from slos_serve.errors import MissingExtraError
 from slos_serve.sim import capacity_plots as plots
-from slos_serve.sim.capacity import index_of, rate_at
-from slos_serve.sim.capacity_table import OURS, OURS_AR, RATIOS, as_text, is_ours, labels, number, with_interval
-from slos_serve.sim.cells import Cell, deploy, offered, simulate
+from slos_serve.sim.capacity_detail import burst_runs
+from slos_serve.sim.capacity_table import (
+    CLOSER_HEADS,
+    OURS,
+    RATIOS,
+    as_text,
+    closer_cells,
+    is_ours,
+    labels,
+    number,
+    with_interval,
+)
 from slos_serve.sim.hardware import load_hardware
 
 if TYPE_CHECKING:
-    from slos_serve.core.summary import GradedRequest
     from slos_serve.sim.capacity_study import Site, Study
 
 BURSTY = ("coding", "mixed", "chatbot")  # the burst is shown in the first of these that was run
@@ -105,58 +112,17 @@ def drawings(hardware: Mapping[str, Any], study: Study, site: Site) -> Iterator[
 
 
 def scaling(hardware: Mapping[str, Any], study: Study, name: str) -> dict[str, dict[str, dict[int, float | None]]]:
-    """Return capacity per GPU by scenario, system and number of replicas."""
+    """Return capacity per GPU by scenario, system (and its router, where there are several) and number of replicas."""
     found: dict[str, dict[str, dict[int, float | None]]] = {}
-    for site in study.sites:
-        if site.hardware == name:
-            for scenario, entry in hardware[site.name]["scenarios"].items():
-                for system, rps in entry["capacity_rps"].items():
-                    found.setdefault(scenario, {}).setdefault(system, {})[site.replicas] = rps
+    first, *others = [site for site in study.sites if site.hardware == name]
+    for site in others:
+        for scenario, entry in hardware[site.name]["scenarios"].items():
+            alone = hardware[first.name]["scenarios"].get(scenario, {"capacity_rps": {}})["capacity_rps"]
+            for system, rps in entry["capacity_rps"].items():
+                label = system if len(study.routers) == 1 else f"{system}, {site.router}"
+                line = found.setdefault(scenario, {}).setdefault(label, {first.replicas: alone.get(system)})
+                line[site.replicas] = rps
     return found
-
-
-def burst_runs(entry: Mapping[str, Any], study: Study, site: Site, scenario: str) -> dict[str, list[dict[str, Any]]]:
-    """Run our system and the best opponents on the first window at our capacity; return rows for the burst figure."""
-    ours = OURS if OURS in entry["capacity_rps"] else OURS_AR
-    rate_rps = entry["capacity_rps"].get(ours)
-    if not rate_rps:
-        return {}
-    names = dict.fromkeys((ours, entry["best_baseline"], entry["best_baseline_spec"]))
-    runs = {}
-    for name in filter(None, names):
-        settings = json.dumps(entry["settings"][name])
-        cell = study.cell(site, scenario, name, settings=settings, rate_rps=rate_at(index_of(rate_rps)))
-        runs[name] = burst_rows(replace(cell, max_requests=None))
-    return runs
-
-
-def burst_rows(cell: Cell) -> list[dict[str, Any]]:
-    """Run a cell; return each request's times as multiples of its promises."""
-    hardware = load_hardware(cell.hardware)
-    slos = {
-        sim.request.arrival_s: sim.request.slo for sim in offered(cell, hardware, deploy(cell)[1].num_replicas).arrivals
-    }
-    rows = []
-    for grade in sorted(simulate(cell).graded, key=lambda grade: grade.arrival_s):
-        slo = slos.get(grade.arrival_s)
-        if slo is None:
-            continue
-        rows.append(
-            {
-                "arrival_s": grade.arrival_s,
-                "first": grade.ttft_s / slo.ttft_s if grade.ttft_s and slo.ttft_s else None,
-                "last": _share_of_time(grade),
-                "accepted": grade.outcome != "declined",
-            }
-        )
-    return rows
-
-
-def _share_of_time(grade: GradedRequest) -> float | None:
-    """Return the time to the last token as a multiple of what is promised."""
-    if grade.finish_s is None or grade.last_due_s is None or not math.isfinite(grade.last_due_s):
-        return None
-    return (grade.finish_s - grade.arrival_s) / (grade.last_due_s - grade.arrival_s)
 
 
 def page(document: Mapping[str, Any], drawn: Mapping[str, Sequence[tuple[str, str]]], *, note: str = "") -> str:
@@ -255,7 +221,11 @@ def scenario_panel(one: Mapping[str, Any]) -> str:
     )
     share = one["share_of_clairvoyant"]
     text += f"; {share:.0%} of what a clairvoyant scheduler serves</p>" if share else "</p>"
-    details = []
+    closer = [
+        f"<tr><td>{pages.text(system)}</td>{''.join(f'<td>{text}</td>' for text in closer_cells(found))}</tr>"
+        for system, found in one.get("at_capacity", {}).items()
+    ]
+    details = [html_table(["at its own capacity", *CLOSER_HEADS], closer)] if closer else []
     for system, curve in one["attainment"].items():
         classes = sorted({name for row in curve for name in row["by_class"]})
         lines = [

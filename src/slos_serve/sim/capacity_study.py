@@ -25,18 +25,20 @@ QUICK_SHARE = 2  # a quick look runs one in so many of the requests
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where searches run: some replicas of some hardware. `name` is its key in the report."""
+    """Where searches run: some replicas of some hardware behind a router. `name` is its key in the report."""
 
     name: str
     hardware: str
     replicas: int
+    router: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """What to measure: one search for each system on each scenario at each site.
 
-    `replicas`: the first number is the table's; the others are sites of their own, for scaling. The
+    `replicas`: the first number is the table's; the others are sites of their own, for scaling, and so is each
+    of `routers` (None: the system's own) wherever there are several replicas. The
     clairvoyant bound is found on the first windows only, cut short: it costs a linear programme a run.
     `reuse`: systems whose runs by earlier code stand.
     """
@@ -53,17 +55,20 @@ class Study:
     slo_scale: float = 1.0
     seed: int = 0
     replicas: tuple[int, ...] = (1,)
-    router: str | None = None
+    routers: tuple[str | None, ...] = (None,)
     reuse: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
-        """Return every hardware with every number of replicas."""
-        return [
-            Site(name=name if count == self.replicas[0] else f"{name} x{count}", hardware=name, replicas=count)
-            for count in self.replicas
-            for name in self.hardware
-        ]
+        """Return every hardware with every number of replicas, and every router where it has something to do."""
+        sites = []
+        for count in self.replicas:
+            for name in self.hardware:
+                for router in self.routers if count > 1 else self.routers[:1]:
+                    words = [name] if count == self.replicas[0] else [name, f"x{count}"]
+                    words += [router] if router is not None and len(self.routers) > 1 and count > 1 else []
+                    sites.append(Site(name=" ".join(words), hardware=name, replicas=count, router=router))
+        return sites
 
     def cell(self, site: Site, scenario: str, system: str, **changes: Any) -> Cell:
         """Return a run of one search."""
@@ -75,7 +80,7 @@ class Study:
             "system": system,
             "hardware": hardware_of(scenario, site.hardware),
             "replicas": site.replicas,
-            "router": self.router,
+            "router": site.router,
             "data": self.data,
             "part": "report",
             "window": 0,
@@ -115,7 +120,7 @@ class Study:
             "acceptance": self.acceptance,
             "known_lengths": self.known_lengths,
             "slo_scale": self.slo_scale,
-            "router": self.router,
+            "routers": list(self.routers),
             "seed": self.seed,
             "reuse": list(self.reuse),
         }
@@ -181,4 +186,7 @@ def fits(system: str, scenario: str) -> bool:
 
 def lane_name(site: Site, scenario: str, system: str) -> str:
     """Return the name of one search."""
-    return f"{Path(site.hardware).stem}{f' x{site.replicas}' if site.replicas > 1 else ''}/{scenario}/{system}"
+    words = [Path(site.hardware).stem]
+    words += [f"x{site.replicas}"] if site.replicas > 1 else []
+    words += [site.router] if site.router is not None else []
+    return f"{' '.join(words)}/{scenario}/{system}"

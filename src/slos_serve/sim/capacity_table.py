@@ -158,9 +158,37 @@ def as_text(document: Mapping[str, Any]) -> str:
             lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
         mean = hardware["geomean"]
         cells = [""] * len(systems) + [with_interval(mean[key], mean[f"{key}_interval"]) for key in RATIOS]
-        lines += ["| geometric mean | " + " | ".join(cells) + " |", ""]
+        lines += ["| geometric mean | " + " | ".join(cells) + " |", "", *closer_look(scenarios)]
     lines += [f"{name}: no answer, {error}" for name, error in document.get("errors", {}).items()]
     return "\n".join(lines).rstrip()
+
+
+CLOSER_HEADS = ("rate", "met, by quarter of prompt length", "promises kept", "declined", "their TTFT, p99")
+
+
+def closer_look(scenarios: Mapping[str, Any]) -> list[str]:
+    """Return what became of the requests at capacity as Markdown, nothing where nobody looked."""
+    heads = ("at capacity", "system", *CLOSER_HEADS)
+    rows = [
+        (scenario, system, *closer_cells(found))
+        for scenario, entry in scenarios.items()
+        for system, found in entry.get("at_capacity", {}).items()
+    ]
+    table = [heads, ("---",) * len(heads), *rows] if rows else []
+    return ["| " + " | ".join(cells) + " |" for cells in table] + [""] * bool(rows)
+
+
+def closer_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what became of one system's requests at its capacity, a text for each of `CLOSER_HEADS`."""
+    shares = ", ".join("-" if share is None else f"{100 * share:.0f}" for share in found["attainment_by_prompt"])
+    late = found["declined_ttft_p99"]
+    return (
+        f"{found['rate_rps']:.3g}",
+        f"{shares} %",
+        f"{found['kept']} of {found['promised']}" if found["promised"] else "-",
+        f"{100 * found['declined'] / found['num_requests']:.1f} %",
+        "-" if late is None else f"{late:.3g} x",
+    )
 
 
 def number(value: float | None) -> str:

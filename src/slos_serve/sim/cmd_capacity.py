@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slos_serve.core.routing import ROUTERS
 from slos_serve.errors import ConfigError
+from slos_serve.sim.capacity_detail import look_closer
 from slos_serve.sim.capacity_report import write_report, write_tables
 from slos_serve.sim.capacity_study import FULL, QUICK, Study
 from slos_serve.sim.capacity_table import OURS, OURS_AR, as_text
@@ -53,7 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replicas", metavar="N[,N...]", default="1", help="replicas (1); more than one number shows how it scales"
     )
-    parser.add_argument("--router", metavar="NAME", choices=(*ROUTERS, POOLED), help="default: the system's own")
+    parser.add_argument(
+        "--router",
+        metavar="NAME[,NAME...]",
+        help=f"of {', '.join(ROUTERS)}, {POOLED} (one replica as fast as all); default: the system's own",
+    )
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
     parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (150 to 400, with --quick half)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
@@ -101,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
             bar.note(f"{len(journal)} runs are kept in {args.out}: the same command goes on from here")
             raise
     document = study.document(lanes)
+    look_closer(document, study)
     write_report(document, study, args.out)
     if args.json:
         json.dump(document, sys.stdout, indent=2)
@@ -146,7 +152,7 @@ def read_study(args: argparse.Namespace) -> Study:
         slo_scale=args.slo_scale,
         seed=args.seed,
         replicas=read_replicas(args.replicas),
-        router=args.router,
+        routers=read_routers(args.router),
         reuse=read_systems(args.reuse) if args.reuse else (),
     )
 
@@ -157,6 +163,16 @@ def read_systems(text: str) -> tuple[str, ...]:
     groups = {"main": [name for name in SYSTEMS if name not in ablations], "ablations": [OURS, *ablations]}
     names = [name for part in text.split(",") for name in groups.get(part, [part])]
     return tuple(dict.fromkeys(name if name == CLAIRVOYANT else find_system(name).name for name in names))
+
+
+def read_routers(text: str | None) -> tuple[str | None, ...]:
+    """Return the routers to run behind, None for the system's own."""
+    names = tuple(dict.fromkeys(text.split(","))) if text else (None,)
+    for name in names:
+        if name not in {None, *ROUTERS, POOLED}:
+            expected = f"of {', '.join((*ROUTERS, POOLED))}"
+            raise ConfigError(where="capacity", key="router", value=name, expected=expected)
+    return names
 
 
 def read_replicas(text: str) -> tuple[int, ...]:
