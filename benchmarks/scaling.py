@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace, hardware: Hardware, column: tuple[str, str],
     planner, cluster = system.deploy(system.default, num_replicas=n, router=router)
     workload = offered(args, hardware, rate * n)
     budget = {name: int((1 - TARGET) * count) for name, count in workload.num_by_class().items()}
-    options = ReplicaOptions(makes_promises=system.makes_promises, exact_windows=False)
+    options = ReplicaOptions(makes_promises=system.makes_promises)
     return run_workload(
         workload, planner, hardware, seed=args.seed, options=options, cluster=cluster, miss_budget=budget,
         plan_clock=time.thread_time,

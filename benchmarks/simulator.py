@@ -61,7 +61,8 @@ class Trivial:
             num_tokens=needed[chosen],
             draft_lengths=np.zeros(len(chosen), np.int64),
         )
-        return Plan(batch=batch, verdicts=())
+        waits = len(chosen) < len(rows)
+        return Plan(batch=batch, verdicts=(), repeats=not waits and bool((needed == 1).all()))
 
 
 def hour(minutes: float) -> Workload:
@@ -85,11 +86,11 @@ def hour(minutes: float) -> Workload:
 def deploy(policy: str) -> tuple[Planner, ClusterOptions, ReplicaOptions, int]:
     """Return planner, cluster, options and longest draft of a policy."""
     if policy == "trivial":
-        return Trivial(), ClusterOptions(num_replicas=REPLICAS), ReplicaOptions(exact_windows=False), 0
+        return Trivial(), ClusterOptions(num_replicas=REPLICAS), ReplicaOptions(), 0
     system = find_system(policy)
     planner, cluster = system.deploy(system.default, num_replicas=REPLICAS)
     options = ReplicaOptions(
-        acceptance={"": 0.7}, exact_windows=False, makes_promises=system.makes_promises
+        acceptance={"": 0.7}, makes_promises=system.makes_promises
     )  # fmt: skip
     return planner, cluster, options, system.max_draft_length
 

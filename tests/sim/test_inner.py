@@ -1,11 +1,13 @@
-"""The compiled start of a step does what the engine's own rules do, or leaves the batch to them."""
+"""The compiled loops do what the engine's own rules and the grader of streams do."""
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.sim.worlds import sim
 
-from slos_serve.core.types import BatchPlan, Limits, Status
+from slos_serve.core.deadlines import StreamGrader
+from slos_serve.core.types import BatchPlan, Limits, Slo, Status
+from slos_serve.sim import inner
 from slos_serve.sim.engine import Engine
 
 LIMITS = Limits(
@@ -53,12 +55,44 @@ def test_a_batch_starts_alike_compiled_and_by_the_engines_rules(drawn):
         draft_lengths=np.array(drafts, np.int64),
     )
     compiled, plain = engine_of(rows), engine_of(rows)
-    plain._start_all = lambda *_: None
-    one, two = compiled.start(plan), plain.start(plan)
+    one = compiled.start(plan)
+    two = plain._start_in_part(plain.table.find(plan.request_ids), plan.num_tokens, plan.draft_lengths)
     assert (compiled.table.rows == plain.table.rows).all()
     assert (compiled.pool.num_free, compiled.num_preemptions) == (plain.pool.num_free, plain.num_preemptions)
     assert (one is None) == (two is None)
     if one is not None:
-        assert one.shape() == two.shape()
-        for name in ("rows", "start", "tokens", "drafts", "emits", "is_decode", "outputs_before"):
-            assert getattr(one, name).tolist() == getattr(two, name).tolist()
+        assert one.rows.tolist() == two.rows.tolist()
+        assert one.batch.tolist() == two.batch.tolist()
+        assert one.totals[: inner.NUM_NEW] == two.totals[: inner.NUM_NEW]
+
+
+def state_of(row):
+    return tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in row.item()[:-2])
+
+
+promises = st.one_of(st.none(), st.floats(0.01, 2.0))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    slo=st.builds(Slo, ttft_s=promises, tpot_s=promises, thinking_tpot_s=promises, e2e_s=promises, max_gap_s=promises),
+    thinks=st.booleans(),
+    thinking=st.integers(0, 40),
+    chunks=st.lists(st.tuples(st.floats(0.0, 0.5), st.integers(1, 14)), max_size=40),
+)
+def test_a_row_is_graded_as_its_stream(slo, thinks, thinking, chunks):
+    grader = StreamGrader(5.0, slo, thinks)
+    live = np.zeros(2, inner.LIVE_DTYPE)
+    live[1] = (*grader.state, 0, 0)
+    at_s, produced = 5.0, 0
+    for gap_s, tokens in chunks:
+        at_s += gap_s
+        new_thinking = min(produced + tokens, thinking) - min(produced, thinking)
+        produced += tokens
+        grader.feed(at_s, tokens, new_thinking)
+        inner.feed_row(live, 1, at_s, tokens, new_thinking)
+        assert state_of(live[1]) == grader.state
+    copy = StreamGrader(5.0, slo, thinks)
+    copy.state = state_of(live[1])
+    assert copy.finish(at_s) == grader.finish(at_s)
+    assert not live[0]["num_output_tokens"]

@@ -37,7 +37,7 @@ class Scripted:
         self.seen.append((state.now_s, state.requests.to_json()))
         verdicts = tuple(self.verdicts.pop(0)) if self.verdicts else ()
         if not self.script:
-            return dataclasses.replace(VllmPlanner().plan(state), verdicts=verdicts)
+            return dataclasses.replace(VllmPlanner().plan(state), verdicts=verdicts, repeats=False)
         entries, preempted = self.script.pop(0)
         batch = BatchPlan(
             request_ids=[entry[0] for entry in entries],
@@ -349,7 +349,6 @@ requests = st.builds(
         async_lag=st.booleans(),
         noise_sigma=st.sampled_from([0.0, 0.3]),
         known_lengths=st.booleans(),
-        exact_windows=st.booleans(),
     ),
 )
 def test_any_workload_ends_with_one_outcome_each_all_tokens_out_and_all_blocks_free(rows, planner, kv_blocks, options):
@@ -372,18 +371,43 @@ def test_any_workload_ends_with_one_outcome_each_all_tokens_out_and_all_blocks_f
         assert grade.finish_s is None or math.isfinite(grade.finish_s)
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows=st.lists(requests, min_size=1, max_size=10), planner=st.sampled_from(PLANNERS))
-def test_grading_at_check_points_only_gives_the_primary_rule_of_every_token(rows, planner):
-    def outcomes(*, exact_windows):
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(requests, min_size=1, max_size=14),
+    planner=st.sampled_from(PLANNERS),
+    kv_blocks=st.integers(16, 40),
+    known_lengths=st.booleans(),
+)
+def test_a_plan_that_repeats_gives_what_every_step_planned_anew_gives(rows, planner, kv_blocks, known_lengths):
+    def document(**more):
         load = workload(
-            *[sim(f"r{i}", row.pop("prompt"), row.pop("output"), **row) for i, row in enumerate(map(dict, rows))]
+            *[sim(f"r{i}", row.pop("prompt"), row.pop("output"), **row) for i, row in enumerate(map(dict, rows))],
+            following={"r0": (0.3, sim("next", 40, 30, slo_class="a"))},
         )
-        options = ReplicaOptions(exact_windows=exact_windows, acceptance={"": 0.6})
-        result = run(load, planner, options=options)
-        return [(grade.outcome, grade.ttft_s, grade.finish_s, grade.met_mean_tpot) for grade in result.graded]
+        options = ReplicaOptions(known_lengths=known_lengths, acceptance={"": 0.6})
+        hw = hardware(kv_tokens=16 * kv_blocks, max_model_len=16 * kv_blocks, max_num_batched_tokens=256)
+        result = run(load, planner, hw=hw, options=options, plan_clock=lambda: 0.0, **more)
+        replica = result.replica
+        counts = (
+            replica.num_steps,
+            replica.tokens_computed,
+            replica.engine.num_preemptions,
+            replica.engine.num_cut_plans,
+        )
+        model, blocks = replica.plan_model, replica.engine.pool.lowest_free
+        return result.graded, result.simulated_s, counts, model, blocks, len(replica.plan_s)
 
-    assert outcomes(exact_windows=True) == outcomes(exact_windows=False)
+    # a run whose steps are recorded plans every one of them
+    *coasted, few = document()
+    *stepped, many = document(on_step=lambda _: None)
+    assert coasted == stepped
+    assert few <= many
+
+
+def test_steps_that_only_decode_are_not_planned_one_by_one():
+    result = run(workload(sim("a", 20, 300), sim("b", 20, 200, at_s=2.0)), plan_clock=lambda: 0.0)
+    assert result.replica.num_steps > 300
+    assert len(result.replica.plan_s) < 12
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_noise():

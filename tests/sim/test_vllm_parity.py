@@ -1,5 +1,7 @@
 """The simulator makes the batches that vLLM's own scheduler makes, at the same virtual times: stock and ours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.sim.worlds import hardware, sim, workload
@@ -20,7 +22,7 @@ class Watched:
         self.batches = []
 
     def plan(self, state):
-        plan = self.planner.plan(state)
+        plan = replace(self.planner.plan(state), repeats=False)
         self.batches.append({entry.request_id: entry.num_tokens for entry in plan.batch.entries})
         return plan
 

@@ -16,7 +16,7 @@ whose step fits the tightest TPOT. `EdfPlanner` gives prefill to the earliest de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,7 +138,7 @@ def _admit_waiting(
     batch.budget -= taken_tokens
 
 
-def _to_plan(state: ReplicaState, batch: _Batch) -> Plan:
+def _to_plan(state: ReplicaState, batch: _Batch, *, repeats: bool = False) -> Plan:
     """Name the rows of a finished batch."""
     ids = state.requests.request_ids
     return Plan(
@@ -149,6 +149,7 @@ def _to_plan(state: ReplicaState, batch: _Batch) -> Plan:
             preempted=[ids[i] for i in batch.preempted.tolist()],
         ),
         work=len(ids),
+        repeats=repeats,
     )
 
 
@@ -193,7 +194,9 @@ class VllmPlanner:
             seats_taken += max(0, state.limits.max_num_seqs - self.max_num_seqs)
         if not len(batch.preempted) and len(waiting):
             _admit_waiting(state, batch, waiting, seats_taken, chunk_limit=limit)
-        return _to_plan(state, batch)
+        # Who waits goes on waiting: seats and budget stay taken, and free blocks only get fewer.
+        repeats = len(running) == len(batch.rows) > 0 and not drafts.any() and bool((needed == 1).all())
+        return _to_plan(state, batch, repeats=repeats and not len(batch.preempted))
 
     def order(self, state: ReplicaState) -> tuple[IntArray, IntArray]:
         """Return the rows of running and waiting requests in service order."""
@@ -265,7 +268,10 @@ class SarathiPlanner(VllmPlanner):
             chunk_limit=self.chunk_limit,
             max_num_seqs=self.max_num_seqs,
         )
-        return limited.plan(state)
+        plan = limited.plan(state)
+        # Where prompts wait, the budget, which falls with context, says whether they start.
+        repeats = plan.repeats and bool((rows["status"] == Status.RUNNING).all())
+        return plan if repeats == plan.repeats else replace(plan, repeats=repeats)
 
     def _budget(self, state: ReplicaState, tpot_s: float) -> int:
         rows = state.requests.rows
@@ -313,4 +319,5 @@ class EdfPlanner(VllmPlanner):
         batch = _schedule_running(state, running, wanted, drafts, budget)
         if not len(batch.preempted) and len(waiting):
             _admit_waiting(state, batch, waiting, len(running), chunk_limit=limit)
-        return _to_plan(state, batch)
+        repeats = len(running) == len(rows) == len(batch.rows) and bool(is_decode.all()) and not drafts.any()
+        return _to_plan(state, batch, repeats=repeats and not len(batch.preempted))

@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,16 @@ class StreamGrader:
     def last_token_s(self) -> float:
         """When the newest token came; `inf` before the first."""
         return self._arrival_s + self._last if self.num_output_tokens else math.inf
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything that `feed` moves or reads: the attributes in the order of `__slots__`."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    @state.setter
+    def state(self, values: tuple[Any, ...]) -> None:
+        for name, value in zip(self.__slots__, values, strict=True):
+            setattr(self, name, value)
 
     def feed(self, time_s: float, num_new_tokens: int, num_new_thinking_tokens: int = 0) -> None:
         """Take one chunk of output that arrived at `time_s`, thinking tokens first."""

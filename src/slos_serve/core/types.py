@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -171,6 +172,10 @@ class RequestTable:
     def index(self, request_id: str) -> int:
         """Return the row of a live request; `KeyError` if there is none."""
         return self._index[request_id]
+
+    def find(self, request_ids: Sequence[str]) -> IntArray:
+        """Return the rows of requests, -1 where one is not live."""
+        return np.fromiter(map(self._index.get, request_ids, repeat(-1)), np.int64, len(request_ids))
 
     def add(self, request: Request, *, tier: Tier = Tier.PENDING, predicted_output_tokens: float = 256.0) -> int:
         """Append a waiting request and return its row. `ValueError` on a duplicate id."""
@@ -398,7 +403,8 @@ class Plan:
     `verdicts` holds changes only. `at_risk` names promised requests that no plan can keep any more: an
     empty tuple and no new promise means "the running set is kept, nothing new"; a non-empty one means
     "the running set cannot be kept, let these go". `work` is the search effort spent, in the unit of
-    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent.
+    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent. `repeats`: all that run decode,
+    one token each, and while no request arrives or ends and blocks are free, the next plan is this one again.
     """
 
     batch: BatchPlan
@@ -406,6 +412,7 @@ class Plan:
     at_risk: tuple[str, ...] = ()
     work: int = 0
     headroom_tokens_per_s: float = 0.0
+    repeats: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values (`inf` as null); two equal plans give equal documents."""

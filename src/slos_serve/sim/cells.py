@@ -99,7 +99,6 @@ def simulate(cell: Cell) -> RunResult:
         seed=1000 * cell.seed + cell.window,
         options=ReplicaOptions(
             acceptance={"": cell.acceptance},
-            exact_windows=False,
             known_lengths=cell.known_lengths,
             makes_promises=system.makes_promises,
             drops_declined=system.drops_declined,

@@ -143,6 +143,7 @@ class Cluster:
         self._published_s = dict.fromkeys(self._names, -math.inf)
         self._decode_router = LeastLoad()
         self._has_hops = replica_options.makes_promises and self._max_hops > 0
+        self._hears_steps = hooks.step is not None or (replica_options.async_lag and self._has_hops)
         door = Door(
             make=self._make_replica,
             closed=self._closed,
@@ -319,8 +320,8 @@ class Cluster:
         hooks = replace(
             self._hooks,
             end=self._end,
-            step=lambda record: self._stepped(replica, record),
-            plan=self._planned,
+            step=(lambda record: self._stepped(replica, record)) if self._hears_steps else None,
+            plan=self._planned if self._has_hops or self.router.uses_snapshots else None,
             first_token=self._hand_over if self._names.index(name) < self.options.num_prefill else None,
         )
         replica = self._make(name, number, hooks)

@@ -9,7 +9,7 @@ makes the engine preempt from the end of its order (held requests last) and admi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,45 +25,17 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Step:
-    """A batch on its way: table rows, where each started, its tokens and drafts, and who emits a token.
+    """A batch on its way: table rows, the batch and its totals (see `inner`).
 
-    `outputs_before` are output tokens before the step. `gone_tokens` were computed for requests that had
-    ended meanwhile. `totals`: see `inner.start_rows`; None where they are still to be added up.
+    `gone_tokens` were computed for requests that had ended meanwhile.
     """
 
     rows: IntArray
-    start: IntArray
-    tokens: IntArray
-    drafts: IntArray
-    emits: BoolArray
-    is_decode: BoolArray
-    outputs_before: IntArray
+    batch: IntArray
+    totals: list[float]
     gone_tokens: int = 0
-    totals: FloatArray | None = None
-
-    def shape(self) -> dict[str, Any]:
-        """Return the terms of the performance model, under the names of a step record."""
-        if self.totals is not None:
-            return {
-                "num_tokens": int(self.totals[inner.SUM_TOKENS]) + self.gone_tokens,
-                "num_requests": len(self.rows),
-                "context_tokens": int(self.totals[inner.SUM_CONTEXT]),
-                "draft_steps": int(self.totals[inner.MOST_DRAFTS]),
-                "attention_pairs": float(self.totals[inner.SUM_PAIRS]),
-                "has_prefill": int(self.totals[inner.NUM_PREFILL] > 0),
-            }
-        prefill = self.tokens[~self.is_decode]
-        pairs = prefill * (self.start[~self.is_decode] + 0.5 * prefill)
-        return {
-            "num_tokens": int(self.tokens.sum() + self.drafts.sum()) + self.gone_tokens,
-            "num_requests": len(self.rows),
-            "context_tokens": int(self.start[self.is_decode].sum()),
-            "draft_steps": int(self.drafts.max()),
-            "attention_pairs": float(pairs.sum()),
-            "has_prefill": int(len(prefill) > 0),
-        }
 
 
 class Engine:
@@ -75,7 +47,15 @@ class Engine:
         self.pool = KvPool(limits.num_kv_blocks, limits.block_size)
         self.num_preemptions = 0
         self.num_cut_plans = 0  # plans that could not run as they were
+        self._room = np.array(
+            (limits.block_size, limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs, 0), np.int64
+        )
         self._prefix_of: dict[str, str] = {}  # waiting request -> session whose cached prefix it counts on
+
+    def room(self) -> IntArray:
+        """Return what `inner` must know of limits: block size, longest sequence, token budget, seats, free blocks."""
+        self._room[inner.FREE_BLOCKS] = self.pool.num_free
+        return self._room
 
     def add(self, request: Request, *, predicted_output_tokens: float, cached_tokens: int, session_id: str) -> int:
         """Queue a request and return its row; a session's prefix counts as far as it is still cached."""
@@ -121,20 +101,24 @@ class Engine:
         for request_id in batch.preempted:
             if request_id in table:
                 self.preempt(table.index(request_id))
-        ids, tokens, drafts = batch.request_ids, batch.num_tokens, batch.draft_lengths
-        gone_tokens = 0
-        alive = [request_id in table for request_id in ids]
-        if not all(alive):
-            kept = np.flatnonzero(alive)
-            gone_tokens = int((tokens + drafts).sum() - (tokens + drafts)[kept].sum())
-            ids, tokens, drafts = [ids[i] for i in kept.tolist()], tokens[kept], drafts[kept]
-        if not ids:
+        chosen, tokens, drafts = table.find(batch.request_ids), batch.num_tokens, batch.draft_lengths
+        fits, started, totals = inner.start_rows(chosen, tokens, drafts, table.rows, self.room())
+        if not fits:
+            return self._start_in_part(chosen, tokens, drafts)
+        if not len(chosen):
             return None
-        chosen = np.array([table.index(request_id) for request_id in ids], np.int64)
-        step = self._start_all(chosen, tokens, drafts, gone_tokens)
-        if step is not None:
-            return step
-        rows = table.rows[chosen]
+        self._allocate(chosen if totals[inner.NUM_NEW] else chosen[:0], int(totals[inner.SUM_BLOCKS]))
+        return Step(chosen, started, totals.tolist())
+
+    def _start_in_part(self, chosen: IntArray, tokens: IntArray, drafts: IntArray) -> Step | None:
+        """Start what can run of a batch that does not simply fit."""
+        kept = np.flatnonzero(chosen >= 0)
+        gone_tokens = int((tokens + drafts).sum() - (tokens + drafts)[kept].sum())
+        if not len(kept):
+            return None
+        chosen, tokens, drafts = chosen[kept], tokens[kept], drafts[kept]
+        live = self.table.rows
+        rows = live[chosen]
         start = np.where(rows["num_computed_tokens"] == 0, rows["num_cached_tokens"], rows["num_computed_tokens"])
         needed = rows["num_prompt_tokens"] + rows["num_output_tokens"] - start
         tokens, drafts = self._cut_tokens(rows, needed, tokens, drafts)
@@ -149,55 +133,14 @@ class Engine:
                 return None
             chosen, rows, start, needed = chosen[kept], rows[kept], start[kept], needed[kept]
             tokens, drafts, extra = tokens[kept], drafts[kept], extra[kept]
-        self._allocate(chosen, rows, int(extra.sum()))
+        self._allocate(chosen, int(extra.sum()))
         emits = tokens == needed
-        live = table.rows
         live["num_kv_blocks"][chosen] = rows["num_kv_blocks"] + extra
         live["status"][chosen] = Status.RUNNING
         live["num_computed_tokens"][chosen] = start + tokens
         live["num_output_tokens"][chosen] = rows["num_output_tokens"] + emits
-        return Step(
-            rows=chosen,
-            start=start,
-            tokens=tokens,
-            drafts=drafts,
-            emits=emits,
-            is_decode=needed == 1,
-            outputs_before=rows["num_output_tokens"],
-            gone_tokens=gone_tokens,
-        )
-
-    def _start_all(self, chosen: IntArray, tokens: IntArray, drafts: IntArray, gone_tokens: int) -> Step | None:
-        """Start a batch that simply fits, as nearly all do; None for any other."""
-        live, limits = self.table.rows, self.limits
-        fits, batch, totals = inner.start_rows(
-            chosen,
-            tokens,
-            drafts,
-            live["status"],
-            live["num_prompt_tokens"],
-            live["num_output_tokens"],
-            live["num_computed_tokens"],
-            live["num_cached_tokens"],
-            live["num_kv_blocks"],
-            np.array(
-                (limits.block_size, limits.max_model_len, limits.max_num_batched_tokens, self.pool.num_free), np.int64
-            ),
-        )
-        if not fits:
-            return None
-        self._take(int(totals[inner.SUM_BLOCKS]))
-        return Step(
-            rows=chosen,
-            start=batch[inner.START],
-            tokens=batch[inner.TOKENS],
-            drafts=batch[inner.DRAFTS],
-            emits=batch[inner.EMITS] > 0,
-            is_decode=batch[inner.IS_DECODE] > 0,
-            outputs_before=batch[inner.BEFORE],
-            gone_tokens=gone_tokens,
-            totals=totals,
-        )
+        started = np.stack([start, tokens, drafts, emits, needed == 1, rows["num_output_tokens"]])
+        return Step(chosen, started, inner.add_up(started).tolist(), gone_tokens)
 
     def _cut_tokens(
         self, rows: npt.NDArray[np.void], needed: IntArray, tokens: IntArray, drafts: IntArray
@@ -252,16 +195,16 @@ class Engine:
                 tokens[i] = 0
         return tokens
 
-    def _allocate(self, chosen: IntArray, rows: npt.NDArray[np.void], num_blocks: int) -> None:
+    def _allocate(self, chosen: IntArray, num_blocks: int) -> None:
         """Take blocks for a batch; prefixes in use are no longer idle."""
         if self._prefix_of:
-            for index in chosen[rows["status"] == Status.WAITING].tolist():
+            for index in chosen.tolist():
                 session_id = self._prefix_of.pop(self.table.request_ids[index], None)
                 if session_id is not None:
                     self.pool.claim(session_id)
-        self._take(num_blocks)
+        self.take(num_blocks)
 
-    def _take(self, num_blocks: int) -> None:
+    def take(self, num_blocks: int) -> None:
         """Take blocks of the pool; who counted on a prefix that is lost by that computes it again."""
         lost = self.pool.take(num_blocks)
         if lost:

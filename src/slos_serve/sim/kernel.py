@@ -52,6 +52,14 @@ class Kernel:
         heapq.heappush(self._heap, (at_s, priority, self._sequence, action))
         self._sequence += 1
 
+    def soon(self, priority: Priority, action: Callable[[], None]) -> None:
+        """Run `action` now, behind what is due now and goes first: at once where nothing is."""
+        if self._stopped or (self._heap and self._heap[0][0] <= self.now_s):
+            self.schedule(self.now_s, priority, action)
+        else:
+            self.num_events += 1
+            action()
+
     def stop(self) -> None:
         """End `run` after the current event."""
         self._stopped = True

@@ -37,21 +37,19 @@ class SimRequest:
 class Record:
     """One live request: its truth, its grader, and when it was promised (`inf` if it was not)."""
 
-    __slots__ = ("fed_tokens", "grader", "promised_s", "sim")
+    __slots__ = ("grader", "promised_s", "sim")
 
     def __init__(self, sim: SimRequest) -> None:
         request = sim.request
         self.sim = sim
         self.grader = StreamGrader(request.arrival_s, request.slo, request.thinks)
-        self.fed_tokens = 0
         self.promised_s = math.inf
 
     def feed(self, now_s: float, num_output_tokens: int) -> None:
         """Tell the grader that `num_output_tokens` are out now."""
-        thinking = self.sim.num_thinking_tokens
-        new_thinking = min(num_output_tokens, thinking) - min(self.fed_tokens, thinking)
-        self.grader.feed(now_s, num_output_tokens - self.fed_tokens, new_thinking)
-        self.fed_tokens = num_output_tokens
+        thinking, before = self.sim.num_thinking_tokens, self.grader.num_output_tokens
+        new_thinking = min(num_output_tokens, thinking) - min(before, thinking)
+        self.grader.feed(now_s, num_output_tokens - before, new_thinking)
 
     @property
     def promised(self) -> bool:

@@ -10,6 +10,9 @@ and measured acceptance. True lengths and true times stay in here.
 A replica may be one of many: `hooks` tell whoever routes to it what it plans, and its requests can be
 withdrawn, handed over after their first token, or lost in a crash.
 
+Where a plan says that it repeats, the replica coasts: the ends of its steps are worked out at once, and let
+out when the last of them ends or when something is to change, in the middle of a step or between two.
+
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
 scheduling: arrivals and accepted drafts are seen one step late, and a request that ends meanwhile is
 dropped from the batch but its tokens have been computed.
@@ -18,7 +21,9 @@ dropped from the batch but its tokens have been computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +32,7 @@ import numpy as np
 from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.types import ReplicaState, Tier
+from slos_serve.sim import inner
 from slos_serve.sim.engine import Engine
 from slos_serve.sim.invariants import InvariantError, check_table
 from slos_serve.sim.kernel import Kernel, Priority
@@ -37,12 +43,22 @@ if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
     from slos_serve.core.perf import PerfModel
     from slos_serve.core.summary import GradedRequest
-    from slos_serve.core.types import Limits, Plan, Planner
-    from slos_serve.sim.engine import Step
+    from slos_serve.core.types import IntArray, Limits, Plan, Planner
+    from slos_serve.sim.engine import FloatArray, Step
 
 POLL_S = 1e-3  # how soon the engine asks again after an empty plan
 STARVED_S = 60.0  # empty plans for longer than this are a planner's fault
 CHECK_EVERY_STEPS = 64
+
+
+@dataclass(slots=True)
+class Coast:
+    """Steps that run one batch again and again: rows of the table, and ends and durations in seconds."""
+
+    plan: Plan
+    rows: IntArray
+    ends: FloatArray
+    seconds: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +128,7 @@ class Replica:
         self.engine = Engine(limits)
         self.table = self.engine.table
         self.lengths = lengths
-        self.plan_s: list[float] = []
+        self.plan_s = array("d")
         self.num_steps = 0
         self.tokens_computed = 0
         self._noise_rng, draft_rng = rng.spawn(2)
@@ -120,9 +136,20 @@ class Replica:
         self._lines = true_model.as_array()
         self._lines[:, 3] += self.options.drafter_step_s
         self._correction = OnlineCorrection(plan_model or true_model)
+        self._coasts = not (
+            self.options.async_lag
+            or self.options.noise_sigma
+            or self.options.slowness
+            or hooks.step
+            or hooks.plan
+            or hooks.first_token
+        )
+        self._coast: Coast | None = None
+        self._next_check = 0
         self._busy = False
         self._next_plan: Plan | None = None
         self._starved_since_s: float | None = None
+        self._record: dict[str, Any] = {}  # of the step under way
 
     @property
     def plan_model(self) -> PerfModel:
@@ -131,6 +158,7 @@ class Replica:
 
     def submit(self, sim: SimRequest, record: Record | None = None) -> None:
         """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
+        self.settle()
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
             self.hooks.end(sim, Record(sim).fail())
@@ -151,12 +179,14 @@ class Replica:
 
     def withdraw(self, request_id: str) -> Record:
         """Take a request back, whatever it holds."""
+        self.settle()
         index = self.table.index(request_id)
         self.engine.withdraw(index)
         return self.streams.remove(index)
 
     def abandon(self) -> list[Record]:
         """Let go of every live request and return them in order of arrival here."""
+        self.settle()
         order = np.argsort(self.table.rows["seq"], kind="stable").tolist()
         return [self.withdraw(request_id) for request_id in [self.table.request_ids[i] for i in order]]
 
@@ -167,6 +197,7 @@ class Replica:
 
     def change_speed(self, factor: float) -> None:
         """Make every further step take `factor` times as long as now."""
+        self.settle()
         self._lines = self._lines * factor
 
     def state(self, now_s: float) -> ReplicaState:
@@ -225,24 +256,77 @@ class Replica:
         if not len(self.table):
             self._busy, self._next_plan = False, None
             return
-        if self.num_steps % CHECK_EVERY_STEPS == 0:
+        if self.num_steps >= self._next_check:
             check_table(self.table, self.engine.pool, self.limits, now_s)
+            self._next_check = self.num_steps + CHECK_EVERY_STEPS
         plan, self._next_plan = self._next_plan or self._plan(now_s), None
+        if not (plan.repeats and self._coasts and self._set_off(plan)):
+            self._run(plan)
+
+    def _run(self, plan: Plan, end_s: float | None = None) -> None:
+        """Start a step, which ends at `end_s` where that is known; wait where nothing can run."""
+        now_s = self.kernel.now_s
         step = self.engine.start(plan.batch)
         if step is None:
             self._wait(now_s)
             return
         self._starved_since_s = None
-        shape = step.shape()
-        seconds = self._seconds(shape)
+        sample = self._sample(step)
         self.num_steps += 1
-        self.tokens_computed += shape["num_tokens"]
-        record = {"step": self.num_steps, "t": now_s, **shape, "seconds": seconds, "planned_s": None}
-        record["predicted_s"] = plan.batch.predicted_s
+        self.tokens_computed += int(sample.num_tokens)
         self.is_mid_step = True
-        self.kernel.schedule(now_s + seconds, Priority.STEP_END, lambda: self._complete(step, record))
+        end_s = now_s + sample.seconds if end_s is None else end_s
+        self.kernel.schedule(end_s, Priority.STEP_END, lambda: self._complete(step, sample))
+        if self.hooks.step is not None:
+            self._record = {"step": self.num_steps, "t": now_s, **sample._asdict(), "planned_s": None}
+            self._record["predicted_s"] = plan.batch.predicted_s
         if self.options.async_lag:
-            self._next_plan = self._plan(now_s + self._expected_s(shape))
+            self._next_plan = self._plan(now_s + self._expected_s(sample))
+
+    def _set_off(self, plan: Plan) -> bool:
+        """Work out when the steps of a plan that repeats will end; tell whether it is worth it."""
+        rows = self.table.find(plan.batch.request_ids)
+        ends, seconds = self.streams.foresee(rows, self._lines, self.engine.room(), self.kernel.now_s)
+        if len(ends) < 2:
+            return False
+        coast = self._coast = Coast(plan, rows, ends, seconds)
+        self.kernel.schedule(float(ends[-1]), Priority.STEP_END, lambda: self._arrive(coast))
+        return True
+
+    def _arrive(self, coast: Coast) -> None:
+        """Let out all steps of a coast that nothing has come between."""
+        if self._coast is coast:
+            self._coast = None
+            self._let_out(coast, len(coast.ends))
+            self._go_on()
+
+    def settle(self) -> None:
+        """Bring what a coast has done so far into the table; a step under way ends when it was to end."""
+        coast, self._coast = self._coast, None
+        if coast is None:
+            return
+        done = min(bisect_right(coast.ends, self.kernel.now_s), len(coast.ends) - 1)
+        self._let_out(coast, done)
+        if done and coast.ends[done - 1] == self.kernel.now_s:
+            self._go_on()
+        else:
+            self._run(coast.plan, float(coast.ends[done]))
+
+    def _let_out(self, coast: Coast, done: int) -> None:
+        """Let out the first steps of a coast; finish requests."""
+        if not done:
+            return
+        count = len(coast.rows)
+        self.num_steps += done
+        self.tokens_computed += done * count
+        context = int(self.table.rows["num_computed_tokens"][coast.rows].sum())
+        num_blocks, ended = self.streams.coast(coast.rows, self.limits.block_size, coast.ends[:done])
+        self.engine.take(num_blocks)
+        if self.options.learns_times:
+            for k, seconds in enumerate(coast.seconds[:done].tolist()):
+                self._correction.observe(StepSample(count, count, context + k * count, 0, 0.0, 0, seconds))
+        for index in ended:
+            self._finish(index)
 
     def _wait(self, now_s: float) -> None:
         """Ask again soon, as an engine does that was told to run nothing."""
@@ -252,23 +336,26 @@ class Replica:
             raise InvariantError(f"nothing ran for {STARVED_S} s while {len(self.table)} requests wait")
         self.kernel.schedule(now_s + POLL_S, Priority.PLAN, self._plan_and_run)
 
-    def _complete(self, step: Step, record: dict[str, Any]) -> None:
+    def _complete(self, step: Step, sample: StepSample) -> None:
         """Let the step's tokens out, learn from it, finish requests, and plan again."""
         if self.is_dead:
             return
-        now_s = self.kernel.now_s
         self.is_mid_step = False
-        for index in self.streams.emit(step, now_s):
+        for index in self.streams.emit(step, self.kernel.now_s):
             self._finish(index)
         if self.hooks.first_token is not None:
             started = np.flatnonzero(self.table.rows["num_output_tokens"])
             for request_id in [self.table.request_ids[i] for i in started.tolist()]:
                 self.hooks.first_token(self.withdraw(request_id))
         if self.options.learns_times:
-            self._correction.observe(StepSample(*(record[name] for name in StepSample._fields)))
+            self._correction.observe(sample)
         if self.hooks.step is not None:
-            self.hooks.step(record)
-        self.kernel.schedule(now_s, Priority.PLAN, self._plan_and_run)
+            self.hooks.step(self._record)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Plan the next step when everything that happens now has happened."""
+        self.kernel.soon(Priority.PLAN, self._plan_and_run)
 
     def _finish(self, index: int) -> None:
         blocks = int(self.table.rows["num_kv_blocks"][index])
@@ -278,29 +365,25 @@ class Replica:
         self.lengths.observe(request.slo_class, request.num_prompt_tokens, sim.num_output_tokens)
         self.hooks.end(sim, record.finish(self.kernel.now_s, makes_promises=self.options.makes_promises))
 
-    def _seconds(self, shape: Mapping[str, Any]) -> float:
-        """Return the true time of a step."""
-        seconds = batch_seconds(
-            self._lines,
-            shape["num_tokens"],
-            shape["num_requests"],
-            shape["context_tokens"],
-            shape["draft_steps"],
-            shape["attention_pairs"],
-        )
+    def _sample(self, step: Step) -> StepSample:
+        """Return the size of a step and its true time."""
+        tokens, context, drafts, pairs, num_prefill = step.totals[: inner.NUM_NEW]
+        tokens += step.gone_tokens
+        count = len(step.rows)
+        seconds = batch_seconds(self._lines, tokens, count, context, drafts, pairs)
         if self.options.slowness is not None:
             seconds *= self.options.slowness(self.kernel.now_s)
         sigma = self.options.noise_sigma
         if sigma:
             seconds *= math.exp(sigma * self._noise_rng.standard_normal() - 0.5 * sigma * sigma)
-        return float(seconds)
+        return StepSample(int(tokens), count, int(context), int(drafts), pairs, int(num_prefill > 0), float(seconds))
 
-    def _expected_s(self, shape: Mapping[str, Any]) -> float:
+    def _expected_s(self, step: StepSample) -> float:
         """Return how long the planner's model thinks a step takes."""
         return self.plan_model.seconds(
-            shape["num_tokens"],
-            shape["num_requests"],
-            context_tokens=shape["context_tokens"],
-            draft_steps=shape["draft_steps"],
-            attention_pairs=shape["attention_pairs"],
+            step.num_tokens,
+            step.num_requests,
+            context_tokens=step.context_tokens,
+            draft_steps=step.draft_steps,
+            attention_pairs=step.attention_pairs,
         )

@@ -85,7 +85,6 @@ class Deployment:
                 seed=self.seed,
                 options=ReplicaOptions(
                     acceptance={"": self.acceptance},
-                    exact_windows=False,
                     makes_promises=self.system.makes_promises,
                     drops_declined=self.system.drops_declined,
                 ),

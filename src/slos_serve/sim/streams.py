@@ -1,11 +1,12 @@
 """What comes out of a step: tokens, accepted drafts, grades, ends; the truth that no planner sees.
 
-Columns of the table are updated with index arrays. Python touches single requests only when they start,
-finish, outrun their predicted length, or reach a token count that the grading rule looks at.
+`inner` does it for all requests of a batch. Python touches single ones only when they start, finish, or
+outrun their predicted length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ from slos_serve.sim.records import Record, SimRequest
 
 if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
-    from slos_serve.core.types import IntArray, RequestTable
-    from slos_serve.sim.engine import Step
+    from slos_serve.core.types import IntArray, RequestTable, Rows
+    from slos_serve.sim.engine import FloatArray, Step
 
 ACCEPTANCE_PRIOR = 50.0  # draft tokens behind the acceptance a run starts from
 
@@ -29,8 +30,7 @@ class StreamOptions:
 
     `acceptance`: true chance that a draft token is accepted, by class ("" for the others).
     `length_quantile`: of predicted output lengths. `known_lengths`: predictions are the truth (labelled
-    runs only). `exact_windows`: grade the window rule on every token (the primary rule needs no such thing).
-    `length_error` multiplies predicted lengths; `acceptance_drift` is added to the true chance every 100 s.
+    runs only). `length_error` multiplies predicted lengths; `acceptance_drift` is added to the true chance every 100 s.
     """
 
     acceptance: Mapping[str, float] = field(default_factory=dict)
@@ -38,7 +38,6 @@ class StreamOptions:
     length_quantile: float = 0.9
     length_error: float = 1.0
     known_lengths: bool = False
-    exact_windows: bool = True
 
 
 def predicted_length(lengths: LengthModel, sim: SimRequest, options: StreamOptions, produced: int = 0) -> float:
@@ -68,10 +67,10 @@ class Streams:
         self.lengths = lengths
         self.options = options
         self.records: list[Record] = []
+        self.live: Rows = np.zeros(64, inner.LIVE_DTYPE)
         self._rng = rng
-        self._truth: IntArray = np.zeros((64, 2), np.int64)  # output and thinking tokens
         self._drafted: dict[str, list[float]] = {}  # accepted and tested draft tokens by class
-        self._thinks = False
+        self._measured: dict[str, float] = {}
 
     def predict(self, sim: SimRequest, produced: int = 0) -> float:
         """Return the output length that the planner is told."""
@@ -79,93 +78,87 @@ class Streams:
 
     def add(self, sim: SimRequest, index: int, record: Record | None = None) -> None:
         """Follow a request that has just got row `index`, the last one; `record` is its past elsewhere."""
-        if index == len(self._truth):
-            self._truth = np.concatenate([self._truth, np.zeros_like(self._truth)])
-        self._truth[index] = sim.num_output_tokens, sim.num_thinking_tokens
-        self.records.append(record or Record(sim))
-        self._thinks = self._thinks or sim.request.thinks
+        if index == len(self.live):
+            self.live = np.concatenate([self.live, np.zeros_like(self.live)])
+        record = record or Record(sim)
+        self.live[index] = (*record.grader.state, sim.num_output_tokens, sim.num_thinking_tokens)
+        self.records.append(record)
 
     def remove(self, index: int) -> Record:
         """Forget a request, here and in the table, and mirror how the table fills the hole."""
         record = self.records[index]
+        record.grader.state = self.live[index].item()[:-2]
         last = len(self.table) - 1
         self.table.remove(record.sim.request.request_id)
-        self._truth[index] = self._truth[last]
+        self.live[index] = self.live[last]
         self.records[index] = self.records[last]
         self.records.pop()
         return record
 
     def emit(self, step: Step, now_s: float) -> list[int]:
         """Let a step's tokens out at `now_s`; return the rows that have ended, the highest first."""
-        emitting = step.rows[step.emits]
-        if not len(emitting):
+        accepted = self._accept(step, now_s)
+        flags = inner.emit_rows(step.rows, step.batch, accepted, self.table.rows, self.live, now_s)
+        return self._ended(step.rows, flags)
+
+    def foresee(self, chosen: IntArray, lines: FloatArray, room: IntArray, now_s: float) -> tuple[FloatArray, ...]:
+        """Return ends and durations of the steps of a batch of decodes until one of them ends; see `inner.foresee`."""
+        return inner.foresee(chosen, self.table.rows, self.live, lines, room, now_s)
+
+    def coast(self, chosen: IntArray, block_size: int, ends: FloatArray) -> tuple[int, list[int]]:
+        """Run a batch of decodes to each of `ends`; return KV blocks taken, and rows as `emit` does."""
+        num_blocks, flags = inner.coast(chosen, self.table.rows, self.live, block_size, ends)
+        return num_blocks, self._ended(chosen, flags)
+
+    def _ended(self, chosen: IntArray, flags: IntArray) -> list[int]:
+        """Predict again what outran its prediction; return what has ended."""
+        if not flags.any():
             return []
-        rows = self.table.rows
-        before = step.outputs_before[step.emits]
-        new = self._accept(emitting, step.drafts[step.emits], now_s)
-        after, flags = inner.emit_rows(
-            emitting,
-            before,
-            new,
-            self._truth,
-            rows["num_output_tokens"],
-            rows["num_computed_tokens"],
-            rows["first_token_s"],
-            rows["last_token_s"],
-            rows["num_thinking_tokens"],
-            rows["is_thinking"],
-            rows["predicted_output_tokens"],
-            rows["max_gap_s"],
-            now_s,
-            self._thinks,
-        )
-        if not flags.any() and not self.options.exact_windows:
-            return []
-        looked_at = np.full(len(flags), fill_value=True) if self.options.exact_windows else flags & inner.LOOKED_AT > 0
-        self._grade(emitting[looked_at], after[looked_at], now_s)
         if not self.options.known_lengths:
-            outrun = flags & inner.OUTRUN > 0
-            for index, produced in zip(emitting[outrun].tolist(), after[outrun].tolist(), strict=True):
-                rows["predicted_output_tokens"][index] = self.predict(self.records[index].sim, produced)
-        return sorted(emitting[flags & inner.FINISHED > 0].tolist(), reverse=True)
+            for index in chosen[flags == inner.OUTRUN].tolist():
+                self._predict_again(index)
+        return sorted(chosen[flags & inner.FINISHED > 0].tolist(), reverse=True)
+
+    def _predict_again(self, index: int) -> None:
+        """Predict at each token that reached the prediction before it."""
+        row, sim = self.table.rows[index], self.records[index].sim
+        produced, predicted, at = int(row["num_output_tokens"]), float(row["predicted_output_tokens"]), 0
+        while produced >= predicted and at < produced:
+            at = max(math.ceil(predicted), at + 1)
+            predicted = self.predict(sim, at)
+        row["predicted_output_tokens"] = predicted
 
     def measured_acceptance(self) -> dict[str, float]:
         """Return accepted over tested draft tokens by class, starting from the configured figure."""
-        measured = {}
-        for name in self.table.classes:
-            accepted, tested = self._drafted.get(name, (0.0, 0.0))
-            prior = ACCEPTANCE_PRIOR * self._acceptance(name)
-            measured[name] = (accepted + prior) / (tested + ACCEPTANCE_PRIOR)
-        return measured
+        if len(self._measured) != len(self.table.classes):
+            for name in self.table.classes:
+                accepted, tested = self._drafted.get(name, (0.0, 0.0))
+                prior = ACCEPTANCE_PRIOR * self._acceptance(name)
+                self._measured[name] = (accepted + prior) / (tested + ACCEPTANCE_PRIOR)
+        return self._measured
 
     def _acceptance(self, name: str, now_s: float = 0.0) -> float:
         """Return the true chance at a time; at 0 it is what was measured before the run."""
         chance = self.options.acceptance.get(name, self.options.acceptance.get("", 0.0))
         return min(max(chance + self.options.acceptance_drift * now_s / 100.0, 0.0), 1.0)
 
-    def _accept(self, emitting: IntArray, drafts: IntArray, now_s: float) -> IntArray:
-        """Return new output tokens: one, and the draft tokens accepted before the first rejection."""
-        new = np.ones(len(emitting), np.int64)
-        if not drafts.any():
-            return new
-        classes = self.table.rows["class_index"][emitting]
+    def _accept(self, step: Step, now_s: float) -> IntArray:
+        """Return the draft tokens accepted before the first rejection, by request of the batch."""
+        accepted = np.zeros(len(step.rows), np.int64)
+        if not step.totals[inner.MOST_DRAFTS]:
+            return accepted
+        emits = step.batch[inner.EMITS] > 0
+        drafts = step.batch[inner.DRAFTS, emits]
+        classes = self.table.rows["class_index"][step.rows[emits]]
         chances = np.array([self._acceptance(name, now_s) for name in self.table.classes])[classes]
         with np.errstate(divide="ignore"):
-            runs = np.log(self._rng.random(len(emitting))) / np.log(chances)
-        accepted = np.minimum(np.floor(np.minimum(runs, 1e9)), drafts).astype(np.int64)
-        tested = np.minimum(accepted + 1, drafts)
+            runs = np.log(self._rng.random(len(drafts))) / np.log(chances)
+        taken = np.minimum(np.floor(np.minimum(runs, 1e9)), drafts).astype(np.int64)
+        tested = np.minimum(taken + 1, drafts)
         for class_index in np.unique(classes[drafts > 0]).tolist():
             counts = self._drafted.setdefault(self.table.classes[class_index], [0.0, 0.0])
-            counts[0] += float(accepted[classes == class_index].sum())
+            counts[0] += float(taken[classes == class_index].sum())
             counts[1] += float(tested[classes == class_index].sum())
-        new += accepted
-        return new
-
-    def _grade(self, looked_at: IntArray, after: IntArray, now_s: float) -> None:
-        """Feed the graders of the rows whose rule looks at one of these tokens."""
-        rows = self.table.rows
-        for index, produced in zip(looked_at.tolist(), after.tolist(), strict=True):
-            record = self.records[index]
-            record.feed(now_s, produced)
-            if record.grader.missed:
-                rows["missed"][index] = 1
+        self._measured = {}
+        accepted[emits] = taken
+        return accepted
