@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from states import CONTEXT, add_decode, make_limits, make_request, make_state, random_state, states
 
 from slos_serve.core.deadlines import next_due_s, pace_s
+from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing import ROUTERS, Arrival, ReplicaSnapshot, make_router, snapshot_of
 from slos_serve.core.snapshots import MAX_PREFILLS
 from slos_serve.core.types import RequestTable, Slo, Tier
-from slos_serve.core.virtual_copy import VirtualCopy
 
 
 def router_of(name, **options):
@@ -387,10 +387,33 @@ def test_any_state_and_any_request_get_a_route(seed, elapsed, policy):
 
 
 def test_the_copy_lets_the_engine_work_between_snapshot_and_question():
-    snapshot = busy("r0", 4, waiting=5, prompt=2000)
-    copy = VirtualCopy.of(snapshot)
     router = router_of("slo")
-    router.observe(snapshot)
-    row = router._row(arrival(prompt=2000, ttft_s=1.4), "r0")
-    now, later = (copy.slack_s(copy.flow([]), row._replace(deadline_s=t + 1.4), t, 20_000) for t in (0.0, 0.5))
-    assert later > (now or 0.0)
+    router.observe(busy("r0", 4, waiting=5, prompt=2000))
+    slack = []
+    for now in (0.0, 0.5):
+        one = arrival(f"q{now}", at_s=now, prompt=2000, ttft_s=1.4)
+        slack.append(router.rank(one, ["r0"], now).choices[0].slack_s)
+    assert slack[1] > max(slack[0], 0.0)
+
+
+@pytest.mark.parametrize("slower", [1.01, 1.03, 1.1])
+@pytest.mark.parametrize("gap_s", [0.0, 0.01])
+def test_promises_that_ask_for_little_spread_over_replicas_whose_learnt_models_differ_a_little(slower, gap_s):
+    router = router_of("slo")
+    router.observe(idle("r0"))
+    model = PerfModel(lines=tuple(tuple(slower * term for term in line) for line in CONTEXT.lines))
+    router.observe(replace(idle("r1"), perf_model=model))
+    loose = {"prompt": 30, "ttft_s": 60.0, "tpot_s": 5.0}
+    sent = [
+        router.choose(arrival(f"q{i}", at_s=gap_s * i, **loose), ["r0", "r1"], gap_s * i).replica_id for i in range(24)
+    ]
+    assert abs(sent.count("r0") - sent.count("r1")) <= 2
+
+
+def test_a_replica_that_is_twice_as_fast_gets_the_promises_that_ask_for_little_until_it_is_busy():
+    router = router_of("slo")
+    router.observe(idle("r0"))
+    model = PerfModel(lines=tuple(tuple(2 * term for term in line) for line in CONTEXT.lines))
+    router.observe(replace(idle("r1"), perf_model=model))
+    sent = [router.choose(arrival(f"q{i}", prompt=1500), ["r0", "r1"], 0.0).replica_id for i in range(12)]
+    assert sent.count("r0") > sent.count("r1") > 0

@@ -147,12 +147,10 @@ class Known:
     snapshot: ReplicaSnapshot | None = None
     sent: OrderedDict[str, None] = field(default_factory=OrderedDict)
     recent: dict[str, tuple[float, PrefillRow]] = field(default_factory=dict)  # not in the snapshot yet
-    version: int = 0  # of `snapshot` and `recent`
 
     def update(self, snapshot: ReplicaSnapshot) -> None:
         """Take a newer snapshot; what it knows of is no longer recent."""
         self.snapshot = snapshot
-        self.version += 1
         if self.recent:
             listed = {row.request_id for row in snapshot.prefills}
             self.recent = {
@@ -162,8 +160,7 @@ class Known:
     def drop(self, request_id: str) -> None:
         """Forget a request."""
         self.sent.pop(request_id, None)
-        if self.recent.pop(request_id, None) is not None:
-            self.version += 1
+        self.recent.pop(request_id, None)
 
     def is_fresh(self, now_s: float, stale_s: float) -> bool:
         """Tell whether the snapshot is recent enough to plan with."""
@@ -193,6 +190,7 @@ class Dispatcher:
         self.transit_s = transit_s
         self._known: dict[str, Known] = {}
         self._where: dict[str, str] = {}  # request -> replica it was sent to last
+        self._changed: set[str] = set()  # replicas of which something became known since the last ranking
 
     def observe(self, snapshot: ReplicaSnapshot) -> None:
         """Take a snapshot, unless it is older than the last."""
@@ -200,11 +198,13 @@ class Dispatcher:
         if known.snapshot is not None and snapshot.time_s < known.snapshot.time_s:
             return
         known.update(snapshot)
+        self._changed.add(snapshot.replica_id)
         self._observed(snapshot)
 
     def forget(self, replica_id: str) -> None:
         """Drop what is known of a replica that has gone."""
         known = self._known.pop(replica_id, None)
+        self._changed.discard(replica_id)
         for request_id in known.sent if known else ():
             self._where.pop(request_id, None)
 
@@ -213,6 +213,7 @@ class Dispatcher:
         replica_id = self._where.pop(request_id, None)
         if replica_id is not None and replica_id in self._known:
             self._known[replica_id].drop(request_id)
+            self._changed.add(replica_id)
 
     def choose(self, arrival: Arrival, replica_ids: Sequence[str], now_s: float) -> Route:
         """Rank the replicas that are open to a request, and count it as sent to the first."""
@@ -229,7 +230,9 @@ class Dispatcher:
         if not open_to:
             return Route(choices=(), reason="no-replica")
         for name in open_to:
-            self._known.setdefault(name, Known(since_s=now_s))
+            if name not in self._known:
+                self._known[name] = Known(since_s=now_s)
+                self._changed.add(name)
         return self._rank(arrival, open_to, now_s)
 
     def num_requests(self, replica_id: str, now_s: float) -> int:
@@ -255,38 +258,24 @@ class Dispatcher:
 
     def _row(self, arrival: Arrival, replica_id: str) -> PrefillRow:
         """Return the request as it will look on a replica."""
-        return self._rows(arrival, [replica_id])[0]
-
-    def _rows(self, arrival: Arrival, replica_ids: Sequence[str]) -> list[PrefillRow]:
-        """Return the request as it will look on each replica."""
-        deadline_s, pace_s, prompt = arrival.deadline_s, arrival.pace_s, arrival.num_prompt_tokens
-        output = max(1.0, arrival.predicted_output_tokens)
-        made: dict[tuple[float, int, float, int], PrefillRow] = {}  # most replicas are alike
-        rows = []
-        for name in replica_ids:
-            snapshot = self._known[name].snapshot
-            guard_s, block_size, acceptance = 0.0, 16, 0.0
-            if snapshot is not None:
-                guard_s, block_size = snapshot.limits.guard_s, snapshot.limits.block_size
-                acceptance = snapshot.acceptance.get(arrival.slo_class, 0.0)
-            cached = min(self._cached_tokens(arrival, name), prompt - 1)
-            key = guard_s, block_size, acceptance, cached
-            if key not in made:
-                blocks = float(-(-(prompt + 1) // block_size))
-                made[key] = PrefillRow(
-                    arrival.request_id,
-                    float(prompt - cached),
-                    float(cached),
-                    deadline_s - guard_s,
-                    pace_s,
-                    output,
-                    0.0,
-                    blocks,
-                    min(max(acceptance, 0.0), 0.99),
-                    promised=False,
-                )
-            rows.append(made[key])
-        return rows
+        snapshot, prompt = self._known[replica_id].snapshot, arrival.num_prompt_tokens
+        guard_s, block_size, acceptance = 0.0, 16, 0.0
+        if snapshot is not None:
+            guard_s, block_size = snapshot.limits.guard_s, snapshot.limits.block_size
+            acceptance = snapshot.acceptance.get(arrival.slo_class, 0.0)
+        cached = min(self._cached_tokens(arrival, replica_id), prompt - 1)
+        return PrefillRow(
+            request_id=arrival.request_id,
+            left_tokens=float(prompt - cached),
+            context_tokens=float(cached),
+            deadline_s=arrival.deadline_s - guard_s,
+            tpot_s=arrival.pace_s,
+            output_tokens=max(1.0, arrival.predicted_output_tokens),
+            held_blocks=0.0,
+            start_blocks=float(-(-(prompt + 1) // block_size)),
+            acceptance=min(max(acceptance, 0.0), 0.99),
+            promised=False,
+        )
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
         """Count a request as sent to a replica."""
@@ -294,7 +283,7 @@ class Dispatcher:
         known = self._known.setdefault(replica_id, Known(since_s=now_s))
         known.sent[arrival.request_id] = None
         known.recent[arrival.request_id] = now_s + self.transit_s, self._row(arrival, replica_id)
-        known.version += 1
+        self._changed.add(replica_id)
         self._where[arrival.request_id] = replica_id
         while len(known.sent) > MAX_SENT:  # nobody told us that they ended
             oldest = next(iter(known.sent))

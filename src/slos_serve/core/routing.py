@@ -21,15 +21,15 @@ routers do not all send to it at once. Nothing here reads a clock or draws a ran
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from slos_serve.core.dispatch import Arrival, Choice, Dispatcher, Route, Router
-from slos_serve.core.snapshots import PrefillRow, ReplicaSnapshot, snapshot_of
-from slos_serve.core.virtual_copy import Flow, Guess, VirtualCopy
+from slos_serve.core.panel import Guesses, Panel
+from slos_serve.core.snapshots import ReplicaSnapshot, snapshot_of
+from slos_serve.core.virtual_copy import VirtualCopy
 
 __all__ = [
     "ROUTERS",
@@ -53,7 +53,11 @@ TOGETHER_S = 1.0  # replicas first heard of within this time are equally new
 
 
 def _plain(names: Sequence[str], reason: str) -> Route:
-    return Route(choices=tuple(Choice(replica_id=name) for name in names), reason=reason)
+    return Route(choices=_unknown(names), reason=reason)
+
+
+def _unknown(names: Sequence[str]) -> tuple[Choice, ...]:
+    return tuple(Choice(replica_id=name) for name in names)
 
 
 class RoundRobin(Dispatcher):
@@ -130,7 +134,7 @@ class SloRouter(Dispatcher):
         self.max_parked = max_parked
         self.ramp_s = ramp_s
         self._copies: dict[str, VirtualCopy] = {}
-        self._flows: dict[str, tuple[int, Flow]] = {}
+        self._panel = Panel()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
 
     def _observed(self, snapshot: ReplicaSnapshot) -> None:
@@ -140,7 +144,7 @@ class SloRouter(Dispatcher):
         """Drop what is known of a replica that has gone."""
         super().forget(replica_id)
         self._copies.pop(replica_id, None)
-        self._flows.pop(replica_id, None)
+        self._panel.drop(replica_id)
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
         """Count a request as sent to a replica, and remember where its session is."""
@@ -160,90 +164,72 @@ class SloRouter(Dispatcher):
         return hit
 
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
+        for name in self._changed:
+            self._panel.put(name, self._known[name], self._copies.get(name))
+        self._changed.clear()
         guesses, blind = self._guess(arrival, names, now_s)
-        if not guesses:
+        if guesses is None:
             return _plain(blind, "load")
         if not arrival.has_slo:
             return _plain([*self._parked(guesses), *blind], "requested")
-        guesses.sort(key=lambda guess: (not guess.fits, guess.price))
+        order = guesses.cheapest(guesses.fits)
         # Who has been declined somewhere is asked about often: only where it looks good.
-        worth_it = [guess for guess in guesses if guess.fits] if arrival.tried else guesses
-        tested: set[str] = set()
-        for guess in worth_it[: self.num_tested]:
-            copy = self._copies[guess.replica_id]
-            slack = copy.slack_s(self._flow(guess.replica_id, copy), guess.row, now_s, self.work_limit)
+        worth_it = [i for i in order if guesses.fits[i]] if arrival.tried else order
+        tested: set[int] = set()
+        for i in worth_it[: self.num_tested]:
+            slack = self._slack_s(arrival, guesses, i, now_s)
             if slack is not None:
-                best = Choice(replica_id=guess.replica_id, feasible=True, slack_s=slack)
-                rest = [one for one in guesses if one is not guess]
-                return Route(choices=(best, *_choices(rest, tested), *_plain(blind, "").choices), reason="feasible")
-            tested.add(guess.replica_id)
-        left_s = arrival.deadline_s - now_s
-        if all(guess.row.left_tokens > self._copies[guess.replica_id].peak * left_s for guess in guesses):
-            order = self._parked(guesses)
-            full = self._num_parked(order[0]) >= self.max_parked
-            return _plain([*order, *blind], "full" if full else "parked")
-        guesses.sort(key=lambda guess: (guess.slack_s < 0, guess.price))
-        return Route(choices=(*_choices(guesses, tested), *_plain(blind, "").choices), reason="deferred")
+                best = Choice(replica_id=guesses.names[i], feasible=True, slack_s=slack)
+                rest = [other for other in order if other != i]
+                return Route(choices=(best, *_choices(guesses, rest, tested), *_unknown(blind)), reason="feasible")
+            tested.add(i)
+        if (guesses.left_tokens > guesses.known.peak * (arrival.deadline_s - now_s)).all():
+            parked = self._parked(guesses)
+            full = self._num_parked(parked[0]) >= self.max_parked
+            return _plain([*parked, *blind], "full" if full else "parked")
+        order = guesses.cheapest(guesses.slack_s >= 0)
+        return Route(choices=(*_choices(guesses, order, tested), *_unknown(blind)), reason="deferred")
 
-    def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[list[Guess], list[str]]:
-        """Return the closed form's view of each replica, and those of which too little is known, by load."""
-        guesses, blind = [], []
-        since_s = [self._known[name].since_s for name in names]
-        oldest_s = min(since_s)
-        some_new = max(since_s) - oldest_s > TOGETHER_S and now_s - max(since_s) < self.ramp_s
-        phantom = self._phantom_tokens(names) if some_new else 0.0
-        for name, row in zip(names, self._rows(arrival, names), strict=True):
-            known = self._known[name]
-            copy = self._copies.get(name)
-            if copy is None or copy.snapshot.mode != "enforce" or not known.is_fresh(now_s, self.stale_s):
-                blind.append(name)
-                continue
-            age_s = now_s - known.since_s
-            is_new = some_new and age_s < self.ramp_s and known.since_s - oldest_s > TOGETHER_S
-            extra = phantom * (1.0 - age_s / self.ramp_s) if is_new else 0.0
-            guesses.append(copy.guess(name, row, self._flow(name, copy), now_s, extra))
-        return guesses, self._by_load(blind, now_s)
+    def _slack_s(self, arrival: Arrival, guesses: Guesses, i: int, now_s: float) -> float | None:
+        """Put one replica to the planner's test; None where a promise would break."""
+        name = guesses.names[i]
+        start_s, done = now_s + float(guesses.wait_s[i]), float(guesses.done[i])
+        row = self._row(arrival, name)
+        return self._copies[name].slack_s(self._panel.flow(name), row, start_s, done, self.work_limit)
 
-    def _flow(self, replica_id: str, copy: VirtualCopy) -> Flow:
-        """Return what was sent to a replica since its snapshot, summed up; kept until that changes."""
-        known = self._known[replica_id]
-        version, flow = self._flows.get(replica_id, (-1, None))
-        if flow is None or version != known.version:
-            flow = copy.flow([entry for entry in known.recent.values() if _is_owed(entry[1])])
-            self._flows[replica_id] = known.version, flow
-        return flow
-
-    def _phantom_tokens(self, names: Sequence[str]) -> float:
-        """Return the mean prefill backlog: what a newcomer is taken to have."""
-        backlogs = [self._flow(name, copy).listed for name in names if (copy := self._copies.get(name)) is not None]
-        return sum(backlogs) / max(1, len(backlogs))
+    def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[Guesses | None, list[str]]:
+        """Return the closed form's view of the replicas, and those of which too little is known, by load."""
+        known = self._panel.known(names)
+        oldest_s, newest_s = known.since_s.min(), known.since_s.max()
+        newness = np.zeros(len(names))
+        if newest_s - oldest_s > TOGETHER_S and now_s - newest_s < self.ramp_s:
+            age_s = np.where(known.since_s - oldest_s > TOGETHER_S, now_s - known.since_s, self.ramp_s)
+            newness = np.maximum(0.0, 1.0 - age_s / self.ramp_s)
+        fresh = now_s - known.time_s <= self.stale_s
+        blind: list[str] = []
+        if not fresh.all():
+            blind = self._by_load([names[i] for i in np.flatnonzero(~fresh).tolist()], now_s)
+            names, newness = [names[i] for i in np.flatnonzero(fresh).tolist()], newness[fresh]
+            if not names:
+                return None, blind
+            known = self._panel.known(names)
+        cached = np.zeros(len(names))
+        if arrival.session_id or arrival.cached_tokens:
+            cached[:] = [min(self._cached_tokens(arrival, name), arrival.num_prompt_tokens - 1) for name in names]
+        return self._panel.guess(arrival, names, known, cached=cached, newness=newness, now_s=now_s), blind
 
     def _num_parked(self, replica_id: str) -> int:
-        known = self._known[replica_id]
-        listed = known.snapshot.num_best_effort if known.snapshot else 0
-        return listed + sum(not _is_owed(row) for _, row in known.recent.values())
+        return int(self._panel.known([replica_id]).num_parked[0])
 
-    def _parked(self, guesses: Sequence[Guess]) -> list[str]:
+    def _parked(self, guesses: Guesses) -> list[str]:
         """Order replicas by how soon best-effort work there would be done, full ones last."""
-
-        def key(guess: Guess) -> tuple[bool, float]:
-            copy, known = self._copies[guess.replica_id], self._known[guess.replica_id]
-            tokens = copy.snapshot.best_effort_tokens + sum(
-                row.left_tokens + row.output_tokens for _, row in known.recent.values() if not _is_owed(row)
-            )
-            return self._num_parked(guess.replica_id) >= self.max_parked, tokens / max(guess.rate, 1.0)
-
-        return [guess.replica_id for guess in sorted(guesses, key=key)]
+        return [guesses.names[i] for i in guesses.parked(self.max_parked)]
 
 
-def _is_owed(row: PrefillRow) -> bool:
-    return math.isfinite(row.deadline_s) or math.isfinite(row.tpot_s)
-
-
-def _choices(guesses: Sequence[Guess], tested: set[str]) -> Iterator[Choice]:
-    for guess in guesses[:MAX_RANKED]:
-        feasible = False if guess.replica_id in tested else None
-        yield Choice(replica_id=guess.replica_id, feasible=feasible, slack_s=guess.slack_s)
+def _choices(guesses: Guesses, order: Sequence[int], tested: set[int]) -> Iterator[Choice]:
+    for i in order[:MAX_RANKED]:
+        feasible = False if i in tested else None
+        yield Choice(replica_id=guesses.names[i], feasible=feasible, slack_s=float(guesses.slack_s[i]))
 
 
 ROUTERS: Mapping[str, Callable[..., Router]] = {

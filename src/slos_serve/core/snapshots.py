@@ -55,6 +55,11 @@ class PrefillRow(NamedTuple):
     acceptance: float
     promised: bool
 
+    @property
+    def is_owed(self) -> bool:
+        """Tell whether anything is asked about it."""
+        return math.isfinite(self.deadline_s) or math.isfinite(self.tpot_s)
+
 
 class DecodeGroup(NamedTuple):
     """Promised decodes of one TPOT and urgency. Totals, but for the earliest due time and mean acceptance."""

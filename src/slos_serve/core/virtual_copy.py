@@ -1,13 +1,8 @@
-"""A replica as a router sees it between two snapshots: the planner's test, and a cheap guess before it.
+"""A replica as a router sees it between two snapshots: the planner's test, on paper.
 
 `VirtualCopy.slack_s` runs the planner's own `trial.simulate` on the snapshot's demand, moved on to now,
-with what has been sent since and the request in question. `VirtualCopy.guess` is a closed form over the
-same figures for when there are many replicas to look at: prefill backlog due before the request, the
-rate that the decodes leave, KV blocks, and the price of the promise.
-
-The price is what the promise takes of each resource until `RENT_S` from now (seconds of an idle engine; share
-of the KV room, times seconds), each times `PRICE_BASE` to the power of how full that resource would be: the
-exponential weights of online routing, under which no resource is filled while another one is free.
+with what has been sent since and the request in question. `VirtualCopy.flow` sums up what was sent since;
+`panel` looks at many replicas with it.
 """
 
 from __future__ import annotations
@@ -16,38 +11,68 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from slos_serve.core import demand as columns
 from slos_serve.core import draft
-from slos_serve.core.demand import Effort, Machine
+from slos_serve.core.demand import (
+    CONTEXT,
+    DEADLINE,
+    DUE,
+    GAIN,
+    HELD,
+    LEFT,
+    OUTPUT_LEFT,
+    START,
+    STEPS,
+    TPOT,
+    VERIFY,
+    Effort,
+    Machine,
+)
+from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
 from slos_serve.core.snapshots import PrefillRow, ReplicaSnapshot, group_demand, machine_of, prefill_demand
 from slos_serve.core.trial import simulate
 
-BoolArray = npt.NDArray[np.bool_]
-PRICE_BASE = 64.0  # how much dearer a full resource is than an empty one
-RENT_S = 1.0
-FULLEST = 1.5  # beyond it a resource grows no dearer
 LEAST_SHARE = 0.05  # of the idle rate that a guess reckons with, however many decodes there are
 NEVER_S = 1e9
-
-
 Sent = tuple[float, PrefillRow]  # when a request was sent, and what it is
 
 
-class Guess(NamedTuple):
-    """The closed form's view of one replica: price, slack in seconds, prefill rate, and whether all seems to fit."""
+@jit
+def advance(demand, num_groups, lines, step_s, at_s, start_s, done):  # type: ignore[no-untyped-def]
+    """Make absolute times relative to `start_s`, when the next step begins; tell which columns are still within reach.
 
-    replica_id: str
-    row: PrefillRow
-    fits: bool
-    price: float
-    slack_s: float
-    rate: float
+    Decode groups come first, the request in question last. Decodes kept their lead over their schedule since the
+    snapshot of `at_s`, and `done` prefill tokens were computed, earliest deadline first: what has ended decodes by
+    now. The planner lets go of what the engine could not serve in time alone.
+    """
+    last = demand.shape[1] - 1
+    demand[DEADLINE] -= start_s
+    for i in range(num_groups):
+        demand[DUE, i] = max(demand[DUE, i] - at_s, step_s)
+        ran = max(0.0, start_s - at_s) / demand[TPOT, i] if math.isfinite(demand[TPOT, i]) else 0.0
+        demand[OUTPUT_LEFT, i] = max(demand[GAIN, i], demand[OUTPUT_LEFT, i] - ran)
+    for k in np.argsort(demand[DEADLINE, num_groups:last], kind="mergesort"):
+        i = num_groups + k
+        tokens = math.floor(min(max(done, 0.0), demand[LEFT, i]))
+        done -= demand[LEFT, i]
+        demand[LEFT, i] -= tokens
+        demand[CONTEXT, i] += tokens
+        if demand[LEFT, i] == 0.0:
+            demand[DUE, i] = max(max(demand[DEADLINE, i], 0.0) + demand[TPOT, i], step_s)
+            demand[HELD, i] = max(demand[HELD, i], demand[START, i])
+            demand[DEADLINE, i] = -math.inf
+    reach = np.ones(demand.shape[1], np.bool_)
+    for i in range(num_groups, last):
+        left = demand[LEFT, i]
+        if left > 0.0:
+            pairs = left * (demand[CONTEXT, i] + 0.5 * left)
+            reach[i] = batch_seconds(lines, left, 1.0, 0.0, 0.0, pairs) <= demand[DEADLINE, i]
+    return reach
 
 
 class Flow(NamedTuple):
@@ -55,7 +80,7 @@ class Flow(NamedTuple):
 
     `clear_s`: when its prompts would all be computed, one after another; `listed`: their tokens, those of the
     snapshot included; `rate`: prefill tokens per second; `load`: decode tokens per second that they will add,
-    half counted; `blocks`: KV blocks they will take.
+    half counted; `blocks`: KV blocks they will take; `backlog`: tokens due by each of `deadlines`, from 0 on.
     """
 
     rows: list[PrefillRow]
@@ -64,6 +89,12 @@ class Flow(NamedTuple):
     rate: float
     load: float
     blocks: float
+    deadlines: list[float]
+    backlog: list[float]
+
+    def due_by(self, at_s: float) -> float:
+        """Return the prefill tokens due by then."""
+        return self.backlog[bisect_right(self.deadlines, at_s)]
 
 
 @dataclass(slots=True)
@@ -124,89 +155,44 @@ class VirtualCopy:
         rate = max(self.rate, LEAST_SHARE * self.peak)
         clear_s, listed = self.snapshot.time_s + self.backlog[-1] / rate, self.backlog[-1]
         load, blocks = self.coming_load, self.coming_blocks
-        rows = []
+        deadlines, backlog = self.deadlines, self.backlog
         for at_s, row in sent:
             clear_s = max(clear_s, at_s) + self.step_s + row.left_tokens / rate
             listed += row.left_tokens
             load += 0.5 / row.tpot_s  # until the deadline they decode for half of the time
             blocks += row.start_blocks
-            rows.append(row)
-        return Flow(rows, clear_s, listed, rate, load, blocks)
+        rows = [row for _, row in sent]
+        if rows:
+            due = sorted((row.deadline_s, row.left_tokens) for row in (*self.snapshot.prefills, *rows))
+            deadlines, backlog = [at_s for at_s, _ in due], list(accumulate((left for _, left in due), initial=0.0))
+        return Flow(rows, clear_s, listed, rate, load, blocks, deadlines, backlog)
 
-    def _progress(self, flow: Flow, now_s: float) -> tuple[float, float]:
-        """Return how long a newcomer waits for the step under way, and the prefill tokens done by its end.
+    def slack_s(self, flow: Flow, row: PrefillRow, start_s: float, done: float, work_limit: int) -> float | None:
+        """Return how long before its deadline the request would be prefilled; None where a promise would break.
 
-        A fluid estimate: since the snapshot prefills went on at the rate that decodes leave. A step is not
-        interrupted. After the one that the snapshot tells of, it is taken to have just begun, as long as a
-        step may be while there are prompts to compute.
+        `start_s`: when the next step begins; `done`: prefill tokens of what is there computed by then.
         """
-        left = max(0.0, flow.clear_s - now_s) * flow.rate
-        wait_s = self.snapshot.time_s + self.snapshot.step_s - now_s
-        if wait_s < 0.0:
-            # a step with prompts is as long as it may be, one without is short
-            wait_s = min(self.machine.max_batch_s, self.step_s + left / self.peak) if left > 0.0 else self.step_s
-        return wait_s, max(0.0, flow.listed - left) + flow.rate * wait_s
-
-    def slack_s(self, flow: Flow, row: PrefillRow, now_s: float, work_limit: int) -> float | None:
-        """Return how long before its deadline the request would be prefilled; None where a promise would break."""
         rows = [*flow.rows, row]
         demand = np.concatenate([self.demand, prefill_demand(rows)], axis=1)
-        wait_s, done = self._progress(flow, now_s)
-        self._advance(demand, done, now_s + wait_s)
-        is_new = np.zeros(demand.shape[1], np.bool_)
-        is_new[-1] = True
+        kept = advance(demand, self.num_groups, self.machine.lines, self.step_s, self.snapshot.time_s, start_s, done)
         if self.snapshot.limits.max_draft_length:
             self._set_lengths(demand, rows)
-        kept = self._within_reach(demand) | is_new
         order = np.flatnonzero(kept)
-        order = order[np.argsort(demand[columns.DEADLINE, order], kind="stable")]
+        order = order[np.argsort(demand[DEADLINE, order], kind="stable")]
+        position = int(np.flatnonzero(order == demand.shape[1] - 1)[0])
         demand = demand[:, order]
-        position = int(np.flatnonzero(is_new[order])[0])
         effort = Effort(work_limit)
         for eager in (True, False):
             trial = simulate(self.machine, demand, 0.0, effort, eager=eager)
             if trial.kept:
-                slack = demand[columns.DEADLINE, position] - trial.finished_at[position]
+                slack = demand[DEADLINE, position] - trial.finished_at[position]
                 return float(slack) if math.isfinite(slack) else NEVER_S
         return None
-
-    def _advance(self, demand: FloatArray, done: float, start_s: float) -> None:
-        """Make times relative to `start_s`, when the next step begins.
-
-        Decodes kept their lead over their schedule since the snapshot, and `done` prefill tokens were computed,
-        earliest deadline first.
-        """
-        at_s, n = self.snapshot.time_s, self.num_groups
-        groups, rows = demand[:, :n], demand[:, n:-1]
-        demand[columns.DEADLINE] -= start_s
-        groups[columns.DUE] = np.maximum(groups[columns.DUE] - at_s, self.step_s)
-        elapsed_s = max(0.0, start_s - at_s)
-        ran = np.where(np.isfinite(groups[columns.TPOT]), elapsed_s / groups[columns.TPOT], 0.0)
-        groups[columns.OUTPUT_LEFT] = np.maximum(groups[columns.GAIN], groups[columns.OUTPUT_LEFT] - ran)
-        order = np.argsort(rows[columns.DEADLINE], kind="stable")
-        left = rows[columns.LEFT, order]
-        tokens = np.floor(np.clip(done - (np.cumsum(left) - left), 0.0, left))
-        rows[columns.LEFT, order] -= tokens
-        rows[columns.CONTEXT, order] += tokens
-        ended = rows[columns.LEFT] == 0.0  # they decode by now
-        rows[columns.DUE, ended] = np.maximum(rows[columns.DEADLINE, ended], 0.0) + rows[columns.TPOT, ended]
-        rows[columns.DUE, ended] = np.maximum(rows[columns.DUE, ended], self.step_s)
-        rows[columns.HELD, ended] = np.maximum(rows[columns.HELD, ended], rows[columns.START, ended])
-        rows[columns.DEADLINE, ended] = -math.inf
-
-    def _within_reach(self, demand: FloatArray) -> BoolArray:
-        """Tell which columns the engine could still serve in time alone: the planner lets go of the others."""
-        lines = self.machine.lines
-        left = demand[columns.LEFT]
-        pairs = left * (demand[columns.CONTEXT] + 0.5 * left)
-        alone = (lines[:, 0:1] * left + lines[:, 4:5] * pairs + lines[:, 1:2] + lines[:, 5:6]).max(axis=0)
-        reach: BoolArray = (left == 0.0) | (alone <= demand[columns.DEADLINE])
-        return reach
 
     def _set_lengths(self, demand: FloatArray, rows: Sequence[PrefillRow]) -> None:
         """Choose draft lengths by TPOT as the planner does."""
         n = self.num_groups
-        tpot = demand[columns.TPOT].copy()
+        tpot = demand[TPOT].copy()
         tpot[:n] *= self.counts[:n]
         counts = np.concatenate([self.counts, np.full(len(rows), 0.5)])
         acceptance = np.concatenate([self.acceptance, [row.acceptance for row in rows]])
@@ -215,32 +201,9 @@ class VirtualCopy:
         mean = np.bincount(group, counts * acceptance, len(tpots)) / totals
         verify = draft.lengths(
             tpots, mean, totals, self.machine, self.snapshot.limits.max_draft_length + 1,
-            context_tokens=float(demand[columns.CONTEXT, :n].sum()),
+            context_tokens=float(demand[CONTEXT, :n].sum()),
         )  # fmt: skip
         gain = np.array([draft.expected_tokens(a, s) for a, s in zip(mean, verify, strict=True)])
-        demand[columns.VERIFY] *= verify[group]
-        demand[columns.GAIN] *= gain[group]
-        demand[columns.STEPS] = verify[group] - 1
-
-    def guess(self, replica_id: str, row: PrefillRow, flow: Flow, now_s: float, extra_tokens: float) -> Guess:
-        """Return the closed form for a request; `extra_tokens` is backlog to reckon with beside what is known."""
-        snapshot, deadline_s, load = self.snapshot, row.deadline_s, flow.load
-        wait_s, done = self._progress(flow, now_s)
-        before = self.backlog[bisect_right(self.deadlines, deadline_s)]
-        for other in flow.rows:
-            if other.deadline_s <= deadline_s:
-                before += other.left_tokens
-        before = max(0.0, before - done) + extra_tokens
-        rate = max(self.rate - load, LEAST_SHARE * self.peak)
-        left_s = max(deadline_s - now_s, 1e-3) if math.isfinite(deadline_s) else 10.0
-        slack_s = left_s - wait_s - (before + row.left_tokens) / rate
-        num_blocks = float(snapshot.limits.num_kv_blocks)
-        free = snapshot.free_kv_blocks - flow.blocks - row.start_blocks
-        decodes = min(row.output_tokens, RENT_S / row.tpot_s)
-        compute = 1.0 - rate / self.peak + wait_s / left_s + (before + row.left_tokens) / (self.peak * left_s)
-        memory = 1.0 - free / num_blocks
-        room = (row.start_blocks + decodes / snapshot.limits.block_size) / num_blocks
-        price = (row.left_tokens + decodes) / self.peak * PRICE_BASE ** min(compute, FULLEST)
-        price += room * RENT_S * PRICE_BASE ** min(memory, FULLEST)
-        fits = slack_s >= 0.0 and free >= 0.0 and self.rate - load >= 1.0 / row.tpot_s
-        return Guess(replica_id, row, fits, price, slack_s, rate)
+        demand[VERIFY] *= verify[group]
+        demand[GAIN] *= gain[group]
+        demand[STEPS] = verify[group] - 1
