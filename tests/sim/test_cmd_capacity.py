@@ -57,6 +57,7 @@ def test_the_table_is_found_written_and_found_again_without_a_run(capsys, data, 
     assert document["hardware"]["h100-8b-derived"]["geomean"]["ratio"] == pytest.approx(entry["ratio"])
     assert list(entry["at_capacity"]) == ["slos-serve-ar", entry["best_baseline"]]
     closer = entry["at_capacity"]["slos-serve-ar"]
+    assert entry["num_dropped"] == 0
     assert 0 <= closer["kept"] <= closer["promised"] <= closer["num_requests"]
     assert all(0 <= share <= 1 for share in closer["attainment_by_prompt"])
     folder = tmp_path / "out"

@@ -126,9 +126,10 @@ def test_a_quick_look_takes_the_first_requests_at_the_same_rate(data, name):
     assert lengths(quick)[: len(quick.arrivals)] == lengths(full)[: len(quick.arrivals)]
 
 
-def test_what_is_too_long_is_counted_as_far_as_the_window_goes(data):
+@pytest.mark.parametrize("name", ["chatbot", "mixed"])
+def test_what_is_too_long_is_counted_as_far_as_the_window_goes(data, name):
     small = load_hardware("a100-40g-opt-6.7b-published")
-    scenario = find_scenario("chatbot")
+    scenario = find_scenario(name)
     full, cut = (scenario.offer(offer(data, hardware=small, max_requests=n)) for n in (None, 20))
     assert full.num_dropped > cut.num_dropped > 0
     assert cut.num_dropped / cut.num_requests == pytest.approx(full.num_dropped / full.num_requests, rel=0.7)

@@ -54,11 +54,20 @@ def graded(cell: Cell) -> Graded:
 
 
 def look_closer(document: Mapping[str, Any], study: Study) -> None:
-    """Add `at_capacity` to every scenario of the sites with the fewest replicas."""
+    """Add `num_dropped` to every scenario, and `at_capacity` at the sites with the fewest replicas."""
     for site in study.sites:
-        if site.replicas == study.replicas[0]:
-            for scenario, entry in document["hardware"][site.name]["scenarios"].items():
+        for scenario, entry in document["hardware"][site.name]["scenarios"].items():
+            entry["num_dropped"] = num_dropped(study, site, scenario)
+            if site.replicas == study.replicas[0]:
                 entry["at_capacity"] = at_capacity(entry, study, site, scenario)
+
+
+def num_dropped(study: Study, site: Site, scenario: str) -> int:
+    """Return how many requests of the reporting windows were longer than the context, and so not offered."""
+    cell = study.cell(site, scenario, study.systems[0])
+    hardware = load_hardware(cell.hardware)
+    windows = range(study.effort.num_windows)
+    return sum(offered(replace(cell, window=window), hardware, site.replicas).num_dropped for window in windows)
 
 
 def at_capacity(entry: Entry, study: Study, site: Site, scenario: str) -> dict[str, dict[str, Any]]:

@@ -217,7 +217,8 @@ def scenario_panel(one: Mapping[str, Any]) -> str:
         rows.append(f"<tr><td>{pages.text(system)}</td><td>{pages.text(chosen)}</td>{cells}<td>{interval}</td></tr>")
     heads = ["system", "settings", "at 90 %", "at 95 %", "at 99 %", "95 % interval"]
     text = (
-        f'<p class="soft">{one["num_windows"]} windows, {one["num_requests"]} requests, {pages.text(one["hardware"])}'
+        f'<p class="soft">{one["num_windows"]} windows, {one["num_requests"]} requests'
+        f" ({one.get('num_dropped', 0)} more are longer than the context), {pages.text(one['hardware'])}"
     )
     share = one["share_of_clairvoyant"]
     text += f"; {share:.0%} of what a clairvoyant scheduler serves</p>" if share else "</p>"

@@ -231,9 +231,9 @@ def _summarization(offer: Offer, factory: RequestFactory, longest: int) -> Workl
 def _mixed(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
     start_s, duration_s = offer.window(CODE_WINDOWS)
     conv, code = offer.read(CONV), offer.read(CODE)
-    chat, _ = conv.window(start_s + CONV_LEAD_S, duration_s).limited_to(longest)
-    coding, _ = code.window(start_s, duration_s).limited_to(longest)
-    count = round((len(chat) + len(coding)) * SUMMARIZATION_SHARE / (1 - SUMMARIZATION_SHARE))
+    chat, coding = conv.window(start_s + CONV_LEAD_S, duration_s), code.window(start_s, duration_s)
+    num_fitting = sum(len(part.limited_to(longest)[0]) for part in (chat, coding))
+    count = round(num_fitting * SUMMARIZATION_SHARE / (1 - SUMMARIZATION_SHARE))
     documents, history = _documents(offer, longest, count)
     times = np.sort(offer.rng(1).uniform(0.0, duration_s, len(documents)))
     parts = [
