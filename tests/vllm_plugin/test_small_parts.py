@@ -199,7 +199,7 @@ import slos_serve.core as core
 from slos_serve.core import admission, batching, draft, perf
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import Limits
-from slos_serve.vllm_plugin.warmup import warm_up
+from slos_serve.core.warmup import warm_up
 
 limits = Limits(
     max_num_batched_tokens=512, max_num_seqs=16, max_model_len=4096, block_size=16, num_kv_blocks=2000,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
@@ -13,13 +12,11 @@ _MODEL = PerfModel.from_terms(
 )
 
 
-def warm_up(planner: Planner, limits: Limits) -> float:
-    """Plan a few made-up situations; returns the seconds it took."""
-    started = time.perf_counter()
+def warm_up(planner: Planner, limits: Limits) -> None:
+    """Plan a few made-up situations."""
     for num_candidates in (0, 2, 40):
         planner.plan(_situation(limits, num_candidates))
     planner.plan(_situation(limits, 40, overloaded=True))
-    return time.perf_counter() - started
 
 
 def _situation(limits: Limits, num_candidates: int, *, overloaded: bool = False) -> ReplicaState:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import load_slo_config
 from slos_serve.core.routing import ROUTERS
+from slos_serve.core.warmup import warm_up
 from slos_serve.errors import ConfigError
 from slos_serve.sim.cluster import POOLED
 from slos_serve.sim.faults import FORM, parse_fault
 from slos_serve.sim.hardware import hardware_names, load_hardware
+from slos_serve.sim.progress import Bar, said_if_slow
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 HELP = "serve a trace on a virtual clock and grade it by class"
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
 MAX_REPLICAS = 1024
-BAR_AFTER_S, BAR_EVERY_S, BAR_WIDTH = 2.0, 0.2, 40
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +168,7 @@ def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Worklo
         return scenario.offer(offer, slos), scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
-    trace = read_trace(args.trace if args.trace is not None else SMALL_TRACE)
+    trace = read_trace(args.trace) if args.trace is not None else replace(read_trace(SMALL_TRACE), source="mixed_small")
     workload = trace_workload(
         trace,
         RequestFactory(config, hardware.reference_s, longest),
@@ -207,7 +208,9 @@ def simulate(
         known_lengths=args.known_lengths,
         makes_promises=system.makes_promises,
     )
-    with _step_writer(args.record) as on_step:
+    with said_if_slow(f"{system.name}: compiling its loops, once after an installation"):
+        warm_up(planner, hardware.limits(max_model_len=max_model_len))
+    with _step_writer(args.record) as on_step, Bar(workload.name, workload.num_requests, counted="requests") as bar:
         start = time.perf_counter()
         result: RunResult = run_workload(
             workload,
@@ -221,7 +224,7 @@ def simulate(
             max_draft_length=system.max_draft_length,
             plan_clock=time.perf_counter,
             on_step=on_step,
-            on_progress=_progress_bar(workload.num_requests) if sys.stderr.isatty() else None,
+            on_progress=lambda done: bar(done, done),
         )
         wall_s = time.perf_counter() - start
     entry = result.entry(system=system.name, wall_s=wall_s)
@@ -231,24 +234,6 @@ def simulate(
         entry["data"] = args.data or SYNTHETIC
     entry["known_lengths"] = args.known_lengths
     return entry
-
-
-def _progress_bar(total: int) -> Callable[[int], None]:
-    """Return what draws a bar on standard error, once a run takes longer than two seconds."""
-    start = drawn = time.perf_counter()
-
-    def draw(done: int) -> None:
-        nonlocal drawn
-        now = time.perf_counter()
-        if now - start < BAR_AFTER_S or (now - drawn < BAR_EVERY_S and done < total):
-            return
-        drawn = now
-        filled = done * BAR_WIDTH // total
-        end = "\n" if done == total else ""
-        bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        print(f"\r[{bar}] {done}/{total} requests", end=end, file=sys.stderr, flush=True)
-
-    return draw
 
 
 @contextmanager

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from typing import Self
 
 BAR_AFTER_S, BAR_EVERY_S, BAR_WIDTH = 2.0, 0.2, 40
+
+
+@contextmanager
+def said_if_slow(line: str, *, stream: TextIO | None = None) -> Iterator[None]:
+    """Write `line` if the block takes longer than a bar would wait."""
+    timer = threading.Timer(BAR_AFTER_S, print, (line,), {"file": stream or sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Bar:

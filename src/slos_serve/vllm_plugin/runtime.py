@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.types import Plan, ReplicaState
+from slos_serve.core.warmup import warm_up
 from slos_serve.vllm_plugin import view
 from slos_serve.vllm_plugin.channel import Publisher, address
 from slos_serve.vllm_plugin.clock import Clock
@@ -35,7 +36,6 @@ from slos_serve.vllm_plugin.shape import batch_shape
 from slos_serve.vllm_plugin.snapshot import facts, snapshot
 from slos_serve.vllm_plugin.steer import Steering, expire
 from slos_serve.vllm_plugin.tracking import Tracker
-from slos_serve.vllm_plugin.warmup import warm_up
 from slos_serve.vllm_plugin.watchdog import PlannerHungError, Watchdog
 
 if TYPE_CHECKING:
@@ -107,12 +107,13 @@ class SloRuntime:
         self.house = Housekeeper(self, address(config.instance_id, index, "control"))
 
     def _warm_up(self) -> None:
+        started = time.perf_counter()
         try:
-            took = warm_up(self.planner, self.limits)
+            warm_up(self.planner, self.limits)
         except Exception as error:  # noqa: BLE001 - a planner that fails is found out when it matters
             self.faults.add("warm-up", error)
         else:
-            logger.info("SLO scheduler: planner ready in %.1f s", took)
+            logger.info("SLO scheduler: planner ready in %.1f s", time.perf_counter() - started)
 
     # -- mode -------------------------------------------------------------------------------------
 
@@ -269,11 +270,11 @@ class SloRuntime:
         self._work_limit.spend(plan.work, took)
         self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
         self._phase = "apply"
+        self.last_plan = plan
         if plan.verdicts:
             self.promises.apply(plan, now, enforcing=enforcing)
             self.outbox.flush(now, is_idle=False)  # before the step: its first tokens must not overtake them
         steering = self._steer(plan) if enforcing else None
-        self.last_plan = plan
         self.safety.add_plan(faulty=False)
         return steering
 
