@@ -63,8 +63,13 @@ def replica(runtime: SloRuntime) -> dict[str, Any] | None:
         perf_model=model,
         **({} if drafts is None else drafts.state(table.classes, runtime.limits.max_draft_length)),
     )
-    headroom = (plan.headroom_tokens_per_s if plan is not None else None) or 0.0
-    return snapshot_of(state, replica_id="-", headroom_tokens_per_s=headroom, mode=runtime.effective_mode).to_json()
+    return snapshot_of(
+        state,
+        replica_id="-",
+        headroom_tokens_per_s=(plan.headroom_tokens_per_s if plan is not None else None) or 0.0,
+        step_s=plan.batch.predicted_s if plan is not None and len(table) else 0.0,  # idle: no step is under way
+        mode=runtime.effective_mode,
+    ).to_json()
 
 
 def facts(runtime: SloRuntime) -> dict[str, Any]:
