@@ -55,7 +55,10 @@ class Cluster:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self.log.open("wb"))
         self.ready = self.process.stdout.readline()
-        assert self.ready, self.log.read_text()[-4000:]
+        if not self.ready:
+            self.process.kill()
+            self.process.communicate()
+            raise AssertionError(self.log.read_text()[-4000:])
 
     def client(self):
         return httpx.Client(base_url=self.url, timeout=120, trust_env=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -17,8 +18,11 @@ from slos_serve.ray_serve import names
 if TYPE_CHECKING:
     from typing import Self
 
+logger = logging.getLogger(__name__)
+
 APPLICATION = "slos-serve"
 POLL_S = 0.5
+START_ATTEMPTS = 4
 # A replica that hangs would keep its place for the whole patience.
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
 
@@ -34,7 +38,7 @@ class Cluster:
         if self.is_own:
             options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
         try:
-            ray.init(address=address or "local", **options)
+            _start(options) if self.is_own else ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             expected = f"the address of a running cluster, from one of its machines ({_line(error)})"
             raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
@@ -95,6 +99,22 @@ class Cluster:
                 return False
             time.sleep(POLL_S)
         return True
+
+
+def _start(options: Mapping[str, Any]) -> None:
+    """Start a Ray of our own: again where the machine is too busy for the half minute that Ray gives its processes."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", **options)
+        except Exception as error:
+            if names.STARTED_TOO_LATE not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise SlosServeError(f"Ray did not start, tried {attempt} times: {_line(error)}") from error
+            logger.warning("Ray did not start within its half minute: trying again")
+        else:
+            return
 
 
 def _line(error: BaseException) -> str:

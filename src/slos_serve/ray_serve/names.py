@@ -17,6 +17,7 @@ from ray.serve._private.request_router.request_router import LocalityMixin, Mult
 
 __all__ = [
     "DEFAULT_ENDPOINTS",
+    "STARTED_TOO_LATE",
     "ChatCompletionRequest",
     "LLMServingArgs",
     "LocalityMixin",
@@ -36,6 +37,8 @@ __all__ = [
     "session_id_from_headers",
     "to_model_metadata",
 ]
+
+STARTED_TOO_LATE = "timed out during startup"  # what `ray.init` says where its raylet takes more than 30 s
 
 
 def request_id() -> str:
