@@ -1,0 +1,197 @@
+"""A real cluster on this machine for the benchmarks: Ray, replicas of a small vLLM, and the load for them.
+
+A real vLLM serves the demo's small model in every replica, one thread each; classes, promises and rates follow
+from its measured profile, as in the demo (`bench/scaled.py`). What Ray and vLLM print goes to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import yaml
+from ray import serve
+
+from slos_serve.bench.client import BenchRequest
+from slos_serve.bench.model import ensure_demo_model
+from slos_serve.bench.profile_file import Profile
+from slos_serve.bench.profiling import warm_up
+from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
+from slos_serve.bench.workload import build_requests, synthetic_trace
+from slos_serve.ray_serve.app import build_openai_app
+from slos_serve.ray_serve.cluster import Cluster
+from slos_serve.serving import replicas, verb
+from slos_serve.serving.platforms import num_cores
+
+MODEL = "demo"
+FLAGS = (
+    *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32"),
+    *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager"),
+)
+START_S = 600.0
+POLL_S = 0.25
+TERMINAL: list[IO[str]] = [sys.stderr]
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal."""
+    print(text, file=TERMINAL[-1], flush=True)
+
+
+@contextmanager
+def quietly(log: Path) -> Iterator[None]:
+    """Send what this process and its children print to a file; `say` still reaches the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    TERMINAL.append(os.fdopen(os.dup(2), "w"))
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, saved in enumerate(kept, 1):
+            os.dup2(saved, number)
+            os.close(saved)
+        TERMINAL.pop().close()
+
+
+class Bed:
+    """A Ray of its own in this process, with room for `num_apps` applications of `options.replicas` each.
+
+    A context manager; leaving ends everything.
+    """
+
+    def __init__(self, options: argparse.Namespace, num_apps: int = 1) -> None:
+        self.options = options
+        self.num_replicas = options.replicas
+        self.port = free_port()
+        self.args = arguments(options, self.port, self.num_replicas, "slo")
+        self.engine = verb.find_engine()
+        self.plan = verb.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
+        self.cluster = Cluster(None, num_cpus=max(num_cores(), num_apps * self.num_replicas))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.__exit__(None, None, None)
+
+    def deploy(self, *, router: str = "slo", prefix: str = "/", scaling: dict[str, Any] | None = None) -> App:
+        """Bring up an application below a path, or roll it over to a new version of itself."""
+        self.args.router = router
+        bundle = replicas.bundle_of(self.args, self.engine)
+        document = replicas.application(self.args, self.engine, self.plan, str(self.plan.profile), bundle)
+        settings = document["llm_configs"][0]["deployment_config"]
+        if scaling is None:
+            settings["num_replicas"] = self.num_replicas
+        else:
+            del settings["num_replicas"]
+            settings["autoscaling_config"] = scaling
+        built = build_openai_app(document)
+        if prefix == "/" and not self.cluster.is_deployed():
+            self.cluster.run(built, host="127.0.0.1", port=self.port)
+        else:
+            name = "slos-serve" if prefix == "/" else prefix.strip("/")
+            serve.run(built, name=name, route_prefix=prefix)
+        return App(f"http://127.0.0.1:{self.port}{prefix.rstrip('/')}")
+
+
+class App:
+    """One application on a bed, seen from outside."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what the front door knows of the replicas."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/slo/status", timeout=5) as response:
+                return (json.load(response).get("snapshot") or {}).get("replicas") or []
+        except OSError:
+            return []
+
+    def num_usable(self) -> int:
+        """Return how many replicas can be used."""
+        return sum(one["usable"] for one in self.status())
+
+    def wait_until(self, holds: Callable[[int], bool], patience_s: float) -> float | None:
+        """Return the seconds until that holds of the number of usable replicas, None where it never did."""
+        started = time.monotonic()
+        while time.monotonic() - started < patience_s:
+            if holds(self.num_usable()):
+                return time.monotonic() - started
+            time.sleep(POLL_S)
+        return None
+
+    def warm(self, num_replicas: int) -> None:
+        """Send one round of shapes, so that no first call is part of a measurement."""
+        self.wait_until(lambda usable: usable >= num_replicas, START_S)
+        asyncio.run(warm_up(self.url, MODEL, budget_s=4.0 * num_replicas))
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def arguments(options: argparse.Namespace, port: int, count: int, router: str) -> argparse.Namespace:
+    """Return what `slos-serve serve` would be given."""
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    model = options.model or ensure_demo_model()
+    given = [str(model), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
+    given += ["--replicas", str(count), "--router", router]
+    given += ["--profile", str(options.profile)] if options.profile else []
+    given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
+    if options.dummy:  # its steps are so short that planning takes a large share of them, and it would step down
+        safety = {"slo": {"safety": {"is_enabled": False}}}
+        given += ["--load-format", "dummy", "--additional-config", json.dumps(safety)]
+    args, extra = parser.parse_known_args(given)
+    args.extra, args.arguments = extra, given
+    return args
+
+
+def measure(options: argparse.Namespace) -> Scaled:
+    """Measure the engine once on its own, fix the workload by it, and write the classes."""
+    args = arguments(options, free_port(), options.replicas, "slo")
+    plan = verb.prepare(args, verb.find_engine(), os.environ, share=options.replicas)
+    if plan.must_profile:
+        say("measuring how long the engine's steps take, on one replica (two minutes, once)")
+    options.profile = options.profile or Path(str(replicas.profile_of(args, plan)))
+    scaled = Scaled(profile=Profile.load(options.profile))
+    options.slo_config = options.out / "classes.yaml"
+    config = scaled.config
+    classes = {name: {k: v for k, v in one.to_json().items() if k != "name"} for name, one in config.classes.items()}
+    document = {"ttft_floor_ms": config.ttft_floor_ms, "ttft_allowance_ms": config.ttft_allowance_ms}
+    options.slo_config.write_text(yaml.safe_dump({**document, "classes": classes}))
+    say(f"one replica alone: decode step {scaled.profile.decode_step_s * 1e3:.0f} ms, "
+        f"capacity {scaled.service_capacity_rps:.2f} requests/s")  # fmt: skip
+    return scaled
+
+
+def requests_of(scaled: Scaled, rate_rps: float, duration_s: float, seed: int, process: str) -> list[BenchRequest]:
+    """Return the requests of one run; the same for everything that is compared."""
+    rng = np.random.default_rng(seed)
+    trace = synthetic_trace(LENGTHS, MIX, process=process, rate_rps=rate_rps, duration_s=duration_s, rng=rng)
+    limits = {name: lengths.max_tokens for name, lengths in LENGTHS.items()}
+    reference = scaled.profile.reference_s
+    return build_requests(
+        trace, config=scaled.config, reference=reference, rng=rng, limits=limits, id_prefix=f"c{seed}-"
+    )

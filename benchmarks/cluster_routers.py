@@ -1,0 +1,64 @@
+"""Routers side by side on real replicas, at equal load with square bursts, each seed served by all of them in turn."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from cluster_bed import MODEL, Bed, measure, requests_of, say
+
+from slos_serve.bench.client import offer
+from slos_serve.bench.grade import entry, grade_run
+
+ROUTERS = ("slo", "ray", "round-robin")
+BURSTS = "bursts:4:20:0.3"  # four times the base rate during the first 6 s of every 20
+SECONDS = 40.0
+COUNTS = ("num_requests", "met", "missed", "declined", "failed", "promised", "kept")
+
+
+def routers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every router on every seed: one application for each, all up, one under load at a time."""
+    scaled = measure(options)
+    names, seconds = list(options.only or ROUTERS), options.seconds or SECONDS
+    rate = options.load * scaled.service_capacity_rps * options.replicas
+    rows = []
+    with Bed(options, len(names)) as bed:
+        apps = {}
+        for i, name in enumerate(names):
+            say(f"starting {bed.num_replicas} replicas behind {name}")
+            apps[name] = bed.deploy(router=name, prefix="/" if i == 0 else f"/{name}")
+            apps[name].warm(bed.num_replicas)
+        for run in range(options.runs):
+            seed = options.seed + run
+            requests = requests_of(scaled, rate, seconds, seed, BURSTS)
+            for i in range(len(names)):
+                name = names[(i + run) % len(names)]
+                results = asyncio.run(offer(apps[name].url, MODEL, requests))
+                graded = entry(grade_run(requests, results), system=name, scenario="bursts", span_s=seconds)
+                rows.append({"router": name, "seed": seed, "rate_rps": rate, **{key: graded[key] for key in COUNTS},
+                             "attainment": graded["attainment"], "goodput_rps": graded["goodput_rps"],
+                             "hops": sum(int((one.slo or {}).get("hops") or 0) for one in results),
+                             "ttft_s": graded["ttft_s"]})  # fmt: skip
+                say(json.dumps(rows[-1]))
+    say("\n" + summary(rows))
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return one line per router: means, and the lowest and highest of the runs."""
+    by_router = defaultdict(list)
+    for row in rows:
+        by_router[row["router"]].append(row)
+    lines = []
+    for name, some in by_router.items():
+        cells = []
+        for key in ("attainment", "goodput_rps"):
+            values = np.array([row[key] for row in some])
+            cells.append(f"{key} {values.mean():.3f} ({values.min():.3f} to {values.max():.3f})")
+        kept, promised, hops = (sum(row[key] for row in some) for key in ("kept", "promised", "hops"))
+        lines.append(f"{name:12} {', '.join(cells)}, promises kept {kept} of {promised}, hops {hops}")
+    return "\n".join(lines)
