@@ -131,13 +131,13 @@ class Columns:
         current = np.array([1 + state.draft_lengths.get(name, -1) for name in classes])
         by_class = self.rows["class_index"][index]
         tpot = self.tpot[index]
-        groups, group = np.unique(np.stack([tpot, by_class.astype(np.float64)]), axis=1, return_inverse=True)
-        group = group.reshape(-1)
+        # as complex numbers the pairs sort as pairs, at a fraction of what unique columns cost
+        groups, group = np.unique(tpot + 1j * by_class, return_inverse=True)
         weights = np.where(self.is_promised[index], 1.0, 0.5)
-        counts: FloatArray = np.bincount(group, weights, groups.shape[1]).astype(np.float64)
-        class_of = groups[1].astype(np.int64)
+        counts: FloatArray = np.bincount(group, weights, len(groups)).astype(np.float64)
+        class_of = groups.imag.astype(np.int64)
         verify = draft.lengths(
-            groups[0], acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
+            groups.real.copy(), acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
             context_tokens=read, current=current[class_of], waiting=bool((self.left[index] > 0).any()),
         )  # fmt: skip
         gains = np.array([draft.expected_tokens(a, s) for a, s in zip(acceptance[class_of], verify, strict=True)])

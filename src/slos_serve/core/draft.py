@@ -39,6 +39,16 @@ def expected_tokens(acceptance, verify):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _gain_table(acceptance, max_verify):  # type: ignore[no-untyped-def]
+    """Return the expected output tokens of verifying 0 to `max_verify` tokens, shape (groups, max_verify + 1)."""
+    gains = np.empty((acceptance.shape[0], max_verify + 1))
+    for g in range(acceptance.shape[0]):
+        for s in range(max_verify + 1):
+            gains[g, s] = expected_tokens(acceptance[g], s)
+    return gains
+
+
+@jit
 def _score(lines, margin, budget, period, verify, gains, counts, context, step_offset, waiting):  # type: ignore[no-untyped-def]
     """Return the prefill tokens per second left when each group is served once per `period` seconds.
 
@@ -111,7 +121,7 @@ def lengths(
     lengths (0: unknown) stay unless others are better by `SWITCH_GAIN`. `step_offset`: drafter steps of s
     verified tokens, less s. `waiting`: prompts wait to be prefilled. Shape (groups,).
     """
-    gains = np.array([[expected_tokens(a, s) for s in range(max_verify + 1)] for a in acceptance.tolist()])
+    gains = _gain_table(acceptance, max_verify)
     args = (machine.lines, machine.margin_prefill, machine.token_budget)
     best, best_score = _best_lengths(*args, tpot, gains, counts, context_tokens, max_verify, step_offset, waiting)
     verify: IntArray = best
