@@ -14,21 +14,18 @@ to `--out` as JSON, with what Ray and vLLM said in `cluster.log`; a table to the
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster_autoscaling import autoscaling
-from cluster_bed import quietly
-from cluster_faults import demo, faults
-from cluster_path import path
-from cluster_routers import routers
+from cluster_terminal import quietly
 
 from slos_serve.errors import SlosServeError
 
-PARTS = {"demo": demo, "faults": faults, "routers": routers, "path": path, "autoscaling": autoscaling}
+MODULES = {"demo": "faults", "faults": "faults", "routers": "routers", "path": "path", "autoscaling": "autoscaling"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -47,14 +44,14 @@ def _cell(value: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(PARTS))
+    parser.add_argument("what", choices=tuple(MODULES))
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--profile", type=Path, help="measured profile (default: the cache, or measured first)")
     parser.add_argument("--model", type=Path, help="model folder (default: the demo's)")
     parser.add_argument("--dummy", action="store_true", help="random weights: a folder with a config.json is enough")
-    parser.add_argument("--rate", type=float, help="faults, demo: requests/s (default: 0.35 of the capacity)")
+    parser.add_argument("--rate", type=float, help="faults, demo: requests/s (default: 0.35 of what is possible)")
     parser.add_argument("--only", action="append", help="one fault or router; may be given more than once")
-    parser.add_argument("--load", type=float, default=0.5, help="routers: share of the replicas' capacity")
+    parser.add_argument("--load", type=float, default=0.5, help="routers: share of what the machine can serve")
     parser.add_argument("--seconds", type=float, help="routers: length of one run (40); autoscaling: of the load (150)")
     parser.add_argument("--runs", type=int, default=3, help="routers: seeds for each")
     parser.add_argument("--requests", type=int, default=60, help="path: requests for each server")
@@ -66,7 +63,8 @@ def main() -> int:
     log = options.out / "cluster.log"
     try:
         with quietly(log):
-            rows = PARTS[options.what](options)
+            module = importlib.import_module(f"cluster_{MODULES[options.what]}")  # Ray and vLLM speak while they load
+            rows = getattr(module, options.what)(options)
     except SlosServeError as error:
         print(f"{error} (log: {log})", file=sys.stderr)
         return 1

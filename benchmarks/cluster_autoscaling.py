@@ -9,12 +9,13 @@ import threading
 import time
 from typing import Any
 
-from cluster_bed import MODEL, POLL_S, App, Bed, measure, requests_of, say
+from cluster_bed import MODEL, POLL_S, App, Bed, capacity_rps, measure, requests_of
+from cluster_terminal import say
 
 from slos_serve.bench.client import offer
 from slos_serve.bench.grade import entry, grade_run
 
-CALM, BUSY = 0.15, 1.2  # of one replica's capacity
+CALM, BUSY = 0.15, 0.8  # of what one replica can serve
 CALM_S, BUSY_S, AFTER_S = 10.0, 150.0, 120.0
 SCALING = {"min_replicas": 1, "initial_replicas": 1, "upscale_delay_s": 2.0, "downscale_delay_s": 15.0,
            "metrics_interval_s": 1.0, "look_back_period_s": 3.0}  # fmt: skip
@@ -48,7 +49,7 @@ def autoscaling(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Offer little, much, and little again; return one row for each part of the load."""
     scaled = measure(options)
     most = options.replicas
-    capacity = scaled.service_capacity_rps
+    capacity = capacity_rps(scaled, 1)
     busy_s = options.seconds or BUSY_S
     parts = (("calm", CALM, CALM_S), ("busy", BUSY, busy_s), ("after", CALM, AFTER_S))
     rows = []

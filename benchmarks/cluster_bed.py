@@ -1,7 +1,7 @@
 """A real cluster on this machine for the benchmarks: Ray, replicas of a small vLLM, and the load for them.
 
 A real vLLM serves the demo's small model in every replica, one thread each; classes, promises and rates follow
-from its measured profile, as in the demo (`bench/scaled.py`). What Ray and vLLM print goes to a file.
+from its measured profile, as in the demo (`bench/scaled.py`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import asyncio
 import json
 import os
 import socket
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import yaml
+from cluster_terminal import say
 from ray import serve
 
 from slos_serve.bench.client import BenchRequest
@@ -39,35 +38,8 @@ FLAGS = (
     *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32"),
     *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager"),
 )
-START_S = 600.0
 POLL_S = 0.25
-TERMINAL: list[IO[str]] = [sys.stderr]
-
-
-def say(text: str) -> None:
-    """Tell the person at the terminal."""
-    print(text, file=TERMINAL[-1], flush=True)
-
-
-@contextmanager
-def quietly(log: Path) -> Iterator[None]:
-    """Send what this process and its children print to a file; `say` still reaches the terminal."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    TERMINAL.append(os.fdopen(os.dup(2), "w"))
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, saved in enumerate(kept, 1):
-            os.dup2(saved, number)
-            os.close(saved)
-        TERMINAL.pop().close()
+PATH_TOKEN_S = 6.6e-3  # CPU time of a token's way through Ray, engine apart: cluster.py path
 
 
 class Bed:
@@ -140,7 +112,6 @@ class App:
 
     def warm(self, num_replicas: int) -> None:
         """Send one round of shapes, so that no first call is part of a measurement."""
-        self.wait_until(lambda usable: usable >= num_replicas, START_S)
         asyncio.run(warm_up(self.url, MODEL, budget_s=4.0 * num_replicas))
 
 
@@ -184,6 +155,13 @@ def measure(options: argparse.Namespace) -> Scaled:
     say(f"one replica alone: decode step {scaled.profile.decode_step_s * 1e3:.0f} ms, "
         f"capacity {scaled.service_capacity_rps:.2f} requests/s")  # fmt: skip
     return scaled
+
+
+def capacity_rps(scaled: Scaled, num_replicas: int) -> float:
+    """Return what so many replicas can serve here: all their capacity, or what the cores can carry, path included."""
+    tokens = sum(share * LENGTHS[name].mean_tokens()[1] for name, share in MIX.items())
+    each_s = 1.0 / scaled.service_capacity_rps
+    return min(num_replicas / each_s, num_cores() / (each_s + tokens * PATH_TOKEN_S))
 
 
 def requests_of(scaled: Scaled, rate_rps: float, duration_s: float, seed: int, process: str) -> list[BenchRequest]:

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
-from cluster_bed import MODEL, App, Bed, measure, requests_of, say
+from cluster_bed import MODEL, App, Bed, capacity_rps, measure, requests_of
+from cluster_terminal import say
 
 from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.grade import entry, grade_run
@@ -20,7 +21,7 @@ from slos_serve.bench.scaled import Scaled
 
 FAULTS = ("kill", "hang", "slow", "drain", "late")
 FAULT_AT_S, FAULT_FOR_S, LATE_FOR_S = 10.0, 30.0, 90.0
-SHARE = 0.35  # of the replicas' capacity: one of two could nearly carry it
+SHARE = 0.35  # of the capacity: one of two replicas could nearly carry it
 NOTICE_S, RECOVERY_S = 60.0, 240.0
 
 
@@ -82,7 +83,7 @@ def slow_down(processes: Sequence[psutil.Process], stop: threading.Event) -> Non
 
 def run_fault(name: str, bed: Bed, app: App, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer a steady load, strike once, and say what became of every request."""
-    rate = options.rate or SHARE * scaled.service_capacity_rps * bed.num_replicas
+    rate = options.rate or SHARE * capacity_rps(scaled, bed.num_replicas)
     strike_at_s, load_s = (0.0, LATE_FOR_S) if name == "late" else (FAULT_AT_S, FAULT_FOR_S)
     requests = requests_of(scaled, rate, load_s, options.seed, "poisson")
     struck: dict[str, Any] = {}
@@ -136,14 +137,21 @@ def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_
     return {**counts, **{key: graded[key] for key in ("promised", "kept", "attainment")}}
 
 
+def brought_up(bed: Bed) -> App:
+    """Return the application, warm, with all its replicas known to the front door."""
+    say(f"starting {bed.num_replicas} replicas (about a minute and a half)")
+    app = bed.deploy()
+    app.warm(bed.num_replicas)
+    app.wait_until(lambda usable: usable >= bed.num_replicas, NOTICE_S)
+    return app
+
+
 def faults(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Strike once for each fault, on one cluster that recovers in between."""
     scaled = measure(options)
     rows = []
     with Bed(options) as bed:
-        say(f"starting {bed.num_replicas} replicas (about a minute and a half)")
-        app = bed.deploy()
-        app.warm(bed.num_replicas)
+        app = brought_up(bed)
         for name in options.only or FAULTS:
             rows.append(run_fault(name, bed, app, scaled, options))
             say(json.dumps(rows[-1]))
@@ -157,9 +165,7 @@ def demo(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Kill one of the replicas under load and say what its clients saw."""
     scaled = measure(options)
     with Bed(options) as bed:
-        say(f"starting {bed.num_replicas} replicas (about a minute and a half)")
-        app = bed.deploy()
-        app.warm(bed.num_replicas)
+        app = brought_up(bed)
         say(f"serving at {app.url}/v1 under load; in {FAULT_AT_S:.0f} s the busier replica is killed, engine and all")
         row = run_fault("kill", bed, app, scaled, options)
         say(told(row, bed.num_replicas))

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cluster_bed import MODEL, Bed, arguments, free_port, measure, say
+from cluster_bed import MODEL, Bed, arguments, free_port, measure
+from cluster_terminal import say
 
 from slos_serve.bench.client import BenchRequest, offer
 from slos_serve.bench.profiling import warm_up

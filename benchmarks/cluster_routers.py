@@ -9,7 +9,8 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from cluster_bed import MODEL, Bed, measure, requests_of, say
+from cluster_bed import MODEL, Bed, capacity_rps, measure, requests_of
+from cluster_terminal import say
 
 from slos_serve.bench.client import offer
 from slos_serve.bench.grade import entry, grade_run
@@ -24,7 +25,7 @@ def routers(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every router on every seed: one application for each, all up, one under load at a time."""
     scaled = measure(options)
     names, seconds = list(options.only or ROUTERS), options.seconds or SECONDS
-    rate = options.load * scaled.service_capacity_rps * options.replicas
+    rate = options.load * capacity_rps(scaled, options.replicas)
     rows = []
     with Bed(options, len(names)) as bed:
         apps = {}

@@ -155,6 +155,12 @@ def test_it_is_empty_only_once_it_is_known_that_there_is_no_replica(fleet):
     assert fleet.is_empty
 
 
+def test_a_fleet_that_only_rays_own_router_serves_is_unwatched(fleet, clocks):
+    assert fleet.is_unwatched
+    fleet.update({"a": stats(clocks.now)})
+    assert not fleet.is_unwatched
+
+
 def test_router_and_ingress_of_one_process_meet_in_one_fleet():
     assert fleet_of("app", "model") is fleet_of("app", "model")
     assert fleet_of("app", "model") is not fleet_of("app", "other")

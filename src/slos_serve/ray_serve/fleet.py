@@ -152,6 +152,12 @@ class Fleet:
             return self._is_watching and not self._members
 
     @property
+    def is_unwatched(self) -> bool:
+        """Tell whether nobody tells this fleet of its replicas, as with Ray's own router."""
+        with self._lock:
+            return self._policy is None and not self._is_watching
+
+    @property
     def num_usable(self) -> int:
         """How many replicas can be sent to."""
         with self._lock:

@@ -153,8 +153,8 @@ class SloIngress(OpenAiIngress):
         HUB.feed({"snapshot": summed(replicas)})
 
     async def health(self) -> Response:
-        """Answer 200 while a replica can serve, else 503."""
-        if any(fleet.num_usable for fleet in self._fleets.values()):
+        """Answer 200 while a replica can serve, else 503; behind Ray's own router, only Serve knows which can."""
+        if any(fleet.num_usable or fleet.is_unwatched for fleet in self._fleets.values()):
             return Response(status_code=HTTPStatus.OK)
         return JSONResponse({"status": "no replica"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
 
