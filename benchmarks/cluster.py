@@ -70,7 +70,9 @@ def main() -> int:
         return 1
     result = options.out / f"{options.what}.json"
     result.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{table(rows)}\n\nnumbers: {result}; what Ray and vLLM said: {log}")
+    if options.what != "demo":  # which tells its story in words
+        print(table(rows) + "\n")
+    print(f"numbers: {result}; what Ray and vLLM said: {log}")
     return 0
 
 

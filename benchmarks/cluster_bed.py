@@ -29,7 +29,7 @@ from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import build_requests, synthetic_trace
 from slos_serve.ray_serve.app import build_openai_app
-from slos_serve.ray_serve.cluster import Cluster
+from slos_serve.ray_serve.cluster import APPLICATION, Cluster
 from slos_serve.serving import replicas, verb
 from slos_serve.serving.platforms import num_cores
 
@@ -43,19 +43,16 @@ PATH_TOKEN_S = 6.6e-3  # CPU time of a token's way through Ray, engine apart: cl
 
 
 class Bed:
-    """A Ray of its own in this process, with room for `num_apps` applications of `options.replicas` each.
+    """A Ray of its own in this process, with room for `options.replicas`. A context manager; leaving ends everything."""
 
-    A context manager; leaving ends everything.
-    """
-
-    def __init__(self, options: argparse.Namespace, num_apps: int = 1) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.num_replicas = options.replicas
         self.port = free_port()
         self.args = arguments(options, self.port, self.num_replicas, "slo")
         self.engine = verb.find_engine()
         self.plan = verb.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
-        self.cluster = Cluster(None, num_cpus=max(num_cores(), num_apps * self.num_replicas))
+        self.cluster = Cluster(None, num_cpus=max(num_cores(), self.num_replicas))
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +60,8 @@ class Bed:
     def __exit__(self, *_: object) -> None:
         self.cluster.__exit__(None, None, None)
 
-    def deploy(self, *, router: str = "slo", prefix: str = "/", scaling: dict[str, Any] | None = None) -> App:
-        """Bring up an application below a path, or roll it over to a new version of itself."""
+    def deploy(self, *, router: str = "slo", scaling: dict[str, Any] | None = None) -> App:
+        """Bring up the application, or roll it over to a new version of itself."""
         self.args.router = router
         bundle = replicas.bundle_of(self.args, self.engine)
         document = replicas.application(self.args, self.engine, self.plan, str(self.plan.profile), bundle)
@@ -75,16 +72,15 @@ class Bed:
             del settings["num_replicas"]
             settings["autoscaling_config"] = scaling
         built = build_openai_app(document)
-        if prefix == "/" and not self.cluster.is_deployed():
-            self.cluster.run(built, host="127.0.0.1", port=self.port)
+        if self.cluster.is_deployed():
+            serve.run(built, name=APPLICATION, route_prefix="/")
         else:
-            name = "slos-serve" if prefix == "/" else prefix.strip("/")
-            serve.run(built, name=name, route_prefix=prefix)
-        return App(f"http://127.0.0.1:{self.port}{prefix.rstrip('/')}")
+            self.cluster.run(built, host="127.0.0.1", port=self.port)
+        return App(f"http://127.0.0.1:{self.port}")
 
 
 class App:
-    """One application on a bed, seen from outside."""
+    """The application, seen from outside."""
 
     def __init__(self, url: str) -> None:
         self.url = url

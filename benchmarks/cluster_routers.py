@@ -1,4 +1,4 @@
-"""Routers side by side on real replicas, at equal load with square bursts, each seed served by all of them in turn."""
+"""Routers on real replicas, one after the other, at equal load with square bursts and the same seeds."""
 
 from __future__ import annotations
 
@@ -22,23 +22,19 @@ COUNTS = ("num_requests", "met", "missed", "declined", "failed", "promised", "ke
 
 
 def routers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every router on every seed: one application for each, all up, one under load at a time."""
+    """Run every seed behind every router, on one cluster after the other: two do not fit a small machine at once."""
     scaled = measure(options)
     names, seconds = list(options.only or ROUTERS), options.seconds or SECONDS
     rate = options.load * capacity_rps(scaled, options.replicas)
     rows = []
-    with Bed(options, len(names)) as bed:
-        apps = {}
-        for i, name in enumerate(names):
-            say(f"starting {bed.num_replicas} replicas behind {name}")
-            apps[name] = bed.deploy(router=name, prefix="/" if i == 0 else f"/{name}")
-            apps[name].warm(bed.num_replicas)
-        for run in range(options.runs):
-            seed = options.seed + run
-            requests = requests_of(scaled, rate, seconds, seed, BURSTS)
-            for i in range(len(names)):
-                name = names[(i + run) % len(names)]
-                results = asyncio.run(offer(apps[name].url, MODEL, requests))
+    for name in names:
+        say(f"{name}: starting {options.replicas} replicas")
+        with Bed(options) as bed:
+            app = bed.deploy(router=name)
+            app.warm(bed.num_replicas)
+            for seed in range(options.seed, options.seed + options.runs):
+                requests = requests_of(scaled, rate, seconds, seed, BURSTS)
+                results = asyncio.run(offer(app.url, MODEL, requests))
                 graded = entry(grade_run(requests, results), system=name, scenario="bursts", span_s=seconds)
                 rows.append({"router": name, "seed": seed, "rate_rps": rate, **{key: graded[key] for key in COUNTS},
                              "attainment": graded["attainment"], "goodput_rps": graded["goodput_rps"],

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import httpx
 import pytest
 from parts import write_tiny_model
 
+psutil = pytest.importorskip("psutil")  # comes with vLLM
 pytestmark = pytest.mark.engine
 
 START_S = 420
@@ -214,24 +214,14 @@ def test_a_client_that_leaves_frees_its_replica(cluster):
 
 def family(pid):
     """Return a process and its descendants."""
-    children = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, rest = [], [pid]
-    while rest:
-        found.append(rest.pop())
-        rest += children.get(found[-1], [])
-    return found
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
 
 
-def is_alive(pid):
+def is_alive(process):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -252,8 +242,8 @@ def test_the_loss_of_a_replica_loses_no_request_and_none_is_answered_twice(clust
         waiting = [pool.submit(stream, i) for i in range(24)]
         cluster.wait_for(lambda replicas: any(one["num_running"] for one in replicas), 60)
         victim = max(cluster.replicas(), key=lambda one: one["num_running"] + one["num_waiting"])["pid"]
-        pids = family(victim)
-        os.kill(victim, signal.SIGKILL)
+        processes = family(victim)
+        processes[0].kill()
         results = [one.result() for one in waiting]
     broken = [error for _, error, _ in results if error]
     assert all(done for done, _, _ in results)
@@ -262,11 +252,11 @@ def test_the_loss_of_a_replica_loses_no_request_and_none_is_answered_twice(clust
     assert len(broken) < 24
     cluster.wait_for(lambda replicas: both_plan(replicas) and victim not in {one["pid"] for one in replicas})
     assert len({one["pid"] for one in cluster.replicas()} & before) == 1
-    assert not [pid for pid in pids if is_alive(pid)]  # its engine does not live on without it
+    assert not [one for one in processes if is_alive(one)]  # its engine does not live on without it
 
 
 def test_asked_to_end_it_finishes_what_is_under_way_and_leaves_nothing_behind(cluster):
-    pids = [pid for one in cluster.replicas() for pid in family(one["pid"])]
+    processes = [process for one in cluster.replicas() for process in family(one["pid"])]
 
     def long():
         return cluster.complete(max_tokens=200, ignore_eos=True, slo={"class": "relaxed"})
@@ -278,4 +268,4 @@ def test_asked_to_end_it_finishes_what_is_under_way_and_leaves_nothing_behind(cl
         assert reply.result().json()["usage"]["completion_tokens"] == 200
     assert status == 0
     time.sleep(1)
-    assert not [pid for pid in pids if is_alive(pid)]
+    assert not [one for one in processes if is_alive(one)]

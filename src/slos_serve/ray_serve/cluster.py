@@ -34,6 +34,7 @@ class Cluster:
         self.is_own = address is None
         if self.is_own:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let every other process go first
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
         if self.is_own:
             options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
