@@ -14,7 +14,6 @@ from slos_serve.core.baselines import (
     SarathiPlanner,
     VllmPlanner,
     WholePromptPlanner,
-    blocks_after,
     tokens_needed,
 )
 from slos_serve.core.perf import PerfModel
@@ -150,7 +149,9 @@ def test_a_prefix_hit_is_not_computed_again_but_needs_its_blocks():
     world = World()
     world.add("hit", 100, cached=64)
     assert batch_of(VllmPlanner(), world) == [("hit", 36)]
-    assert blocks_after(world.table.rows, np.array([36]), 16).tolist() == [7]
+    world = World(num_kv_blocks=6)  # its 100 tokens take 7
+    world.add("hit", 100, cached=64)
+    assert batch_of(VllmPlanner(), world) == []
 
 
 def test_a_preempted_request_recomputes_its_own_output_too():
@@ -280,7 +281,8 @@ def test_no_plan_exceeds_tokens_seats_or_blocks_and_the_state_is_left_alone(plan
     lost = {world.table.index(name) for name in plan.batch.preempted}
     assert lost <= running
     assert len((running | set(index)) - lost) <= limit.max_num_seqs or set(index) <= running
-    extra = np.maximum(blocks_after(chosen, tokens + drafts, 16) - chosen["num_kv_blocks"], 0)
+    start = np.where(chosen["num_computed_tokens"] == 0, chosen["num_cached_tokens"], chosen["num_computed_tokens"])
+    extra = np.maximum(-(-(start + tokens + drafts) // 16) - chosen["num_kv_blocks"], 0)
     freed = int(rows["num_kv_blocks"][sorted(lost)].sum())
     assert int(extra.sum()) <= state.num_free_kv_blocks + freed
 

@@ -16,32 +16,32 @@ whose step fits the tightest TPOT. `EdfPlanner` gives prefill to the earliest de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from slos_serve.core.jit import jit
 from slos_serve.core.perf import max_chunk_tokens
 from slos_serve.core.types import BatchPlan, Plan, Status
 
 if TYPE_CHECKING:
     from slos_serve.core.types import IntArray, ReplicaState, Rows
 
-BoolArray = npt.NDArray[np.bool_]
+RUNNING = int(Status.RUNNING)
 _NONE: IntArray = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch in the making: table rows, their tokens and drafts, and who lost their blocks."""
+    """A batch: table rows, their tokens and drafts, who lost their blocks, and whether all of it is one decode each."""
 
     rows: IntArray
     tokens: IntArray
     drafts: IntArray
     preempted: IntArray
-    free_blocks: int
-    budget: int
+    is_steady: bool
 
 
 def tokens_needed(rows: Rows) -> IntArray:
@@ -51,13 +51,6 @@ def tokens_needed(rows: Rows) -> IntArray:
     return needed
 
 
-def blocks_after(rows: Rows, num_tokens: IntArray, block_size: int) -> IntArray:
-    """Return KV blocks each request holds once it has computed `num_tokens` more."""
-    hit = np.where(rows["num_computed_tokens"] == 0, rows["num_cached_tokens"], 0)
-    blocks: IntArray = -(-(rows["num_computed_tokens"] + hit + num_tokens) // block_size)
-    return blocks
-
-
 def take_in_order(wanted: IntArray, budget: int) -> IntArray:
     """Hand out `budget` tokens in order, each at most what it wants; the last one may get a part."""
     before = np.cumsum(wanted) - wanted
@@ -65,77 +58,140 @@ def take_in_order(wanted: IntArray, budget: int) -> IntArray:
     return taken
 
 
-def _schedule_running(state: ReplicaState, order: IntArray, wanted: IntArray, drafts: IntArray, budget: int) -> _Batch:
-    """Give running requests (in `order`) their tokens, preempting from the end where blocks run out.
+@jit
+def _start(rows: Rows, row: int) -> int:
+    """Return the tokens that a request has computed, or will find in the cache."""
+    computed: int = rows["num_computed_tokens"][row]
+    return computed or int(rows["num_cached_tokens"][row])
 
-    `wanted` and `drafts` belong to `order`. Drafts count against the budget and need blocks.
+
+@jit
+def _needed(rows: Rows, row: int) -> int:
+    """Return `tokens_needed` of one request."""
+    return int(rows["num_prompt_tokens"][row] + rows["num_output_tokens"][row]) - _start(rows, row)
+
+
+@jit
+def _drafts(rows: Rows, row: int, draft_length: int) -> int:
+    """Return the draft length of a request: fixed in decode, never past its last allowed token."""
+    left = rows["max_output_tokens"][row] - rows["num_output_tokens"][row] - 1
+    return min(draft_length, max(left, 0)) if _needed(rows, row) == 1 else 0
+
+
+@jit
+def by_arrival(rows: Rows) -> tuple[IntArray, IntArray]:
+    """Return the rows of running and of waiting requests, each in order of arrival."""
+    order = np.argsort(rows["seq"])
+    running = rows["status"][order] == RUNNING
+    return order[running], order[~running]
+
+
+@jit
+def wants(rows: Rows, order: IntArray, chunk_limit: int, draft_length: int) -> tuple[IntArray, IntArray]:
+    """Return the tokens and the drafts that each request in `order` asks for."""
+    answer = np.empty((2, len(order)), np.int64)
+    for i in range(len(order)):
+        answer[0, i] = min(_needed(rows, order[i]), chunk_limit)
+        answer[1, i] = _drafts(rows, order[i], draft_length)
+    return answer[0], answer[1]
+
+
+@jit
+def fill(
+    rows: Rows,
+    running: IntArray,
+    wanted: IntArray,
+    drafts: IntArray,
+    waiting: IntArray,
+    seats: int,
+    budget: int,
+    free: int,
+    block_size: int,
+    chunk_limit: int,
+    whole: bool,
+) -> tuple[IntArray, int, bool]:
+    """Make a batch of the running and then, where none of them lost its blocks, of the waiting.
+
+    `wanted` and `drafts` belong to `running`. Drafts count against the budget and need blocks. At most
+    `seats` of the waiting start, each with at most `chunk_limit` tokens, or `whole`: with its prompt or not at
+    all; the first that does not fit ends it. Returns the batch, shape (3, n): rows, tokens and drafts; how many
+    of the running kept their blocks; and whether all that run decode one token and nobody starts.
     """
-    rows = state.requests.rows[order]
-    tokens = take_in_order(wanted + drafts, budget)
-    free = state.num_free_kv_blocks
-    extra = np.where(tokens > 0, blocks_after(rows, tokens, state.limits.block_size) - rows["num_kv_blocks"], 0)
-    alive = len(order)
-    if int(extra.sum()) > free:
-        alive, free = _preempt_from_end(extra, rows["num_kv_blocks"], free)
-        tokens[alive:] = 0
-        extra[alive:] = 0
-    free -= int(extra[:alive].sum())
-    chosen = np.flatnonzero(tokens[:alive] > 0)
-    given = tokens[chosen]
-    kept_drafts = np.minimum(drafts[chosen], given - 1)
-    return _Batch(order[chosen], given - kept_drafts, kept_drafts, order[alive:], free, budget - int(given.sum()))
+    count = len(running)
+    batch = np.empty((3, count + len(waiting)), np.int64)
+    given, extra = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    left, needed = budget, 0
+    for i in range(count):
+        given[i] = min(max(left, 0), wanted[i] + drafts[i])
+        left -= given[i]
+        if given[i] > 0:
+            row = running[i]
+            extra[i] = -(-(_start(rows, row) + given[i]) // block_size) - rows["num_kv_blocks"][row]
+        needed += extra[i]
+    alive = count
+    if needed > free:
+        alive, free = _preempt_from_end(rows, running, extra, free)
+        left, needed = budget - given[:alive].sum(), extra[:alive].sum()
+    free -= needed
+    used, is_steady = 0, alive == count > 0
+    for i in range(alive):
+        if given[i] > 0:
+            kept = min(drafts[i], given[i] - 1)
+            batch[0, used], batch[1, used], batch[2, used] = running[i], given[i] - kept, kept
+            used += 1
+        is_steady = is_steady and given[i] == 1 and _needed(rows, running[i]) == 1
+    if alive < count or left <= 0:
+        return batch[:, :used], alive, is_steady
+    for i in range(min(len(waiting), max(seats, 0))):
+        row = waiting[i]
+        start, tokens = _start(rows, row), _needed(rows, row)
+        full = -(-(start + tokens) // block_size)
+        if left <= 0 or full > free or (whole and tokens > left):
+            break
+        if not whole:
+            tokens = min(tokens, chunk_limit, left)
+        batch[0, used], batch[1, used], batch[2, used] = row, tokens, 0
+        free -= -(-(start + tokens) // block_size)
+        left -= tokens
+        used += 1
+        is_steady = False
+    return batch[:, :used], alive, is_steady
 
 
-def _preempt_from_end(extra: IntArray, held: IntArray, free: int) -> tuple[int, int]:
+@jit
+def _preempt_from_end(rows: Rows, running: IntArray, extra: IntArray, free: int) -> tuple[int, int]:
     """Return how many requests (from the front) keep running, and the free blocks before they allocate."""
     alive, needed = len(extra), 0
     i = 0
     while i < alive:
-        needed += int(extra[i])
+        needed += extra[i]
         while needed > free and alive > i:
             alive -= 1
-            free += int(held[alive])
+            free += rows["num_kv_blocks"][running[alive]]
             if alive == i:
-                needed -= int(extra[i])
+                needed -= extra[i]
         i += 1
     return alive, free
 
 
-def _admit_waiting(
-    state: ReplicaState, batch: _Batch, order: IntArray, num_running: int, *, chunk_limit: int, whole: bool = False
-) -> None:
-    """Add waiting requests in `order` while tokens, blocks and seats last; stop at the first that does not fit.
-
-    `whole`: a prompt must fit the budget that is left, chunks are not cut.
-    """
-    limits = state.limits
-    rows = state.requests.rows[order[: max(0, limits.max_num_seqs - num_running)]]
-    if not len(rows) or batch.budget <= 0:
-        return
-    needed = tokens_needed(rows)
-    full_blocks = blocks_after(rows, needed, limits.block_size)
-    fits_blocks = np.cumsum(full_blocks) <= batch.free_blocks if whole else full_blocks <= batch.free_blocks
-    wanted = needed if whole else np.minimum(needed, chunk_limit)
-    first_blocks = blocks_after(rows, wanted, limits.block_size)
-    taken_tokens, taken_blocks, admitted = 0, 0, []
-    for i in range(len(rows)):
-        left = batch.budget - taken_tokens
-        tokens = int(wanted[i])
-        if left <= 0 or not fits_blocks[i] or int(full_blocks[i]) > batch.free_blocks - taken_blocks:
-            break
-        if tokens > left:
-            if whole:
-                break
-            tokens = left
-        admitted.append(tokens)
-        taken_tokens += tokens
-        taken_blocks += int(first_blocks[i])
-    count = len(admitted)
-    batch.rows = np.concatenate([batch.rows, order[:count]])
-    batch.tokens = np.concatenate([batch.tokens, np.array(admitted, np.int64)])
-    batch.drafts = np.concatenate([batch.drafts, np.zeros(count, np.int64)])
-    batch.free_blocks -= taken_blocks
-    batch.budget -= taken_tokens
+def _make(
+    state: ReplicaState,
+    running: IntArray,
+    wanted: IntArray,
+    drafts: IntArray,
+    waiting: IntArray,
+    *,
+    seats: int,
+    budget: int,
+    chunk_limit: int,
+    whole: bool = False,
+) -> _Batch:
+    """Return the batch that `fill` makes."""
+    rows, free, block_size = state.requests.rows, state.num_free_kv_blocks, state.limits.block_size
+    batch, alive, is_steady = fill(
+        rows, running, wanted, drafts, waiting, seats, budget, free, block_size, chunk_limit, whole
+    )
+    return _Batch(batch[0], batch[1], batch[2], running[alive:], is_steady)
 
 
 def _to_plan(state: ReplicaState, batch: _Batch, *, repeats: bool = False) -> Plan:
@@ -155,16 +211,9 @@ def _to_plan(state: ReplicaState, batch: _Batch, *, repeats: bool = False) -> Pl
 
 def _split(rows: Rows, *keys: npt.NDArray[np.generic]) -> tuple[IntArray, IntArray]:
     """Return rows of running and of waiting requests, each sorted by `keys` (first one counts most), then arrival."""
-    order = np.lexsort((rows["seq"], *reversed(keys))) if keys else np.argsort(rows["seq"], kind="stable")
-    running = rows["status"][order] == Status.RUNNING
+    order = np.lexsort((rows["seq"], *reversed(keys)))
+    running = rows["status"][order] == RUNNING
     return order[running], order[~running]
-
-
-def _drafts(rows: Rows, needed: IntArray, draft_length: int) -> IntArray:
-    """Return the draft length of each request: fixed in decode, never past its last allowed token."""
-    left = rows["max_output_tokens"] - rows["num_output_tokens"] - 1
-    lengths: IntArray = np.where(needed == 1, np.clip(draft_length, 0, np.maximum(left, 0)), 0)
-    return lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,25 +231,24 @@ class VllmPlanner:
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch; no verdicts."""
-        running, waiting = self.order(state)
-        budget = min(self.token_budget, state.limits.max_num_batched_tokens)
-        limit = budget if self.chunk_limit is None else self.chunk_limit
-        rows = state.requests.rows[running]
-        needed = tokens_needed(rows)
-        drafts = _drafts(rows, needed, self.draft_length)
-        batch = _schedule_running(state, running, np.minimum(needed, limit), drafts, budget)
-        seats_taken = len(running)
-        if self.max_num_seqs is not None:
-            seats_taken += max(0, state.limits.max_num_seqs - self.max_num_seqs)
-        if not len(batch.preempted) and len(waiting):
-            _admit_waiting(state, batch, waiting, seats_taken, chunk_limit=limit)
+        batch = self.batch(state, self.token_budget)
         # Who waits goes on waiting: seats and budget stay taken, and free blocks only get fewer.
-        repeats = len(running) == len(batch.rows) > 0 and not drafts.any() and bool((needed == 1).all())
-        return _to_plan(state, batch, repeats=repeats and not len(batch.preempted))
+        return _to_plan(state, batch, repeats=batch.is_steady)
+
+    def batch(self, state: ReplicaState, token_budget: int) -> _Batch:
+        """Return the next batch within a token budget."""
+        limits, rows = state.limits, state.requests.rows
+        running, waiting = self.order(state)
+        budget = min(token_budget, limits.max_num_batched_tokens)
+        chunk_limit = budget if self.chunk_limit is None else self.chunk_limit
+        wanted, drafts = wants(rows, running, chunk_limit, self.draft_length)
+        most = limits.max_num_seqs if self.max_num_seqs is None else min(self.max_num_seqs, limits.max_num_seqs)
+        seats = most - len(running)
+        return _make(state, running, wanted, drafts, waiting, seats=seats, budget=budget, chunk_limit=chunk_limit)
 
     def order(self, state: ReplicaState) -> tuple[IntArray, IntArray]:
         """Return the rows of running and waiting requests in service order."""
-        return _split(state.requests.rows)
+        return by_arrival(state.requests.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,17 +281,17 @@ class WholePromptPlanner:
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return a batch of prompts, or one of decodes; no verdicts."""
-        running, waiting = _split(state.requests.rows)
+        rows = state.requests.rows
+        running, waiting = by_arrival(rows)
         budget = max(self.token_budget, state.limits.max_model_len)
-        prompts = _Batch(_NONE, _NONE, _NONE, _NONE, state.num_free_kv_blocks, budget)
-        if len(waiting):
-            _admit_waiting(state, prompts, waiting, len(running), chunk_limit=budget, whole=True)
+        seats = state.limits.max_num_seqs - len(running)
+        prompts = _make(state, _NONE, _NONE, _NONE, waiting, seats=seats, budget=budget, chunk_limit=budget, whole=True)
         if len(prompts.rows):
             return _to_plan(state, prompts)
-        rows = state.requests.rows[running]
-        needed = tokens_needed(rows)
-        drafts = _drafts(rows, needed, self.draft_length)
-        return _to_plan(state, _schedule_running(state, running, needed, drafts, budget))
+        wanted, drafts = wants(rows, running, state.limits.max_model_len, self.draft_length)
+        batch = _make(state, running, wanted, drafts, _NONE, seats=0, budget=budget, chunk_limit=budget)
+        # A prompt that does not start now does not start while blocks get fewer.
+        return _to_plan(state, batch, repeats=batch.is_steady)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,37 +309,40 @@ class SarathiPlanner(VllmPlanner):
         """Return the next batch; no verdicts."""
         rows = state.requests.rows
         tightest = float(np.minimum(rows["tpot_s"], rows["thinking_tpot_s"]).min()) if len(rows) else np.inf
-        budget = self._budget(state, tightest if self.tpot_s is None else self.tpot_s)
-        limited = VllmPlanner(
-            token_budget=budget,
-            draft_length=self.draft_length,
-            chunk_limit=self.chunk_limit,
-            max_num_seqs=self.max_num_seqs,
-        )
-        plan = limited.plan(state)
+        batch = self.batch(state, self._budget(state, tightest if self.tpot_s is None else self.tpot_s))
         # Where prompts wait, the budget, which falls with context, says whether they start.
-        repeats = plan.repeats and bool((rows["status"] == Status.RUNNING).all())
-        return plan if repeats == plan.repeats else replace(plan, repeats=repeats)
+        return _to_plan(state, batch, repeats=batch.is_steady and len(batch.rows) == len(rows))
 
     def _budget(self, state: ReplicaState, tpot_s: float) -> int:
-        rows = state.requests.rows
-        running = rows[rows["status"] == Status.RUNNING]
-        decodes = running[tokens_needed(running) == 1]
-        drafts = _drafts(decodes, np.ones(len(decodes), np.int64), self.draft_length)
-        base = len(decodes) + int(drafts.sum())
         if not np.isfinite(tpot_s):
             return self.token_budget
+        count, num_drafts, longest, context = decode_load(state.requests.rows, self.draft_length)
+        base = count + num_drafts
         room = max_chunk_tokens(
             state.perf_model.as_array(),
             tpot_s,
             float(base),
-            float(len(decodes) + 1),
-            float(decodes["num_computed_tokens"].sum()),
-            float(drafts.max(initial=0)),
+            float(count + 1),
+            float(context),
+            float(longest),
             0.0,
             0.0,
         )
-        return int(min(self.token_budget, base + max(room, 0.0 if len(decodes) else 1.0)))
+        return int(min(self.token_budget, base + max(room, 0.0 if count else 1.0)))
+
+
+@jit
+def decode_load(rows: Rows, draft_length: int) -> tuple[int, int, int, int]:
+    """Return how many requests decode, their drafts in all and at most, and the tokens that they read."""
+    count = num_drafts = longest = context = 0
+    for row in range(len(rows)):
+        if rows["status"][row] == RUNNING and _needed(rows, row) == 1:
+            drafts = _drafts(rows, row, draft_length)
+            count += 1
+            num_drafts += drafts
+            longest = max(longest, drafts)
+            context += rows["num_computed_tokens"][row]
+    return count, num_drafts, longest, context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,23 +352,19 @@ class EdfPlanner(VllmPlanner):
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch; a started prompt may be held for one that is due sooner; no verdicts."""
         rows = state.requests.rows
-        needed = tokens_needed(rows)
         due = np.where(rows["num_output_tokens"] > 0, -np.inf, rows["ttft_deadline_s"])
         late = (rows["missed"] > 0) | (due < state.now_s) & np.isfinite(due)
         running, waiting = _split(rows, late, due)
         budget = min(self.token_budget, state.limits.max_num_batched_tokens)
         limit = budget if self.chunk_limit is None else self.chunk_limit
-        wanted = np.minimum(needed[running], limit)
-        is_decode = needed[running] == 1
+        wanted, drafts = wants(rows, running, limit, self.draft_length)
         if len(waiting):
+            needed = tokens_needed(rows)
             key = np.where(late, np.inf, due)
             sooner = int(np.minimum(needed[waiting], limit)[0]) if key[waiting[0]] < np.inf else 0
-            held = ~is_decode & (key[running] > key[waiting[0]])
+            held = (needed[running] != 1) & (key[running] > key[waiting[0]])
             room = max(0, budget - int(wanted[~held].sum()) - sooner)
             wanted[held] = take_in_order(wanted[held], room)
-        drafts = np.where(is_decode, _drafts(rows[running], needed[running], self.draft_length), 0)
-        batch = _schedule_running(state, running, wanted, drafts, budget)
-        if not len(batch.preempted) and len(waiting):
-            _admit_waiting(state, batch, waiting, len(running), chunk_limit=limit)
-        repeats = len(running) == len(rows) == len(batch.rows) and bool(is_decode.all()) and not drafts.any()
-        return _to_plan(state, batch, repeats=repeats and not len(batch.preempted))
+        seats = state.limits.max_num_seqs - len(running)
+        batch = _make(state, running, wanted, drafts, waiting, seats=seats, budget=budget, chunk_limit=limit)
+        return _to_plan(state, batch, repeats=batch.is_steady and not len(waiting))
