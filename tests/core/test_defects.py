@@ -107,7 +107,7 @@ def test_5_context_read_by_decodes_counts():
             add_decode(table, f"d{i}", prompt=prompt, tpot_s=0.05)
         for i in range(40):
             table.add(make_request(f"c{i}", prompt=500, ttft_s=1.0, tpot_s=0.05))
-        plan = SloPlanner().plan(make_state(table, model=CONTEXT, limits=make_limits(max_num_seqs=256)))
+        plan = SloPlanner(reserve=1.0).plan(make_state(table, model=CONTEXT, limits=make_limits(max_num_seqs=256)))
         promised.append(sum(v.promised for v in plan.verdicts))
     assert promised[0] > promised[1] > 0
 
@@ -170,9 +170,10 @@ def test_6_a_search_that_is_cut_off_promises_what_it_has_found():
         else:
             ttft, prompt = float(rng.uniform(0.2, 6.0)), int(rng.integers(100, 3000))
             table.add(make_request(f"r{i}", prompt=prompt, ttft_s=ttft, tpot_s=float(rng.choice(TPOTS[1:]))))
-    at_leisure = SloPlanner().plan(make_state(table))
+    planner = SloPlanner(reserve=1.0)
+    at_leisure = planner.plan(make_state(table))
     assert sum(v.promised for v in at_leisure.verdicts) >= 20
-    plan = SloPlanner().plan(make_state(table, limits=make_limits(work_limit=20_000)))
+    plan = planner.plan(make_state(table, limits=make_limits(work_limit=20_000)))
     assert sum(v.promised for v in plan.verdicts) >= 10
 
 
@@ -246,6 +247,6 @@ def test_10_what_a_burst_gained_is_slack():
     table = RequestTable()
     add_decode(table, "ahead", tpot_s=0.1, ahead_s=0.5)
     table.add(make_request("new", prompt=2500, ttft_s=0.26, tpot_s=0.1))
-    plan = SloPlanner().plan(make_state(table, limits=make_limits(max_num_batched_tokens=8192)))
+    plan = SloPlanner(reserve=1.0).plan(make_state(table, limits=make_limits(max_num_batched_tokens=8192)))
     assert [v.promised for v in plan.verdicts] == [True]
     assert math.isfinite(plan.verdicts[0].predicted_ttft_s)

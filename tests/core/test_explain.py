@@ -16,7 +16,7 @@ def waiting(*requests):
 
 
 def ask(state, name):
-    return explain(state, name, SloPlanner())
+    return explain(state, name, SloPlanner(reserve=1.0))
 
 
 def test_a_request_with_room_is_promised_with_its_slack():

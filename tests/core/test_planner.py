@@ -177,7 +177,8 @@ def test_headroom_falls_with_every_promised_decode():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"admission_name": "best"}, {"batch_fixed_multiple": 0}, {"fill_share": 0}, {"beam_width": 0}]
+    "bad",
+    [{"admission_name": "best"}, {"batch_fixed_multiple": 0}, {"reserve": 0.5}, {"fill_share": 0}, {"beam_width": 0}],
 )
 def test_an_impossible_option_is_an_error(bad):
     with pytest.raises(ValueError, match="expected"):
@@ -296,6 +297,56 @@ def test_paces_slower_than_any_request_lasts_and_faster_than_any_step_are_both_a
     verdicts = {v.request_id: v.promised for v in plan.verdicts}
     assert verdicts["glacial"] is True
     assert verdicts.get("instant", False) is False
+
+
+# -- promises that wait, and brief batches ------------------------------------------------------------
+
+
+def promised_by(plan):
+    return {v.request_id for v in plan.verdicts if v.promised}
+
+
+def test_a_promise_is_given_at_once_where_prompts_could_take_twice_as_long():
+    table = RequestTable()
+    table.add(make_request("easy", prompt=1000, ttft_s=1.0, tpot_s=0.1))
+    state = make_state(table)
+    assert STEPPED.prefill_seconds(1000, 2048) < 0.3
+    assert promised_by(SloPlanner().plan(state)) == {"easy"}
+
+
+def test_a_costly_request_without_reserve_gives_way_to_cheaper_newcomers():
+    alone_s = STEPPED.prefill_seconds(6000, 512)
+    limits = make_limits(max_num_batched_tokens=512, max_model_len=8192)
+    table = RequestTable()
+    table.add(make_request("costly", prompt=6000, ttft_s=1.2 * alone_s, tpot_s=0.1))
+    first = SloPlanner().plan(make_state(table, limits=limits))
+    assert "costly" in first.batch.request_ids
+    assert not first.verdicts
+    assert promised_by(SloPlanner(reserve=1.0).plan(make_state(table, limits=limits))) == {"costly"}
+    for i in range(8):
+        table.add(make_request(f"cheap{i}", prompt=400, ttft_s=0.5 * alone_s, tpot_s=0.1))
+    crowded = SloPlanner().plan(make_state(table, limits=limits))
+    assert "costly" not in promised_by(crowded)
+    assert any(name.startswith("cheap") for name in crowded.batch.request_ids)
+
+
+def test_a_request_without_reserve_is_promised_with_the_batch_that_ends_its_prompt():
+    table = RequestTable()
+    table.add(make_request("last", prompt=500, ttft_s=1.2 * STEPPED.seconds(500), tpot_s=0.1))
+    assert promised_by(SloPlanner().plan(make_state(table))) == {"last"}
+
+
+def test_prompts_go_in_brief_batches_where_deadlines_hold_with_them():
+    fixed_s = STEPPED.seconds(1)
+    limits = make_limits(max_num_batched_tokens=8192)
+    batch_s = {}
+    for ttft_s in (10.0, 1.2 * STEPPED.prefill_seconds(3000, 8192)):
+        table = RequestTable()
+        table.add(make_request("long", prompt=3000, ttft_s=ttft_s, tpot_s=1.0))
+        batch_s[ttft_s] = SloPlanner().plan(make_state(table, limits=limits)).batch.predicted_s
+    at_leisure_s, hurried_s = batch_s.values()
+    assert at_leisure_s <= 4 * fixed_s + 1e-9
+    assert hurried_s > at_leisure_s
 
 
 # -- one source, two ways to run it -----------------------------------------------------------------

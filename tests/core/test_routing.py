@@ -114,7 +114,7 @@ def planner_promises(state, one):
     slo = Slo(ttft_s=one.ttft_deadline_s - one.arrival_s, tpot_s=one.tpot_s)
     request = replace(make_request("new", arrival_s=one.arrival_s, prompt=one.num_prompt_tokens), slo=slo)
     table.add(request, predicted_output_tokens=one.predicted_output_tokens)
-    plan = SloPlanner().plan(replace(state, requests=table))
+    plan = SloPlanner(reserve=1.0).plan(replace(state, requests=table))
     promised = {verdict.request_id for verdict in plan.verdicts if verdict.promised}
     return "new" in promised and not plan.at_risk
 

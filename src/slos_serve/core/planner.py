@@ -5,12 +5,15 @@ Theory of operation. A step has four questions, answered in this order.
 1. *Can what was promised be kept?* Simulate the promised requests with the mean model. If a deadline
    cannot be met, recovery lets the cheapest promises go until the rest can (`Plan.at_risk`); they keep
    being served, after the others.
-2. *Who else can be promised?* A request stays a candidate while its slack lasts. The dynamic programme
+2. *Who else can be served?* A request stays a candidate while its slack lasts. The dynamic programme
    of `admission` (or all candidates at once, where a simulation shows that they fit) proposes a set; the
    set is simulated with the model's margin, repaired and extended. A candidate that even an idle engine
-   could not serve in time is told so.
-3. *What runs next?* `batching.compose` for everything promised: eagerly, if the promises also hold with
-   every decode in every batch, otherwise decodes join only when they must.
+   could not serve in time is told so. A promise cannot be taken back, so one that a burst of cheaper
+   requests might regret waits: it is given at once where it would hold even if prompts took `reserve`
+   times as long, else with the batch that ends the prompt. Until then the set is chosen anew each time.
+3. *What runs next?* `batching.compose` for that set: eagerly, if the deadlines also hold with every
+   decode in every batch, otherwise decodes join only when they must. Where they hold with brief batches
+   too, batches are brief, because a newcomer with a short prompt cannot wait for the end of a long one.
 4. *What is left over* goes to undecided candidates, then to best-effort work, oldest first. Best-effort
    requests lose their KV blocks, newest first, when promised work needs them.
 
@@ -43,6 +46,7 @@ from slos_serve.core.demand import (
     STUCK,
     TOKENS,
     TPOT,
+    VALUE,
     VERIFY,
     Demand,
     Effort,
@@ -69,7 +73,10 @@ class SloPlanner:
     """Plan for the SLOs of every request; see the module's text.
 
     `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step, so that a
-    newcomer never waits long behind it. `fill_share`: the share of the tightest live TPOT that a batch
+    newcomer never waits long behind it; `brief_fixed_multiple`: the same where nothing is lost by it (a TTFT of
+    five times the unloaded prefill leaves the shortest prompt four).
+    `reserve`: a promise is given early where it would hold with prompts that take so many times as long (1: wherever
+    it holds). `fill_share`: the share of the tightest live TPOT that a batch
     filled with work without promises may last. `admission_name`: `dp` (the dynamic programme) or `greedy`
     (by value density, for comparison). `beam_width`: most labels of the programme.
     """
@@ -78,15 +85,22 @@ class SloPlanner:
         self,
         *,
         batch_fixed_multiple: float = 8.0,
+        brief_fixed_multiple: float = 4.0,
+        reserve: float = 2.0,
         fill_share: float = 1.0,
         admission_name: str = "dp",
         beam_width: int = 200,
     ) -> None:
         if admission_name not in ("dp", "greedy"):
             raise ValueError(f"admission_name = {admission_name!r}: expected 'dp' or 'greedy'")
-        if not batch_fixed_multiple > 0 or not fill_share > 0 or beam_width < 1:
-            raise ValueError("batch_fixed_multiple, fill_share and beam_width: expected positive values")
+        if not reserve >= 1:
+            raise ValueError(f"reserve = {reserve!r}: expected at least 1")
+        if not brief_fixed_multiple > 0 or not batch_fixed_multiple > 0 or not fill_share > 0 or beam_width < 1:
+            names = "brief_fixed_multiple, batch_fixed_multiple, fill_share and beam_width"
+            raise ValueError(f"{names}: expected positive values")
         self.batch_fixed_multiple = batch_fixed_multiple
+        self.brief_fixed_multiple = min(brief_fixed_multiple, batch_fixed_multiple)
+        self.reserve = reserve
         self.fill_share = fill_share
         self.admission_name = admission_name
         self.beam_width = beam_width
@@ -115,25 +129,38 @@ class _Planning(Columns):
         if candidates.size and not at_risk.size:
             order = self.by_deadline(np.concatenate([order, candidates]))
         demand = self.demand(order, np.where(self.is_promised, self.granted, 0.0))
-        with self.effort.part(4 if candidates.size else 2) as effort:
-            # Nearly always everything fits, and one look answers the first two questions.
-            trial = simulate(self.machine, demand, self.now, effort, eager=True)
+        # Nearly always everything fits, and one look answers the first two questions.
+        trial = self.look(demand, parts=4 if candidates.size else 2)
         eager = trial.kept
         if not eager:
             kept = self.recover(demand)
             if kept is not None:
                 order, demand = order[kept], demand[:, kept]
                 at_risk = np.setdiff1d(self.promised, order)
-            chosen, trial, eager = self.admit(demand, changed=kept is not None)
+            demand, chosen, trial, eager = self.admit_priced(demand, changed=kept is not None)
             order, demand = order[chosen], demand[:, chosen]
-        self.promise(order, demand, trial, verdicts)
+        batch = self.batch(order, demand, at_risk, crowded_out, eager=eager, kept=trial.kept)
+        self.promise(order, demand, trial, batch, verdicts)
         return Plan(
-            batch=self.batch(order, demand, at_risk, crowded_out, eager=eager, kept=trial.kept),
+            batch=batch,
             verdicts=tuple(verdicts),
             at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
             work=self.effort.spent,
             headroom_tokens_per_s=self.headroom(demand),
         )
+
+    def look(self, demand: Demand, *, parts: int) -> Trial:
+        """Return the trial of everyone with decodes running ahead; prompts go in brief batches where that holds."""
+        machine, options = self.machine, self.options
+        share = options.brief_fixed_multiple / options.batch_fixed_multiple
+        with self.effort.part(parts) as effort:
+            if share < 1.0 and demand[LEFT].any():
+                brief = machine._replace(max_batch_s=machine.max_batch_s * share)
+                trial = simulate(brief, demand, self.now, effort, eager=True)
+                if trial.kept:
+                    self.machine = brief
+                    return trial
+            return simulate(machine, demand, self.now, effort, eager=True)
 
     def crowded_out(self) -> IntArray:
         """Return the promised rows whose blocks the others need to go on: the cheapest, newest first.
@@ -221,10 +248,33 @@ class _Planning(Columns):
         trial = simulate(self.machine, demand[:, chosen], self.now, self.effort, eager=True)
         return chosen, trial, trial.kept
 
-    def promise(self, order: IntArray, demand: Demand, trial: Trial, verdicts: list[Verdict]) -> None:
-        """Say of the candidates in `order` when their prefills will end."""
-        for k in np.flatnonzero(demand[REQUIRED] == 0).tolist():
+    def admit_priced(self, demand: Demand, *, changed: bool) -> tuple[Demand, IntArray, Trial, bool]:
+        """Return `admit`'s answer with drafts, or without where that serves more, and the demand it is about."""
+        chosen, trial, eager = self.admit(demand, changed=changed)
+        if len(chosen) == demand.shape[1] or not demand[STEPS].any():
+            return demand, chosen, trial, eager
+        plain = demand.copy()
+        plain[VERIFY], plain[GAIN], plain[STEPS] = 1.0, 1.0, 0.0
+        others, other_trial, other_eager = self.admit(plain, changed=changed)
+        if not other_trial.kept or plain[VALUE, others].sum() <= demand[VALUE, chosen].sum():
+            return demand, chosen, trial, eager
+        self.verify[:], self.gain[:] = 1.0, 1.0
+        return plain, others, other_trial, other_eager
+
+    def promise(self, order: IntArray, demand: Demand, trial: Trial, batch: BatchPlan, verdicts: list[Verdict]) -> None:
+        """Promise the candidates in `order` whose place nobody should take; say when their prefills will end."""
+        new = np.flatnonzero(demand[REQUIRED] == 0)
+        if not new.size:
+            return
+        is_safe = np.ones(len(order), np.bool_)
+        if self.options.reserve > 1.0:
+            slow = self.machine._replace(margin_prefill=self.machine.margin_prefill * self.options.reserve)
+            is_safe = simulate(slow, demand, self.now, self.effort, eager=False).finished_at <= demand[DEADLINE]
+        chunk = dict(zip(batch.request_ids, batch.num_tokens.tolist(), strict=True))
+        for k in new.tolist():
             row = int(order[k])
+            if not is_safe[k] and chunk.get(self.ids[row], 0) < demand[LEFT, k]:
+                continue
             done, deadline = float(trial.finished_at[k]), float(demand[DEADLINE, k])
             verdicts.append(
                 Verdict(
@@ -280,14 +330,17 @@ class _Planning(Columns):
         )
 
     def make_room(self, order: IntArray, index: IntArray, counts: FloatArray, crowded_out: IntArray) -> IntArray:
-        """Return the running rows outside `order` that give up blocks or seats, newest first.
+        """Return the running rows that give up blocks or seats: those outside `order`, newest first.
 
         Room is needed for `index` and for the next token of every other running request: where all wait
-        for a block that another holds, nobody ends.
+        for a block that another holds, nobody ends. What waits in `order` without a promise gives way last.
         """
         others = self.running.copy()
-        others[order] = False
+        others[order[self.is_promised[order]]] = False
+        others[index] = False
         others[crowded_out] = False
+        in_order = np.zeros(len(others), np.bool_)
+        in_order[order] = True
         rows = np.flatnonzero(others)
         growth = self.growth(rows)
         held = float(self.held[crowded_out].sum())
@@ -297,7 +350,7 @@ class _Planning(Columns):
             int(self.running.sum()) - len(crowded_out) + starting - self.state.limits.max_num_seqs if starting else 0
         )
         taken = crowded_out.tolist()
-        for k in np.lexsort((-self.rows["seq"][rows], self.is_promised[rows])).tolist():
+        for k in np.lexsort((-self.rows["seq"][rows], in_order[rows], self.is_promised[rows])).tolist():
             if missing <= 0 and seats <= 0:
                 break
             taken.append(int(rows[k]))

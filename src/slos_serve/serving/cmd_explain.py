@@ -178,7 +178,8 @@ def explain_state(path: Path, request_id: str | None) -> list[dict[str, Any]]:
     if request_id is not None and request_id not in names:
         expected = f"one of {', '.join(names[:5]) or 'no requests'}{', ...' if len(names) > 5 else ''}"
         raise ConfigError(where=str(path), key="REQUEST_ID", value=request_id, expected=expected)
-    return [_explain(state, name, SloPlanner()) for name in (names if request_id is None else [request_id])]
+    planner = SloPlanner(reserve=1.0)  # whether it can be kept, not whether a promise would wait for the prompt's end
+    return [_explain(state, name, planner) for name in (names if request_id is None else [request_id])]
 
 
 def read_state(path: Path) -> ReplicaState:
