@@ -43,7 +43,7 @@ PATH_TOKEN_S = 6.6e-3  # CPU time of a token's way through Ray, engine apart: cl
 
 
 class Bed:
-    """A Ray of its own in this process, with room for `options.replicas`. A context manager; leaving ends everything."""
+    """A Ray of its own in this process with room for all replicas; a context manager, leaving ends everything."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options

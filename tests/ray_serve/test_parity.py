@@ -1,0 +1,134 @@
+"""Simulator and Ray route alike: what a simulated cluster recorded, asked again by way of Ray's router.
+
+The simulator hands its router snapshots and arrivals as objects. On Ray snapshots arrive as JSON in a replica's
+statistics, arrivals in hops, ends from the ingress, and Ray asks `choose_replicas`. Same policy, same answers.
+"""
+
+import asyncio
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from parts import Clocks, stats
+
+from slos_serve.core.perf import PerfModel
+from slos_serve.core.planner import SloPlanner
+from slos_serve.core.routing import make_router
+from slos_serve.core.types import Request, Slo
+from slos_serve.ray_serve.fleet import Fleet
+from slos_serve.ray_serve.hops import Hop
+from slos_serve.sim.cluster import ClusterOptions
+from slos_serve.sim.hardware import Hardware
+from slos_serve.sim.records import SimRequest
+from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.run import run_workload
+from slos_serve.sim.workload import Workload
+
+pytest.importorskip("ray.serve.llm")
+
+NUM_REPLICAS = 3
+HARDWARE = Hardware(
+    name="toy",
+    perf_model=PerfModel.from_terms([{"per_token_s": 1e-3, "per_context_token_s": 1e-6, "fixed_s": 0.01}]),
+    kv_tokens=16_000,
+    max_model_len=2000,
+    max_num_batched_tokens=512,
+    max_num_seqs=32,
+)
+
+
+class Recorder:
+    """A router that writes down what it is told and what it answers."""
+
+    def __init__(self, router):
+        self.router = router
+        self.hops, self.uses_snapshots = router.hops, router.uses_snapshots
+        self.rank, self.forget = router.rank, router.forget
+        self.events = []
+
+    def observe(self, snapshot):
+        self.events.append(("observe", snapshot))
+        self.router.observe(snapshot)
+
+    def ended(self, request_id):
+        self.events.append(("ended", request_id))
+        self.router.ended(request_id)
+
+    def choose(self, arrival, names, now_s):
+        route = self.router.choose(arrival, names, now_s)
+        self.events.append(("sent", arrival, route.replica_id, now_s))
+        return route
+
+    def place(self, arrival, replica_id, now_s):
+        self.events.append(("sent", arrival, replica_id, now_s))
+        self.router.place(arrival, replica_id, now_s)
+
+
+def recorded(policy, seed, monkeypatch):
+    """Return what the router of a busy simulated cluster was told and answered."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / 24, 400))
+    sims = []
+    for i, at_s in enumerate(times.tolist()):
+        slo = Slo(ttft_s=float(rng.choice([0.3, 0.9, 60.0])), tpot_s=0.05) if rng.random() < 0.9 else Slo()
+        request = Request(
+            request_id=f"q{i}", arrival_s=at_s, num_prompt_tokens=int(rng.choice([20, 300, 900])),
+            max_output_tokens=200, slo=slo, slo_class="chat" if slo.ttft_s else "best-effort",
+        )  # fmt: skip
+        session = f"s{rng.integers(40)}" if rng.random() < 0.3 else ""
+        sims.append(SimRequest(request=request, num_output_tokens=int(rng.integers(2, 60)), session_id=session))
+    load = Workload(name="toy", arrivals=sims, duration_s=float(times[-1]))
+    recorder = Recorder(make_router(policy, rng=np.random.default_rng(1)))
+    monkeypatch.setattr(ClusterOptions, "make_router", lambda *_: recorder)
+    options = ClusterOptions(num_replicas=NUM_REPLICAS, router=policy)
+    run_workload(
+        load, SloPlanner(), HARDWARE, cluster=options, options=ReplicaOptions(makes_promises=True, learns_times=True)
+    )
+    return recorder.events
+
+
+def asked_again(policy, events):
+    """Return (what the simulator chose, what Ray's router chooses) for every request that was sent."""
+    from slos_serve.ray_serve.router import SloRequestRouter
+
+    clocks = Clocks()
+    clocks.now = 0.0
+    router = object.__new__(SloRequestRouter)  # its actor is Ray's; what decides is in the fleet
+    router.fleet = Fleet(wall=clocks.wall, monotonic=clocks.wall)
+    router.fleet.use(make_router(policy, rng=np.random.default_rng(1)))
+    names = [f"r{i}" for i in range(NUM_REPLICAS)]
+    candidates = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+    known = {name: {} for name in names}
+    keys = {}
+    for i, (kind, what, *more) in enumerate(events):
+        if kind == "observe":
+            clocks.now = max(clocks.now, what.time_s)
+            document = json.loads(json.dumps(replace(what, replica_id="-").to_json()))
+            known[what.replica_id] = stats(float(i), replica=document)
+            router.fleet.update(known)
+        elif kind == "ended":
+            router.fleet.ended(what, keys.get(what, ""))
+        else:
+            chosen, clocks.now = more
+            keys[what.request_id] = f"h{i}"
+            pending = SimpleNamespace(
+                kwargs={"hop": Hop(key=f"h{i}", arrival=what)},
+                metadata=SimpleNamespace(multiplexed_model_id=""),
+                routing_context=SimpleNamespace(should_backoff=False),
+            )
+            groups = asyncio.run(router.choose_replicas(candidates, pending))
+            yield chosen, groups[0][0].replica_id.unique_id
+
+
+@pytest.mark.parametrize("policy", ["slo", "round-robin", "least-load"])
+def test_what_a_simulated_cluster_decided_is_what_rays_router_decides(policy, monkeypatch):
+    pairs = []
+    for seed in range(2):
+        events = recorded(policy, seed, monkeypatch)
+        pairs += asked_again(policy, events)
+    share = sum(ours == rays for ours, rays in pairs) / len(pairs)
+    assert len(pairs) >= 800
+    assert {rays for _, rays in pairs} == {f"r{i}" for i in range(NUM_REPLICAS)}
+    assert share == 1.0, f"{share:.4f} of {len(pairs)} decisions alike"
