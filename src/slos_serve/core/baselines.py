@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -224,6 +224,8 @@ class VllmPlanner:
     fixed, `max_num_seqs` may be set below the engine's own. Token counts.
     """
 
+    ignores_times: ClassVar[bool] = True
+
     token_budget: int = 2048
     draft_length: int = 0
     chunk_limit: int | None = None
@@ -276,6 +278,8 @@ class WholePromptPlanner:
     `token_budget` bounds the prompts of one step, and is never less than the longest allowed sequence.
     """
 
+    ignores_times: ClassVar[bool] = True
+
     token_budget: int = 2048
     draft_length: int = 0
 
@@ -301,6 +305,8 @@ class SarathiPlanner(VllmPlanner):
     Decodes come first and are never cut; prompts fill the rest, first come first served. `token_budget`
     is the upper limit, `tpot_s` (seconds) replaces the tightest live TPOT where given.
     """
+
+    ignores_times: ClassVar[bool] = False
 
     token_budget: int = 8192
     tpot_s: float | None = None

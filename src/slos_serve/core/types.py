@@ -434,7 +434,11 @@ class Plan:
 
 
 class Planner(Protocol):
-    """Decide the next batch and verdicts. Pure: same state, same plan; the state is not changed."""
+    """Decide the next batch and verdicts. Pure: same state, same plan; the state is not changed.
+
+    One that never reads `ReplicaState.perf_model` may say so with an attribute `ignores_times`: then a simulator
+    need not keep that right.
+    """
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the plan for the step that starts at `state.now_s`."""

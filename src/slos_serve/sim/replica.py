@@ -144,6 +144,8 @@ class Replica:
             or hooks.plan
             or hooks.first_token
         )
+        # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
+        self._learns = self.options.learns_times and not (self._coasts and getattr(planner, "ignores_times", False))
         self._coast: Coast | None = None
         self._next_check = 0
         self._busy = False
@@ -154,7 +156,7 @@ class Replica:
     @property
     def plan_model(self) -> PerfModel:
         """The performance model the planner is given now."""
-        return self._correction.model if self.options.learns_times else self._correction.base
+        return self._correction.model if self._learns else self._correction.base
 
     def submit(self, sim: SimRequest, record: Record | None = None) -> None:
         """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
@@ -322,7 +324,7 @@ class Replica:
         context = int(self.table.rows["num_computed_tokens"][coast.rows].sum())
         num_blocks, ended = self.streams.coast(coast.rows, self.limits.block_size, coast.ends[:done])
         self.engine.take(num_blocks)
-        if self.options.learns_times:
+        if self._learns:
             for k, seconds in enumerate(coast.seconds[:done].tolist()):
                 self._correction.observe(StepSample(count, count, context + k * count, 0, 0.0, 0, seconds))
         for index in ended:
@@ -347,7 +349,7 @@ class Replica:
             started = np.flatnonzero(self.table.rows["num_output_tokens"])
             for request_id in [self.table.request_ids[i] for i in started.tolist()]:
                 self.hooks.first_token(self.withdraw(request_id))
-        if self.options.learns_times:
+        if self._learns:
             self._correction.observe(sample)
         if self.hooks.step is not None:
             self.hooks.step(self._record)
