@@ -13,6 +13,7 @@ from slos_serve.figures import ACCENT, GREY, INK, OURS, STOCK, style
 
 PALETTE = (STOCK, ACCENT, "#8e5bb5", "#c2a12f", "#c2496b", "#4aa3a2", GREY, "#6b4f2a", "#9bb54a")
 DRAFTS = (0, 1, 2, 4, 6)
+FEWEST_TICKS = 3
 CONTEXT_TOKENS = 512  # behind each request of the feasible region
 
 Entry = Mapping[str, Any]
@@ -60,11 +61,16 @@ def attainment_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) ->
 
 
 def _label_rates(axes: Any) -> None:
-    """Label 1, 2 and 5 of every decade of a logarithmic axis."""
+    """Label 1, 2 and 5 of every decade of a logarithmic axis; a few round numbers where it spans less."""
     low, high = axes.get_xlim()
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**exponent for exponent in exponents for step in (1, 2, 5)]
-    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    inside = [tick for tick in ticks if low <= tick <= high]
+    if len(inside) < FEWEST_TICKS:
+        step = 10 ** math.floor(math.log10(high - low))
+        step *= 1 if (high - low) / step >= FEWEST_TICKS else 0.5
+        inside = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    axes.set_xticks(inside)
     axes.set_xticks([], minor=True)
 
 
