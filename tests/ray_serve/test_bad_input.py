@@ -1,5 +1,6 @@
 """What cannot work is said at once and in one line; nothing is started for it."""
 
+import socket
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ pytest.importorskip("vllm")
 
 def serve(model, *flags):
     command = [sys.executable, "-m", "slos_serve.cli", "serve", str(model), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
@@ -39,3 +40,11 @@ def test_it_ends_with_status_2_and_one_line(model, flags, says):
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_listens_at_the_address_and_is_no_ray_head_is_told_in_seconds(model):
+    pytest.importorskip("ray.serve.llm")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = serve(model, "--ray-address", f"127.0.0.1:{listener.getsockname()[1]}")
+    assert done.returncode == 2, done.stderr
+    assert "is no Ray head" in done.stderr.strip().splitlines()[-1]

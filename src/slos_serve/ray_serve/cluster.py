@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import grpc  # type: ignore[import-untyped,import-not-found,unused-ignore] # Ray brings it
 import ray
 from ray import serve
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "slos-serve"
 POLL_S = 0.5
+CONNECT_S = 5.0
 START_ATTEMPTS = 4
 # A replica that hangs would keep its place for the whole patience.
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
@@ -38,6 +40,9 @@ class Cluster:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
         if self.is_own:
             options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
+        if address not in (None, "auto") and not answers(address):
+            expected = "the address of a running cluster: what listens there is no Ray head"
+            raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected)
         try:
             _start(options) if self.is_own else ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -116,6 +121,18 @@ def _start(options: Mapping[str, Any]) -> None:
             logger.warning("Ray did not start within its half minute: trying again")
         else:
             return
+
+
+def answers(address: str) -> bool:
+    """Tell whether a gRPC server, as a Ray head is one, answers at HOST:PORT; Ray itself would try for minutes."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True  # whether it trusts us is Ray's to find out
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def _line(error: BaseException) -> str:
