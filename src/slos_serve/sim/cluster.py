@@ -193,9 +193,12 @@ class Cluster:
 
     def _arrival(self, sim: SimRequest, tried: tuple[str, ...], names: Sequence[str]) -> Arrival:
         cached = {} if sim.session_id else dict.fromkeys(names, sim.num_cached_tokens)
+        predicted = float(sim.request.max_output_tokens)
+        if self.router.uses_snapshots:  # the others only count requests
+            predicted = predicted_length(self._lengths, sim, self._replica_options)
         return Arrival.of(
             sim.request,
-            predicted_output_tokens=predicted_length(self._lengths, sim, self._replica_options),
+            predicted_output_tokens=predicted,
             session_id=sim.session_id,
             cached_tokens=cached,
             tried=tried,
@@ -205,7 +208,7 @@ class Cluster:
         self._left -= 1
         self.router.ended(sim.request.request_id)
         self._decode_router.ended(sim.request.request_id)
-        if grade.num_output_tokens:
+        if grade.num_output_tokens and self.router.uses_snapshots:
             self._lengths.observe(sim.request.slo_class, sim.request.num_prompt_tokens, sim.num_output_tokens)
         self._hooks.end(sim, grade)
         if self._left == 0:

@@ -160,7 +160,7 @@ class Replica:
 
     def submit(self, sim: SimRequest, record: Record | None = None) -> None:
         """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
-        self.settle()
+        self._end_coast()
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
             self.hooks.end(sim, Record(sim).fail())
@@ -291,9 +291,24 @@ class Replica:
         ends, seconds = self.streams.foresee(rows, self._lines, self.engine.room(), self.kernel.now_s)
         if len(ends) < 2:
             return False
-        coast = self._coast = Coast(plan, rows, ends, seconds)
-        self.kernel.schedule(float(ends[-1]), Priority.STEP_END, lambda: self._arrive(coast))
+        self._coast_on(Coast(plan, rows, ends, seconds))
         return True
+
+    def _coast_on(self, coast: Coast) -> None:
+        self._coast = coast
+        self.kernel.schedule(float(coast.ends[-1]), Priority.STEP_END, lambda: self._arrive(coast))
+
+    def _end_coast(self) -> None:
+        """Let the step under way be the last one of a coast."""
+        coast = self._coast
+        if coast is None:
+            return
+        done = bisect_right(coast.ends, self.kernel.now_s)
+        between = done > 0 and coast.ends[done - 1] == self.kernel.now_s
+        if between or self.engine.pool.num_cached:  # whose prefixes steps that are done may have taken
+            self.settle()
+        elif done + 1 < len(coast.ends):
+            self._coast_on(Coast(coast.plan, coast.rows, coast.ends[: done + 1], coast.seconds[: done + 1]))
 
     def _arrive(self, coast: Coast) -> None:
         """Let out all steps of a coast that nothing has come between."""
