@@ -5,6 +5,8 @@
 The tests come from vLLM's source package of the installed version, by pip, once, into the cache folder; none of them
 is part of this repository. Three runs: vLLM's own class (`stock`), ours without a plan (`observe`), ours steered in
 every step by a plan of everything (`enforce`). Required: every test ends on ours as on `stock`, apart from `EXPLAINED`.
+Divergences, shares that were planned and not run, are listed by test: the planner of that run does not see that KV
+blocks run out, that a step defers its prefills, or that a request ends while the step before is in flight.
 Models that the tests name are stood in for by their configurations; nothing is asked of a hub.
 """
 
@@ -175,6 +177,8 @@ def run(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for name in ("steps", "faults", "divergences"):
         if document[name]:
             print(f"         {name}: " + ", ".join(f"{count} {word}" for word, count in document[name].items()))
+    for test, found in sorted(document["diverged"].items(), key=lambda item: -sum(item[1].values())):
+        print(f"           {sum(found.values()):4} of them in {test.rpartition('/')[2]}")
     return document
 
 
@@ -203,7 +207,7 @@ def compare(version: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "counts": {kind: Counter(document["outcomes"].values()) for kind, document in found.items()},
         **{
             name: {kind: document[name] for kind, document in found.items()}
-            for name in ("steps", "divergences", "faults")
+            for name in ("steps", "divergences", "diverged", "faults")
         },
         "differences": differences,
         "unexplained": len(unexplained),

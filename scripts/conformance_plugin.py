@@ -26,6 +26,7 @@ OUTCOMES: dict[str, str] = {}
 STEPS: Counter[str] = Counter()
 FAULTS: Counter[str] = Counter()
 DIVERGENCES: Counter[str] = Counter()
+DIVERGED: dict[str, Counter[str]] = {}  # by test
 RUNTIMES: list[Any] = []
 
 
@@ -108,8 +109,11 @@ if KIND != "stock":
             STEPS["steered" if slo.last_plan is not None and slo.is_enforcing else "own order"] += 1
             for name in slo.differences:
                 STEPS[f"not steered: {name}"] += 1
-            DIVERGENCES.update(slo.divergences)
-            slo.divergences.clear()
+            if slo.divergences:
+                DIVERGENCES.update(slo.divergences)
+                test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]
+                DIVERGED.setdefault(test, Counter()).update(slo.divergences)
+                slo.divergences.clear()
             return output
 
     class Scheduler(Watched, scheduler.Scheduler):
@@ -154,4 +158,5 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 def pytest_sessionfinish() -> None:
     """Write what was found."""
     document = {"outcomes": OUTCOMES, "steps": STEPS, "faults": FAULTS, "divergences": DIVERGENCES}
+    document["diverged"] = DIVERGED
     Path(os.environ["CONFORMANCE_OUT"]).write_text(json.dumps(document), encoding="utf-8")

@@ -44,7 +44,7 @@ def test_a_package_without_the_tests_is_told(conformance, tmp_path):
 
 
 def run_of(outcomes):
-    return {"outcomes": outcomes, "steps": {}, "faults": {}, "divergences": {}}
+    return {"outcomes": outcomes, "steps": {}, "faults": {}, "diverged": {}, "divergences": {}}
 
 
 def test_differences_are_listed_and_only_the_unexplained_count(conformance, monkeypatch, capsys):
