@@ -72,6 +72,14 @@ def test_an_observing_server_promises_nothing():
     assert graded(result).outcome == "met"
 
 
+def test_a_server_that_has_stepped_down_promises_nothing_meanwhile():
+    observed = stream("b", headers={"x-slo-verdict": "best-effort", "x-slo-reason": "observe"})
+    late = stream("c", first=9.0, headers={"x-slo-verdict": "best-effort", "x-slo-reason": "observe"})
+    results = [stream("a", slo={"verdict": "promised"}), observed, late]
+    grades = grade_run([request("a"), request("b"), request("c")], results)
+    assert [g.graded.outcome for g in grades] == ["met", "met", "missed"]
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_refusal_is_rejected(status):
     assert graded(stream(tokens=0, status=status, error="HTTP")).outcome == "rejected"

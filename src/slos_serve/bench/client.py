@@ -45,7 +45,7 @@ class BenchRequest:
     """One request to offer. `offset_s` counts from the run's start; `output_tokens` is the true length.
 
     `hidden_max_tokens`: the limit that a client of this class would set. `slo` is what the request is
-    graded by, and what it asks for where `slo_class` is not None.
+    graded by, and what it asks for where `slo_class` is not None. `extra` is put over the body's fields.
     """
 
     request_id: str
@@ -56,6 +56,7 @@ class BenchRequest:
     slo: Slo = field(default_factory=Slo)
     slo_class: str = "best-effort"
     thinking_tokens: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +129,7 @@ def request_body(request: BenchRequest, model: str, endpoint: str, slo_form: str
         body |= {"slo": asked, "vllm_xargs": hidden}
     elif slo_form == "xargs":
         body["vllm_xargs"] = {**{f"slo_{name}": value for name, value in asked.items()}, **hidden}
-    return body
+    return body | dict(request.extra)
 
 
 async def discover_model(base_url: str, *, api_key: str | None = None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slos_serve.bench.client import StreamResult, offer
+from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.grade import entry, grade_run, request_row
 from slos_serve.bench.profile_file import write_json
 from slos_serve.bench.profiling import warm_up
@@ -54,12 +54,30 @@ def run_once(
     """Offer one workload to one engine; return its graded entry and its requests."""
     requests = scaled.requests(rate_rps=rate_rps, duration_s=duration_s, seed=seed)
     results = asyncio.run(offer(url, model, requests, on_result=on_result))
+    return graded_run(
+        requests, results, system=system, budget=budget, rate_rps=rate_rps, duration_s=duration_s, seed=seed
+    )
+
+
+def graded_run(
+    requests: Sequence[BenchRequest],
+    results: Sequence[StreamResult],
+    *,
+    system: str,
+    budget: int,
+    rate_rps: float,
+    duration_s: float,
+    seed: int,
+    setting: str = "",
+    scenario: str = "mixed",
+) -> Run:
+    """Return the run of what came back; `setting` names it where system and budget do not."""
     streams = grade_run(requests, results)
-    graded = entry(streams, system=system, scenario="mixed", span_s=duration_s, rate_rps=rate_rps)
+    graded = entry(streams, system=system, scenario=scenario, span_s=duration_s, rate_rps=rate_rps)
     rows = [request_row(stream) for stream in streams]
     return {
         "schema": "slos-serve-run/1",
-        "setting": setting_name(system, budget),
+        "setting": setting or setting_name(system, budget),
         "system": system,
         "budget": budget,
         "rate_rps": rate_rps,

@@ -3,7 +3,9 @@
 A request arrives when it is sent and a token when the chunk that holds it is received, so HTTP counts. A
 promise is what the server said: the `slo` object of the stream or the header `x-slo-verdict`. A server
 that says nothing makes no promises, and its requests are met or missed; one that makes promises has
-those it did not make `declined`, even where they happened to be in time.
+those it did not make `declined`, even where they happened to be in time. One that has stepped down to vLLM's
+own order, or only observes, makes none meanwhile and says so (reason `observe`): as the server itself counts them,
+those requests are met or missed.
 """
 
 from __future__ import annotations
@@ -25,21 +27,26 @@ class GradedStream:
     """One request, what came back, and its grade.
 
     `lateness_s`: most time by which a checked token was late (negative: the least time to spare); None
-    without tokens or without a promise.
+    without tokens or without a promise. `stages` as in `core.deadlines.Grade`.
     """
 
     request: BenchRequest
     result: StreamResult
     graded: GradedRequest
     lateness_s: float | None
+    stages: Mapping[str, str]
 
 
 def verdict(result: StreamResult) -> str:
     """Return what the server said last about the promise: "" where it said nothing or only observed."""
     said: Mapping[str, Any] = result.slo or {}
-    if "observe" in (said.get("reason"), result.headers.get("x-slo-reason")):
+    if _only_observed(result):
         return ""
     return str(said.get("verdict") or result.headers.get("x-slo-verdict") or "")
+
+
+def _only_observed(result: StreamResult) -> bool:
+    return "observe" in ((result.slo or {}).get("reason"), result.headers.get("x-slo-reason"))
 
 
 def grade_stream(request: BenchRequest, result: StreamResult, *, makes_promises: bool | None = None) -> GradedStream:
@@ -54,7 +61,7 @@ def grade_stream(request: BenchRequest, result: StreamResult, *, makes_promises:
         before = tokens
     finished_s = result.sent_s if result.finished_s is None else result.finished_s
     grade = grader.finish(finished_s)
-    speaks = bool(said) if makes_promises is None else makes_promises
+    speaks = (bool(said) if makes_promises is None else makes_promises) and not _only_observed(result)
     rejected = result.status in REFUSALS
     ended = outcome(
         grade,
@@ -68,6 +75,7 @@ def grade_stream(request: BenchRequest, result: StreamResult, *, makes_promises:
         result=result,
         graded=_graded(request, result, grade, ended, promised=promised),
         lateness_s=lateness(request, result),
+        stages=grade.stages,
     )
 
 
@@ -144,6 +152,7 @@ def request_row(stream: GradedStream) -> dict[str, Any]:
         "ttft_s": _rounded(graded.ttft_s),
         "tpot_s": _rounded(graded.tpot_s),
         "lateness_s": _rounded(stream.lateness_s),
+        "stages": dict(stream.stages),
         "finished_s": _rounded(graded.finish_s),
         "error": result.error,
         "counted_by": result.counted_by,

@@ -81,11 +81,18 @@ class Lab:
         return (self.out / "profile.json").resolve()
 
     @property
+    def ours(self) -> Engine:
+        """Our server; `SlosServeError` before it was started."""
+        if self._ours is None:
+            raise SlosServeError("our server has not been started")
+        return self._ours
+
+    @property
     def record_path(self) -> Path:
         """The steps of our server, one JSON line each."""
         return (self.out / "steps.jsonl").resolve()
 
-    def start_ours(self, *, fresh: bool) -> Scaled:
+    def start_ours(self, *, fresh: bool, flags: Sequence[str] = (), **options: Any) -> Scaled:
         """Start our server; it measures itself where `fresh` or where no profile is there yet."""
         check_memory(1)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -93,25 +100,33 @@ class Lab:
         if measure:
             self.profile_path.unlink(missing_ok=True)
             self.record_path.unlink(missing_ok=True)
-        flags = ["--profile", str(self.profile_path), *(["--reprofile"] if measure else [])]
-        flags += ["--record", str(self.record_path), "--slo-mode", "enforce"]
-        flags += ["--additional-config", '{"slo": {"state": false}}']  # every run starts with the same knowledge
-        flags += ["--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS]
         what = "; it measures how long its own steps take (about a minute and a half)" if measure else ""
         self._say(f"Starting vLLM with slos-serve{what}.")
-        self._ours = self._fleet.start(OURS, self.model, flags)
-        self._wait([self._ours], expected_s=90 if measure else 45)
+        given = ["--record", str(self.record_path), *(["--reprofile"] if measure else []), *flags]
+        self._ours = self.launch_ours(OURS, given, **options)
+        self.wait([self._ours], expected_s=90 if measure else 45)
         return Scaled(profile=Profile.load(self.profile_path))
+
+    def launch_ours(self, name: str, flags: Sequence[str] = (), **options: Any) -> Engine:
+        """Launch our server with further flags of vLLM and options of the scheduler; returns at once."""
+        slo = json.dumps({"slo": {"state": False, **options}})  # every run starts with the same knowledge
+        given = ["--profile", str(self.profile_path), "--slo-mode", "enforce", "--additional-config", slo]
+        given += ["--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS, *flags]
+        return self._fleet.start(name, self.model, given)
+
+    def launch_stock(self, budget: int, flags: Sequence[str] = (), *, name: str = "") -> Engine:
+        """Launch plain vLLM; returns at once."""
+        given = ["--no-slo", "--max-num-batched-tokens", str(budget), *COMMON_FLAGS, *flags]
+        return self._fleet.start(name or setting_name(STOCK, budget), self.model, given)
 
     def start_sides(self, scaled: Scaled, budgets: Sequence[int]) -> list[Side]:
         """Start plain vLLM once per budget and return all sides, ours first, warmed up."""
-        assert self._ours is not None
         check_memory(len(budgets))
         names = ", ".join(str(budget) for budget in budgets)
         self._say(f"Starting plain vLLM with token budgets {names} (the first is its default).")
-        sides = [Side(system=OURS, budget=OURS_BUDGET, engine=self._ours)]
-        sides += [Side(system=STOCK, budget=budget, engine=self._start_stock(budget)) for budget in budgets]
-        self._wait([side.engine for side in sides], expected_s=30 * len(budgets))
+        sides = [Side(system=OURS, budget=OURS_BUDGET, engine=self.ours)]
+        sides += [Side(system=STOCK, budget=budget, engine=self.launch_stock(budget)) for budget in budgets]
+        self.wait([side.engine for side in sides], expected_s=30 * len(budgets))
         with Progress("warming up"), concurrent.futures.ThreadPoolExecutor(len(budgets)) as pool:
             done = [pool.submit(warm, s.engine.url, MODEL_NAME, scaled, shapes_s=WARM_SHAPES_S) for s in sides[1:]]
             for future in done:
@@ -120,11 +135,8 @@ class Lab:
             warm(sides[0].engine.url, MODEL_NAME, scaled, shapes_s=WARM_SHAPES_S)
         return sides
 
-    def _start_stock(self, budget: int) -> Engine:
-        flags = ["--no-slo", "--max-num-batched-tokens", str(budget), *COMMON_FLAGS]
-        return self._fleet.start(setting_name(STOCK, budget), self.model, flags)
-
-    def _wait(self, engines: Sequence[Engine], *, expected_s: float) -> None:
+    def wait(self, engines: Sequence[Engine], *, expected_s: float) -> None:
+        """Wait until the servers answer."""
         with Progress("starting") as progress:
             self._fleet.wait(
                 engines, timeout_s=START_TIMEOUT_S, while_waiting=lambda s: progress(min(0.95, s / expected_s))

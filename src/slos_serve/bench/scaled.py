@@ -17,7 +17,7 @@ Everything here is fixed before any system is measured under load, and is the sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,11 @@ VLLM_DEFAULT_BUDGET = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaled:
-    """A workload fitted to one profile."""
+    """A workload fitted to one profile: the classes of `mix` with the lengths of each."""
 
     profile: Profile
+    mix: Mapping[str, float] = field(default_factory=lambda: MIX)
+    lengths: Mapping[str, Lengths] = field(default_factory=lambda: LENGTHS)
 
     @property
     def factor(self) -> float:
@@ -63,7 +65,7 @@ class Scaled:
     def config(self) -> SloConfig:
         """The shipped classes of the mix with their milliseconds stretched."""
         shipped = default_classes()
-        classes = {name: self._stretched(shipped[name]) for name in MIX} | {"best-effort": shipped["best-effort"]}
+        classes = {name: self._stretched(shipped[name]) for name in self.mix} | {"best-effort": shipped["best-effort"]}
         base = SloConfig()
         return SloConfig(
             classes=classes,
@@ -72,12 +74,9 @@ class Scaled:
         )
 
     def _stretched(self, slo_class: SloClass) -> SloClass:
-        assert slo_class.tpot_ms is not None
-        return SloClass(
-            name=slo_class.name,
-            ttft_slowdown=slo_class.ttft_slowdown,
-            tpot_ms=slo_class.tpot_ms * self.factor,
-        )
+        names = ("tpot_ms", "final_tpot_ms", "thinking_tpot_ms")
+        given = {name: getattr(slo_class, name) for name in names}
+        return replace(slo_class, **{name: ms * self.factor for name, ms in given.items() if ms is not None})
 
     @property
     def tightest_tpot_s(self) -> float:
@@ -102,8 +101,8 @@ class Scaled:
         prefill_token_s = max(step_s - base, 1e-9) / max(chunk, 1)
         decode_token_s = (base - model.seconds(1, 1, context_tokens=256)) / (num_decodes - 1)
         work_s = 0.0
-        for name, share in MIX.items():
-            prompt, output = LENGTHS[name].mean_tokens()
+        for name, share in self.mix.items():
+            prompt, output = self.lengths[name].mean_tokens()
             work_s += share * (prompt * prefill_token_s + output * decode_token_s)
         fixed_share = (base - num_decodes * decode_token_s) / step_s
         return max(0.0, 1 - fixed_share) / work_s
@@ -111,8 +110,10 @@ class Scaled:
     def requests(self, *, rate_rps: float, duration_s: float, seed: int) -> list[BenchRequest]:
         """Return the requests of one run; the same for every system."""
         rng = np.random.default_rng(seed)
-        trace = synthetic_trace(LENGTHS, MIX, process=ARRIVALS, rate_rps=rate_rps, duration_s=duration_s, rng=rng)
-        limits = {name: lengths.max_tokens for name, lengths in LENGTHS.items()}
+        trace = synthetic_trace(
+            self.lengths, self.mix, process=ARRIVALS, rate_rps=rate_rps, duration_s=duration_s, rng=rng
+        )
+        limits = {name: lengths.max_tokens for name, lengths in self.lengths.items()}
         return build_requests(
             trace, config=self.config, reference=self.profile.reference_s, rng=rng, limits=limits, id_prefix=f"s{seed}-"
         )
@@ -121,8 +122,10 @@ class Scaled:
         """Return the facts of the workload for a report."""
         return {
             "arrivals": ARRIVALS,
-            "mix": dict(MIX),
-            "mean_tokens": {name: [round(x, 1) for x in lengths.mean_tokens()] for name, lengths in LENGTHS.items()},
+            "mix": dict(self.mix),
+            "mean_tokens": {
+                name: [round(x, 1) for x in lengths.mean_tokens()] for name, lengths in self.lengths.items()
+            },
             "decode_step_s": self.profile.decode_step_s,
             "gpu_decode_step_s": GPU_DECODE_STEP_S,
             "slo_stretch": self.factor,

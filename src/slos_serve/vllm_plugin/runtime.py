@@ -66,6 +66,7 @@ class SloRuntime:
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
         self.tracker = Tracker(scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async)
+        self.tracker.use_prefix_hits = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
         self.recorder = StepRecorder(settings.record)
         self.safety = StepDown(settings.safety)

@@ -28,7 +28,8 @@ class Settings:
     keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners). `report_s`: how
     often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
     up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
-    (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with.
+    (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with. `use_prefix_hits`:
+    tell the planner how much of a waiting prompt the prefix cache holds.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -46,6 +47,7 @@ class Settings:
     thinking_end: str | tuple[int, ...] = "</think>"
     fault_dir: Path | None = None
     publish_replica: bool = False
+    use_prefix_hits: bool = True
     safety: SafetyLimits = field(default_factory=SafetyLimits)
 
     @classmethod

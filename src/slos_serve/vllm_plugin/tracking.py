@@ -129,6 +129,7 @@ class Tracker:
         self.num_invalid = 0
         self.thinking_end: frozenset[int] = frozenset()
         self.reference: Callable[[int], float] | None = None
+        self.use_prefix_hits = True
         self._unresolved: dict[str, Live] = {}
         self._is_async = is_async
         self._rows_live: list[Live] = []  # in row order
@@ -328,6 +329,9 @@ class Tracker:
 
     def _look_up(self, running: Any) -> None:
         """Ask the prefix cache about a few waiting requests."""
+        if not self.use_prefix_hits:
+            self._lookups.clear()
+            return
         if self._steps % REFRESH_EVERY == 0:
             waiting = np.flatnonzero(~running)[:REFRESHED].tolist()
             self._lookups.extend(self._rows_live[index].request_id for index in waiting)
