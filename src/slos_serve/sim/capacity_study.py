@@ -17,7 +17,7 @@ from slos_serve.sim.scenarios import find_scenario, hardware_of
 from slos_serve.sim.systems import find_system
 
 QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
-FULL = Effort(coarse_windows=2, steps=3, max_rates=4, higher_rates=0)
+FULL = Effort(coarse_windows=2, steps=3, max_rates=3, higher_rates=0)
 BOUND = Effort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
 QUICK_SETTINGS = 3
 QUICK_SHARE = 2  # a quick look runs one in so many of the requests
