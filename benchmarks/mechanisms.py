@@ -1,10 +1,12 @@
 """What each mechanism of the planner is worth, and what wrong predictions cost, on the simulator.
 
-    python benchmarks/mechanisms.py [--study mechanisms|overruns|model] [--seeds N] [--rates R,R] [--json FILE]
+    python benchmarks/mechanisms.py [--study mechanisms|overruns|model] [--seeds N] [--first-seed N] [--rates R,R]
+        [--best-effort SHARE] [--overruns SHARE] [--json FILE]
 
 Every seed draws one mixed workload (chat, coding, summarization; log-normal lengths, gamma arrivals), and
 everything under comparison serves the same ones, so differences are paired. Steps take 10 % longer than the
-planner thinks at first, unless the study varies that; it learns from them as it does in service.
+planner thinks at first, unless the study varies that; it learns from them as it does in service. A share of
+the requests may have no SLO, and a share of the outputs may be twice as long as the planner was told.
 
 - `mechanisms`: the planner with one mechanism taken out; the change of attainment in percentage points.
 - `overruns`: a share of outputs is twice as long as the quantile that the planner was told.
@@ -21,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,8 @@ CLASSES = {
 STUDENT_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-def draw(rng: np.random.Generator, count: int, rate_rps: float) -> Trace:
-    """Draw arrivals, lengths and classes."""
+def draw(rng: np.random.Generator, count: int, rate_rps: float, best_effort: float = 0.0) -> Trace:
+    """Draw arrivals, lengths and classes. `best_effort`: share of requests without an SLO."""
     names = rng.choice(list(CLASSES), count, p=[shape[0] for shape in CLASSES.values()])
     rows = [CLASSES[name][1:] for name in names]
     prompts, outputs = (
@@ -59,18 +62,20 @@ def draw(rng: np.random.Generator, count: int, rate_rps: float) -> Trace:
         arrived_at_s=synthetic_arrivals("gamma:1.5", rate_rps, count, rng),
         prompt_tokens=np.clip(prompts, 8, MAX_CONTEXT * 3 // 4),
         output_tokens=np.clip(outputs, 2, MAX_CONTEXT // 5),
-        slo_class=names,
+        slo_class=np.where(rng.random(count) < best_effort, "best-effort", names),
         source="mixed",
     )
 
 
-def make_workload(hardware: Hardware, seed: int, rate_rps: float, count: int, overruns: float = 0.0) -> Workload:
+def make_workload(
+    hardware: Hardware, seed: int, rate_rps: float, count: int, *, overruns: float = 0.0, best_effort: float = 0.0
+) -> Workload:
     """Return a seed's workload: the same requests at every rate. `overruns`: share of outputs twice as long as told."""
     rng = np.random.default_rng([2504, seed])
-    past = draw(rng, 500, 1.0)
+    past = draw(rng, 500, 1.0, best_effort)
     history = list(zip(past.slo_class.tolist(), past.prompt_tokens.tolist(), past.output_tokens.tolist(), strict=True))
     factory = RequestFactory(load_slo_config(None), hardware.reference_s, MAX_CONTEXT)
-    trace = draw(rng, count, 1.0)
+    trace = draw(rng, count, 1.0, best_effort)
     workload = trace_workload(
         trace, factory, max_model_len=MAX_CONTEXT, default_class="chat", rate_rps=rate_rps, history=history
     )
@@ -139,6 +144,8 @@ SHIPPED = "as shipped"
 VARIANTS: dict[str, Callable[[], SloPlanner]] = {
     SHIPPED: SloPlanner,
     "admission by value density": lambda: SloPlanner(admission_name="greedy"),
+    "every promise at once": lambda: SloPlanner(reserve=1.0),
+    "no brief batches": lambda: SloPlanner(brief_fixed_multiple=8.0),
     "decodes never run ahead": lambda: Variant(NeverAhead),
     "decodes always run ahead": lambda: Variant(AlwaysAhead),
     "leftovers stay empty": lambda: Variant(NoFill),
@@ -185,11 +192,16 @@ def kept_share(entries: Sequence[dict[str, Any]]) -> str:
     return f"{kept}/{promised} = {kept / max(1, promised):.4f}"
 
 
-def study_mechanisms(hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int) -> list[Any]:
+Make = Callable[..., Workload]  # of a hardware, a seed, a rate, a count and perhaps a share of over-runs
+
+
+def study_mechanisms(
+    hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int, make: Make
+) -> list[Any]:
     rows = []
-    print(f"{'':28} {'rate/s':>6} {'attainment':>10} {'against shipped, points':>26}   promises kept")
+    print(f"{'':28} {'rate/s':>6} {'attainment':>10} {'against shipped, points':>26}   promises kept; free TTFT p50")
     for rate in rates:
-        workloads = [make_workload(hardware, seed, rate, count) for seed in seeds]
+        workloads = [make(hardware, seed, rate, count) for seed in seeds]
         base: list[dict[str, Any]] = []
         for name, build in VARIANTS.items():
             drafts = 6 if name == "drafts allowed" else 0
@@ -200,18 +212,22 @@ def study_mechanisms(hardware: Hardware, seeds: Sequence[int], rates: Sequence[f
             base = base or entries
             change = [mine["attainment"] - shipped["attainment"] for mine, shipped in zip(entries, base, strict=True)]
             mean = np.mean([entry["attainment"] for entry in entries])
-            print(f"{name:28} {rate:6.2f} {mean:10.3f} {spread(change):>26}   {kept_share(entries)}", flush=True)
+            free = [e["by_class"]["best-effort"]["ttft_s"]["p50"] for e in entries if "best-effort" in e["by_class"]]
+            text = f"{kept_share(entries)}; {np.mean(free):.2f} s" if free else kept_share(entries)
+            print(f"{name:28} {rate:6.2f} {mean:10.3f} {spread(change):>26}   {text}", flush=True)
             rows.append({"name": name, "rate_rps": rate, "attainment": mean, "change": change})
     return rows
 
 
-def study_overruns(hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int) -> list[Any]:
+def study_overruns(
+    hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int, make: Make
+) -> list[Any]:
     rows = []
     print(f"{'outputs twice the quantile':28} {'rate/s':>6} {'attainment':>10}   promises kept")
     for rate in rates:
         for share in (0.0, 0.1, 0.3):
             entries = [
-                serve(hardware, make_workload(hardware, seed, rate, count, share), SloPlanner(), seed) for seed in seeds
+                serve(hardware, make(hardware, seed, rate, count, overruns=share), SloPlanner(), seed) for seed in seeds
             ]
             mean = np.mean([entry["attainment"] for entry in entries])
             print(f"{100 * share:26.0f} % {rate:6.2f} {mean:10.3f}   {kept_share(entries)}", flush=True)
@@ -219,11 +235,11 @@ def study_overruns(hardware: Hardware, seeds: Sequence[int], rates: Sequence[flo
     return rows
 
 
-def study_model(hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int) -> list[Any]:
+def study_model(hardware: Hardware, seeds: Sequence[int], rates: Sequence[float], count: int, make: Make) -> list[Any]:
     rows = []
     print(f"{'true time / model time':28} {'rate/s':>6} {'learns':>7} {'attainment':>10}   promises kept")
     for rate in rates:
-        workloads = [make_workload(hardware, seed, rate, count) for seed in seeds]
+        workloads = [make(hardware, seed, rate, count) for seed in seeds]
         for error in (0.7, 0.85, 1.0, 1.15, 1.4):
             for learns in (True, False):
                 entries = [
@@ -245,6 +261,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=sorted(STUDIES), action="append", help="one of them (default: all)")
     parser.add_argument("--seeds", type=int, default=6, help="workloads, paired (6)")
+    parser.add_argument("--first-seed", type=int, default=0, help="number of the first workload (0)")
+    parser.add_argument("--best-effort", type=float, default=0.0, help="share of requests without an SLO (0)")
+    parser.add_argument("--overruns", type=float, default=0.0, help="share of outputs twice as long as told (0)")
     parser.add_argument("--rates", default="1.5,2.0", help="requests per second, separated by commas")
     parser.add_argument("--requests", type=int, default=250, help="requests per workload (250)")
     parser.add_argument("--hardware", default="a100-80g-7b-measured", help="name or file")
@@ -255,10 +274,12 @@ def main() -> int:
     if arguments.kv_tokens is not None:
         hardware = hardware.with_kv_tokens(arguments.kv_tokens)
     rates = [float(text) for text in arguments.rates.split(",")]
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    make = partial(make_workload, overruns=arguments.overruns, best_effort=arguments.best_effort)
     document = {}
     for name in arguments.study or STUDIES:
         print(f"== {name}, {arguments.seeds} seeds of {arguments.requests} requests on {hardware.name}")
-        document[name] = STUDIES[name](hardware, range(arguments.seeds), rates, arguments.requests)
+        document[name] = STUDIES[name](hardware, seeds, rates, arguments.requests, make)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1))
     return 0

@@ -178,7 +178,7 @@ def test_headroom_falls_with_every_promised_decode():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"admission_name": "best"}, {"batch_fixed_multiple": 0}, {"reserve": 0.5}, {"fill_share": 0}, {"beam_width": 0}],
+    [{"admission_name": "best"}, {"batch_fixed_multiple": 0}, {"reserve": 0.5}, {"beam_width": 0}],
 )
 def test_an_impossible_option_is_an_error(bad):
     with pytest.raises(ValueError, match="expected"):

@@ -73,12 +73,11 @@ class SloPlanner:
     """Plan for the SLOs of every request; see the module's text.
 
     `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step, so that a
-    newcomer never waits long behind it; `brief_fixed_multiple`: the same where nothing is lost by it (a TTFT of
-    five times the unloaded prefill leaves the shortest prompt four).
-    `reserve`: a promise is given early where it would hold with prompts that take so many times as long (1: wherever
-    it holds). `fill_share`: the share of the tightest live TPOT that a batch
-    filled with work without promises may last. `admission_name`: `dp` (the dynamic programme) or `greedy`
-    (by value density, for comparison). `beam_width`: most labels of the programme.
+    newcomer never waits long behind it; `brief_fixed_multiple`: the same for batches with prompts where
+    deadlines hold with it (a TTFT of five times the unloaded prefill leaves the shortest prompt four).
+    `reserve`: a promise is given early where it would hold with prompts that take so many times as long
+    (1: wherever it holds). `admission_name`: `dp` (the dynamic programme) or `greedy` (by value density,
+    for comparison). `beam_width`: most labels of the programme.
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class SloPlanner:
         batch_fixed_multiple: float = 8.0,
         brief_fixed_multiple: float = 4.0,
         reserve: float = 2.0,
-        fill_share: float = 1.0,
         admission_name: str = "dp",
         beam_width: int = 200,
     ) -> None:
@@ -95,13 +93,11 @@ class SloPlanner:
             raise ValueError(f"admission_name = {admission_name!r}: expected 'dp' or 'greedy'")
         if not reserve >= 1:
             raise ValueError(f"reserve = {reserve!r}: expected at least 1")
-        if not brief_fixed_multiple > 0 or not batch_fixed_multiple > 0 or not fill_share > 0 or beam_width < 1:
-            names = "brief_fixed_multiple, batch_fixed_multiple, fill_share and beam_width"
-            raise ValueError(f"{names}: expected positive values")
+        if not brief_fixed_multiple > 0 or not batch_fixed_multiple > 0 or beam_width < 1:
+            raise ValueError("brief_fixed_multiple, batch_fixed_multiple and beam_width: expected positive values")
         self.batch_fixed_multiple = batch_fixed_multiple
         self.brief_fixed_multiple = min(brief_fixed_multiple, batch_fixed_multiple)
         self.reserve = reserve
-        self.fill_share = fill_share
         self.admission_name = admission_name
         self.beam_width = beam_width
 
@@ -308,7 +304,7 @@ class _Planning(Columns):
         preempted = NOBODY
         if len(order) < len(self.rows):
             preempted = self.make_room(order, index, counts, crowded_out)
-            window = min(float(demand[TPOT].min(initial=math.inf)) * self.options.fill_share, machine.max_batch_s)
+            window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
             rest = self.others(order, preempted, at_risk)
             composed = totals.copy()
