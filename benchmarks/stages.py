@@ -168,10 +168,8 @@ class Bench:
         asked = [[(pause_s, one.asks(request)) for pause_s, request in session] for session in sessions]
         engine = self.engines[one.engine]
         for _ in range(MAX_REPEATS):
-            with (
-                Progress(f"{options.workload}, seed {seed}, {rate:.2f} requests/s: {one.name}"),
-                Bystanders() as others,
-            ):
+            what = f"{options.workload}, seed {seed}, {rate:.2f} requests/s: {one.name}"
+            with Progress(what), Bystanders(self.engines.values()) as others:
                 began_s = time.time()
                 results = asyncio.run(offer_sessions(engine.url, asked))
             engine.check()

@@ -106,6 +106,29 @@ def test_work_ends_oldest_first_beside_a_stream_of_promises(engine) -> None:
     assert not engine.scheduler.slo.faults.counts
 
 
+def test_the_oldest_work_ends_under_an_overload_that_never_does(engine) -> None:
+    from slos_serve.vllm_plugin.ageing import Ageing
+
+    engine = engine(num_blocks=400, max_num_seqs=16, max_num_batched_tokens=512)
+    slo = engine.scheduler.slo
+    slo.ageing = Ageing(slo.tracker, still_s=1.0)
+    for i in range(2):
+        engine.arrive(f"work{i}", prompt_tokens=150, max_tokens=20)
+    rng = np.random.default_rng(0)
+    num_chats, next_s = 0, engine.now
+    while "work0" not in engine.finished:
+        while engine.now >= next_s:  # about twice what the engine could serve
+            engine.arrive(f"chat{num_chats}", prompt_tokens=300, max_tokens=20, args=CHAT)
+            num_chats += 1
+            next_s += float(rng.exponential(0.01))
+        engine.step()
+        assert num_chats < 3000, f"starved: {engine.outputs.get('work0')}"
+    tally = slo.promises.tally.classes["custom"]
+    assert tally.num_kept == tally.num_promised > 50
+    assert slo.promises.tally.classes["best-effort"].outcomes == {"none": 1}
+    assert not slo.faults.counts
+
+
 def test_who_is_refused_is_told_so_and_promoted_when_room_comes_in_time(engine) -> None:
     engine = engine(num_blocks=45, max_num_seqs=4, max_num_batched_tokens=512)
     engine.arrive("first", prompt_tokens=500, max_tokens=60, args={"slo_ttft_ms": 500, "slo_tpot_ms": 100})
