@@ -1,6 +1,7 @@
 """Capacity per GPU against the number of replicas, by router, beside one replica as fast as all.
 
     python benchmarks/scaling.py --trace FILE@0:900 [--slo-class coding] [--replicas 1,2,4,8] [--json FILE]
+    python benchmarks/scaling.py --trace FILE --rate 3 --max-requests 60 --replicas 4,16,64    # attainment at one rate
 
 The trace is stretched until 90 % of the requests attain their SLO: the highest such rate, per GPU, found by
 bisection to 3 %. A trace keeps its bursts when it is stretched, so what more replicas gain per GPU is
@@ -30,7 +31,7 @@ SLOS = SloConfig(ttft_floor_ms=0.0, ttft_allowance_ms=0.0)
 TARGET, TOLERANCE = 0.90, 0.03
 
 
-def offered(args: argparse.Namespace, hardware: Hardware, rate_rps: float) -> Workload:
+def offered(args: argparse.Namespace, hardware: Hardware, rate_rps: float, num_requests: int | None) -> Workload:
     """Return the trace at a rate; lengths are learnt from what the trace held before the window."""
     longest = hardware.limits().max_model_len
     return trace_workload(
@@ -39,20 +40,23 @@ def offered(args: argparse.Namespace, hardware: Hardware, rate_rps: float) -> Wo
         max_model_len=longest,
         default_class=args.slo_class,
         rate_rps=rate_rps,
-        max_requests=args.max_requests,
+        max_requests=num_requests,
     )
 
 
-def serve(args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int, rate: float) -> RunResult:
-    """Run one system behind one router at `rate` requests per second and GPU."""
+def serve(
+    args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int, rate: float, *, cuts: bool = True
+) -> RunResult:
+    """Run one system behind one router at `rate` requests per second and GPU; `cuts`: stop where the target is lost."""
     system_name, router = column
     system = find_system(system_name)
     planner, cluster = system.deploy(system.default, num_replicas=n, router=router)
-    workload = offered(args, hardware, rate * n)
-    budget = {name: int((1 - TARGET) * count) for name, count in workload.num_by_class().items()}
+    workload = offered(args, hardware, rate * n, args.max_requests and args.max_requests * n)
+    counts = workload.num_by_class().items() if cuts else ()
+    budget = {name: int((1 - TARGET) * count) for name, count in counts}
     options = ReplicaOptions(makes_promises=system.makes_promises)
     return run_workload(
-        workload, planner, hardware, seed=args.seed, options=options, cluster=cluster, miss_budget=budget,
+        workload, planner, hardware, seed=args.seed, options=options, cluster=cluster, miss_budget=budget or None,
         plan_clock=time.thread_time,
     )  # fmt: skip
 
@@ -83,6 +87,13 @@ def capacity(
     }
 
 
+def attained(args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int) -> dict[str, Any]:
+    """Return how one run at `--rate` went."""
+    entry = serve(args, hardware, column, n, args.rate, cuts=False).entry(system=column[0], wall_s=0.0)
+    names = ("num_requests", "attainment", "promised", "kept", "hops")
+    return {**{name: entry[name] for name in names}, "route_ms_p99": 1e3 * entry["route_s"]["p99"]}
+
+
 def main() -> int:
     """Print one line per number of replicas."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,7 +104,8 @@ def main() -> int:
     parser.add_argument("--rival", default="vllm", help="system whose replicas get least load")
     parser.add_argument("--replicas", default="1,2,4,8,16,64")
     parser.add_argument("--routers", default="round-robin,least-load,power-of-two,sequential,slo,pooled")
-    parser.add_argument("--max-requests", type=int)
+    parser.add_argument("--rate", type=float, help="requests/s per GPU: attainment at this rate instead of capacity")
+    parser.add_argument("--max-requests", type=int, help="of the trace, per replica")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -106,12 +118,16 @@ def main() -> int:
         row = table[str(n)] = {}
         for column in columns:
             name, router = column
+            if args.rate is not None:
+                row[f"{name}/{router}"] = attained(args, hardware, column, n)
+                continue
             if n == 1 and name == args.system and row:
                 row[f"{name}/{router}"] = next(iter(row.values()))
             else:
                 row[f"{name}/{router}"] = capacity(args, hardware, column, n, guess[column])
             guess[column] = row[f"{name}/{router}"]["capacity_rps_per_gpu"] or guess[column]
-        cells = [f"{row[f'{name}/{router}']['capacity_rps_per_gpu']:14.2f}" for name, router in columns]
+        shown = "capacity_rps_per_gpu" if args.rate is None else "attainment"
+        cells = [f"{row[f'{name}/{router}'][shown]:14.3f}" for name, router in columns]
         print(f"{n:8}" + "".join(cells), flush=True)
         if args.json:
             args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
