@@ -3,9 +3,10 @@
     python benchmarks/stages.py [--workload reasoning|tool] [--out DIR] [--seeds 3] [--seconds 18] [--quick]
 
 The workloads are those of `slos_serve.bench.staged`. Systems: ours with everything (drafts up to `DRAFTS` long), ours
-with one feature taken out, and plain vLLM with the setting that did best on a seed used for nothing else. All get the
-same requests, one engine at a time, in an order that turns. Rates are shares of the capacity that the profile implies.
-Saved runs are not run again.
+with one feature taken out, plain vLLM with the budget that did best on a seed used for nothing else, and plain vLLM
+with drafts of a fixed length. All get the same requests, one engine at a time, in an order that turns. Rates are shares
+of the capacity that the profile implies. A run beside which others used the machine is repeated, and how much they did
+is in the report; saved runs are not run again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Setting:
     engine: str
     system: str = OURS
     budget: int = OURS_BUDGET
+    has_drafts: bool = False
     asks: Callable[[BenchRequest], BenchRequest] = lambda request: request
 
 
@@ -93,8 +95,9 @@ def stock_settings(scaled: Scaled) -> list[Setting]:
     default, fitted, _ = scaled.budgets
     names = ((default, ""), (fitted, ""), (fitted, "-drafts"))
     return [
-        Setting(name=f"{STOCK}-{budget}{more}", engine=f"{STOCK}-{budget}{more}", system=STOCK, budget=budget)
+        Setting(name=name, engine=name, system=STOCK, budget=budget, has_drafts=bool(more))
         for budget, more in names
+        if (name := f"{STOCK}-{budget}{more}")
     ]
 
 
@@ -116,7 +119,7 @@ def start(lab: Lab, workload: str) -> tuple[Scaled, dict[str, Engine]]:
         name, flags = "no-prefix-hits", [*FLAGS, *DRAFTING]
         engines[name] = lab.launch_ours(name, flags, **ours, use_prefix_hits=False)
     for one in stock_settings(scaled):
-        flags = [*FLAGS, *(DRAFTING if one.engine.endswith("drafts") else [])]
+        flags = [*FLAGS, *(DRAFTING if one.has_drafts else [])]
         engines[one.engine] = lab.launch_stock(one.budget, flags, name=one.engine)
     check_memory(len(engines) - 1)
     lab.wait(list(engines.values()), expected_s=30 * len(engines))
@@ -135,17 +138,17 @@ class Bench:
     engines: Mapping[str, Engine]
 
     def run_all(self) -> None:
-        """Choose plain vLLM's setting, then do every run that is not saved yet."""
+        """Choose plain vLLM's budget, then do every run that is not saved yet."""
         options = self.options
         rates = [round(share * self.scaled.service_capacity_rps, 3) for share in options.shares]
         middle = rates[len(rates) // 2]
         stock = stock_settings(self.scaled)
-        chosen = best_setting(self.run(one, middle, SELECTION_SEED) for one in stock)
-        rival = next(one for one in stock if one.name == chosen)
+        chosen = best_setting(self.run(one, middle, SELECTION_SEED) for one in stock if not one.has_drafts)
+        rivals = [one for one in stock if one.has_drafts or one.name == chosen]
         full, *ablated = ours_settings(self.scaled, options.workload)
         for number in range(options.num_seeds):
             for position, rate in enumerate(rates):
-                settings = [full, rival, *(ablated if rate == middle else [])]
+                settings = [full, *rivals, *(ablated if rate == middle else [])]
                 turn = (number + position) % len(settings)
                 for one in settings[turn:] + settings[:turn]:
                     self.run(one, rate, FIRST_SEED + number)

@@ -46,6 +46,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "by_seed": [entry["attainment"] for entry in entries],
         "stages": {stage: found.count("met") / len(found) for stage, found in words.items() if found},
         "sessions_met": sum(sessions.values()) / len(sessions),
+        "others_cpu_share": max(run.get("others_cpu_share", 0.0) for run in runs),
     }
 
 
