@@ -5,6 +5,9 @@
 Reads every `slo-plan-instance/1` file in DIR, writes a `slo-plan/1` file for each into OUT and prints one
 JSON line per instance: name, admitted_value, plan_ms. The admission code is the shipped one; only the
 instance's assumptions differ from a replica's state: requests decode for ever and memory is one number.
+
+`--table` adds a Markdown table on standard error, by speculation, size, tiers and slack: value, value by the
+`--reference` (a JSON object of value by name; mean over those above zero) and CPU milliseconds.
 """
 
 from __future__ import annotations
@@ -115,6 +118,22 @@ def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *
     }
 
 
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a Markdown table, one line per kind of instance."""
+    print("| drafts | requests | tiers | slack | plans | value | / reference | ms p50 | ms p99 |", file=sys.stderr)
+    print("|---|---|---|---|---|---|---|---|---|", file=sys.stderr)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["kind"], []).append(row)
+    for kind, group in sorted(groups.items()):
+        shares = [row["value"] / row["reference"] for row in group if row["reference"]]
+        share = f"{np.mean(shares):.3f}" if shares else "-"
+        ms = np.concatenate([row["ms"] for row in group])
+        value = sum(row["value"] for row in group)
+        cells = [*kind, len(group), f"{value:.1f}", share, f"{np.median(ms):.2f}", f"{np.percentile(ms, 99):.2f}"]
+        print(f"| {' | '.join(map(str, cells))} |", file=sys.stderr)
+
+
 def main() -> int:
     """Solve every instance of a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,7 +141,11 @@ def main() -> int:
     parser.add_argument("--plans", type=Path, required=True)
     parser.add_argument("--admission", choices=("dp", "greedy"), default="dp")
     parser.add_argument("--work-limit", type=int, default=DEFAULT_WORK_LIMIT)
+    parser.add_argument("--repeats", type=int, default=1, help="times each instance is solved; plan_ms is the median")
+    parser.add_argument("--table", action="store_true", help="print a table by kind of instance to standard error")
+    parser.add_argument("--reference", type=Path, help="JSON object of reference values by name, for the table")
     arguments = parser.parse_args()
+    reference = json.loads(arguments.reference.read_text()) if arguments.reference else {}
     files = sorted(arguments.folder.glob("*.json"))
     if not files:
         print(f"{arguments.folder}: expected slo-plan-instance/1 files", file=sys.stderr)
@@ -132,12 +155,26 @@ def main() -> int:
     for kind in (False, True):  # compile both paths before anything is timed
         for instance in [one for one in instances.values() if (one.get("spec") is not None) == kind][:1]:
             solve(instance, name=arguments.admission, work_limit=arguments.work_limit)
+    rows = []
     for file, instance in instances.items():
-        plan, elapsed_ms = solve(instance, name=arguments.admission, work_limit=arguments.work_limit)
+        solved = [
+            solve(instance, name=arguments.admission, work_limit=arguments.work_limit)
+            for _ in range(max(1, arguments.repeats))
+        ]
+        plan, elapsed = solved[0][0], [elapsed_ms for _, elapsed_ms in solved]
         (arguments.plans / file.name).write_text(json.dumps(plan))
         admitted = set(plan["admitted"])
         value = sum(r["value"] for r in instance["requests"] if r["state"] == "waiting" and r["id"] in admitted)
-        print(json.dumps({"name": instance["name"], "admitted_value": value, "plan_ms": round(elapsed_ms, 4)}))
+        print(
+            json.dumps(
+                {"name": instance["name"], "admitted_value": value, "plan_ms": round(float(np.median(elapsed)), 4)}
+            )
+        )
+        about = instance.get("params", {})
+        kind = ("yes" if instance.get("spec") else "no", *(about.get(key, "-") for key in ("n", "tiers", "slack")))
+        rows.append({"kind": kind, "value": value, "reference": reference.get(instance["name"]), "ms": elapsed})
+    if arguments.table:
+        print_table(rows)
     return 0
 
 

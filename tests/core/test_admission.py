@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Engine, Item, best_set, best_set_milp, is_feasible, loosened
+from oracles import Engine, Item, best_set, keeps_in_batches, loosened
 from states import CONTEXT, TPOTS
 
 from slos_serve.core import admission
 from slos_serve.core import demand as columns
+from slos_serve.core import programme as reduced_model
 from slos_serve.core.demand import Effort, Machine
 from slos_serve.core.trial import simulate
 
@@ -57,15 +58,19 @@ def make_demand(items, now_s=0.0):
 def programme(engine, items, width=200, now_s=0.0):
     """Return (weight, chosen items) of the dynamic programme; (-inf, []) where it finds nothing feasible."""
     demand, order = make_demand(items, now_s)
-    feasible, value, chosen, _ = admission.choose(now_s, *admission.reduced(make_machine(engine), demand), width)
-    if not feasible:
+    model = reduced_model.reduced(make_machine(engine), demand, now_s)
+    value, _, parent, taken, _ = reduced_model.choose(now_s, model, width, 0.0)
+    if not len(value):
         return -math.inf, []
-    return float(value), [items[order[k]] for k in np.flatnonzero(chosen)]
+    chosen = np.zeros(len(items), np.bool_)
+    reduced_model.trace(parent, taken, 0, chosen)
+    return float(value[0]), [items[order[k]] for k in np.flatnonzero(chosen)]
 
 
 def density_greedy(engine, items):
     demand, order = make_demand(items)
-    on = admission.greedy(0.0, *admission.reduced(make_machine(engine), demand))
+    model = reduced_model.reduced(make_machine(engine), demand, 0.0)
+    on = reduced_model.greedy(0.0, model, reduced_model.value_density(0.0, model))
     return sum(items[order[k]].weight for k in np.flatnonzero(on) if not items[order[k]].running)
 
 
@@ -102,9 +107,9 @@ queues = st.tuples(
 @given(engines, queues)
 def test_the_programme_finds_the_optimum_of_the_reduced_model(engine, queue):
     weight, chosen = programme(engine, queue)
-    assert weight == pytest.approx(best_set(engine, queue)[0])
+    assert weight == pytest.approx(best_set(engine, queue, feasible=keeps_in_batches)[0])
     if math.isfinite(weight):
-        assert is_feasible(engine, chosen)
+        assert keeps_in_batches(engine, chosen)
 
 
 def test_a_beam_of_200_stays_exact_where_the_labels_no_longer_fit():
@@ -121,11 +126,10 @@ def test_a_beam_of_200_stays_exact_where_the_labels_no_longer_fit():
             )
             for _ in range(11)
         ]
-        assert programme(engine, queue)[0] == best_set(engine, queue)[0]
+        assert programme(engine, queue)[0] == best_set(engine, queue, feasible=keeps_in_batches)[0]
 
 
-def test_a_mixed_integer_programme_agrees_on_queues_of_twenty():
-    pytest.importorskip("scipy")
+def test_a_wide_beam_loses_nothing_on_queues_of_twenty_and_a_beam_of_200_little():
     rng = np.random.default_rng(1)
     for _ in range(6):
         engine = Engine(lines=LINES, token_budget=8192, free_blocks=400.0)
@@ -139,14 +143,9 @@ def test_a_mixed_integer_programme_agrees_on_queues_of_twenty():
             )
             for _ in range(20)
         ]
-        assert programme(engine, queue, width=2000)[0] == pytest.approx(best_set_milp(engine, queue))
-
-
-@settings(max_examples=60, deadline=None)
-@given(engines, queues)
-def test_the_two_oracles_agree(engine, queue):
-    pytest.importorskip("scipy")
-    assert best_set_milp(engine, queue) == pytest.approx(best_set(engine, queue)[0])
+        best = programme(engine, queue, width=20_000)[0]
+        assert programme(engine, queue, width=2000)[0] == best
+        assert programme(engine, queue)[0] >= 0.95 * best
 
 
 @settings(max_examples=150, deadline=None)
@@ -248,7 +247,7 @@ def test_the_rates_of_a_tight_budget_are_those_of_short_batches_back_to_back():
     demand, _ = make_demand([Item(prefill=10.0, deadline_s=1.0, tpot_s=0.1)])
     for budget in (64, 256, 16384):
         engine = Engine(lines=LINES, token_budget=budget)
-        rates = admission.reduced(make_machine(engine), demand).rates
+        rates = reduced_model.reduced(make_machine(engine), demand, 0.0).rates
         assert rates.tolist() == pytest.approx([engine.gross_rate(0.1), engine.gross_rate(math.inf)])
 
 
@@ -257,18 +256,20 @@ def test_context_and_attention_make_a_request_dearer():
     deep = demand.copy()
     deep[columns.CONTEXT] = 5000.0
     machine = make_machine(Engine(lines=LINES, token_budget=8192))._replace(lines=CONTEXT.as_array())
-    assert admission.reduced(machine, deep).load[0] > admission.reduced(machine, demand).load[0]
+    assert reduced_model.reduced(machine, deep, 0.0).load[0] > reduced_model.reduced(machine, demand, 0.0).load[0]
     pairs = CONTEXT.as_array()
     pairs[:, 4] = 1e-8
     machine = machine._replace(lines=pairs)
-    assert admission.reduced(machine, deep).cost[0] > admission.reduced(machine, demand).cost[0] > 1000
+    assert (
+        reduced_model.reduced(machine, deep, 0.0).cost[0] > reduced_model.reduced(machine, demand, 0.0).cost[0] > 1000
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=60))
 def test_many_tiers_become_few_and_none_becomes_looser(tpots):
-    tiers = admission.merge_tiers(np.array(tpots))
-    assert 1 <= len(tiers) <= admission.MAX_TIERS
+    tiers = reduced_model.merge_tiers(np.array(tpots))
+    assert 1 <= len(tiers) <= reduced_model.MAX_TIERS
     assert (np.diff(tiers) > 0).all()
     assert tiers[0] == min(tpots)
     assert set(tiers) <= set(tpots)

@@ -5,9 +5,9 @@ the earliest time at which a live decode owes a token, and by the earliest prefi
 still meet. Up to that limit a longer batch is a better one, because it pays the fixed cost of a step
 once. Inside the limit
 
-1. a decode joins when its token would be late in the *next* batch, or would cut that one short (decodes
-   due within one shortest period after the limit, earliest first, while they fit), or when so many are
-   due in later batches that they would not fit there;
+1. what would be late in the *next* batch joins: decodes, then prompts. After them a decode joins where it
+   would cut that batch short (decodes due within one shortest period after the limit, earliest first, while
+   they fit), or when so many are due in later batches that they would not fit there;
 2. prefill chunks fill what is left, earliest deadline first;
 3. the remaining decodes join where room is free, earliest due first. In `eager` mode they come before
    the prefill chunks: tokens ahead of schedule are slack that later, longer batches can spend.
@@ -178,7 +178,7 @@ def _join_by_due(machine, demand, live, until, wanted, seconds, tokens, totals):
 
 
 @jit
-def _join_decodes(machine, demand, live, eager, margin, limit, now, tokens, totals):  # type: ignore[no-untyped-def]
+def _join_decodes(machine, demand, live, prompts, free_blocks, num_started, eager, margin, limit, now, tokens, totals):  # type: ignore[no-untyped-def]
     """Put the decodes that must run into the batch; return how many are left out.
 
     Those are the ones that would be late in the next batch, and what later batches could not hold. Where
@@ -210,6 +210,7 @@ def _join_decodes(machine, demand, live, eager, margin, limit, now, tokens, tota
         if demand[DUE, i] < certain and totals[TOKENS] + demand[VERIFY, i] <= machine.token_budget:
             _join(demand, i, tokens, totals)
             waiting -= 1
+    _join_prefills(machine, demand, prompts, free_blocks, num_started, certain, seconds, tokens, totals)
     if waiting > 0:
         waiting -= _join_by_due(machine, demand, live, limit + period, math.inf, seconds, tokens, totals)
     if waiting > 0 and math.isfinite(period) and math.isfinite(limit):
@@ -222,15 +223,24 @@ def _join_decodes(machine, demand, live, eager, margin, limit, now, tokens, tota
 
 
 @jit
-def _join_prefills(machine, demand, prompts, free_blocks, num_started, seconds, tokens, totals):  # type: ignore[no-untyped-def]
-    """Put prefill chunks into the batch, earliest deadline first; tell whether room is left.
+def _join_prefills(machine, demand, prompts, free_blocks, num_started, until, seconds, tokens, totals):  # type: ignore[no-untyped-def]
+    """Put chunks of prefills due before `until` into the batch, earliest first; tell whether room is left.
 
-    One that waits for memory or a seat does not stop those behind it.
+    What is in the batch already stays as it is. One that waits for memory or a seat does not stop those behind it.
     """
     for i in prompts:
         if totals[TOKENS] >= machine.token_budget:
             return False
+        if demand[DEADLINE, i] >= until:
+            break
         new = demand[HELD, i] == 0.0
+        if tokens[i] > 0.0:
+            if new:
+                free_blocks -= demand[START, i]
+                num_started += 1.0
+            if tokens[i] < demand[LEFT, i]:
+                return False
+            continue
         if new and (demand[START, i] > free_blocks or num_started >= machine.max_seqs):
             continue
         chunk = _room(machine, demand, i, seconds, totals)
@@ -274,10 +284,12 @@ def compose(machine, demand, live, prompts, free_blocks, eager, now, tokens, tot
         totals[LIMIT] = limit
         seconds = min((limit - now) / margin, 1e9)
         eager_now = eager or prompts.shape[0] == 0
-        waiting = _join_decodes(machine, demand, live, eager_now, margin, limit, now, tokens, totals)
+        waiting = _join_decodes(
+            machine, demand, live, prompts, free_blocks, num_started, eager_now, margin, limit, now, tokens, totals
+        )
         if eager_now and waiting > 0:
             waiting -= _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
-        room = _join_prefills(machine, demand, prompts, free_blocks, num_started, seconds, tokens, totals)
+        room = _join_prefills(machine, demand, prompts, free_blocks, num_started, math.inf, seconds, tokens, totals)
         if not eager_now and waiting > 0 and room:
             _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
         if totals[TOKENS] > 0.0 or attempt == 1:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from slos_serve.core import demand as columns
-from slos_serve.core.admission import merge_tiers
 from slos_serve.core.deadlines import next_due_s, pace_s
 from slos_serve.core.demand import Demand, Machine
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
+from slos_serve.core.programme import merge_tiers
 from slos_serve.core.types import Limits, Status, Tier
 
 if TYPE_CHECKING:
