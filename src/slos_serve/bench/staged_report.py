@@ -43,7 +43,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         **total,
         "attainment": total["met"] / total["num_requests"],
-        "by_seed": [entry["attainment"] for entry in entries],
+        "by_seed": {str(run["seed"]): run["entry"]["attainment"] for run in runs},
         "stages": {stage: found.count("met") / len(found) for stage, found in words.items() if found},
         "sessions_met": sum(sessions.values()) / len(sessions),
         "others_cpu_share": max(run.get("others_cpu_share", 0.0) for run in runs),
@@ -80,10 +80,12 @@ def report(out: Path, scaled: Scaled, drafts: Sequence[Mapping[str, Any]], about
 
 
 def _capacity(by_rate: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    rates = [float(rate) for rate in by_rate]
-    seeds = zip(*(one["by_seed"] for one in by_rate.values()), strict=False)
-    pooled = holds_until(list(zip(rates, (one["attainment"] for one in by_rate.values()), strict=True)))
-    return {"all": pooled, "by_seed": [holds_until(list(zip(rates, seed, strict=True))) for seed in seeds]}
+    """Return the rate up to which enough is attained, of the seeds that were run at every rate: together and each."""
+    seeds = sorted(set.intersection(*(set(one["by_seed"]) for one in by_rate.values())))
+    shares = [(float(rate), [one["by_seed"][seed] for seed in seeds]) for rate, one in by_rate.items()]
+    pooled = [(rate, sum(found) / len(found)) for rate, found in shares if found]
+    each = {seed: holds_until([(rate, found[i]) for rate, found in shares]) for i, seed in enumerate(seeds)}
+    return {"all": holds_until(pooled), "by_seed": each}
 
 
 def plot(table: Mapping[str, Any], drafts: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -94,7 +96,10 @@ def plot(table: Mapping[str, Any], drafts: Sequence[Mapping[str, Any]], out: Pat
         for name, colour in zip(
             (OURS, *stock), (figures.OURS, figures.STOCK, figures.ACCENT, figures.GREY), strict=False
         ):
-            rates, shares = [float(rate) for rate in table[name]], [one["by_seed"] for one in table[name].values()]
+            rates, shares = (
+                [float(rate) for rate in table[name]],
+                [list(one["by_seed"].values()) for one in table[name].values()],
+            )
             left.plot(
                 rates, [100 * one["attainment"] for one in table[name].values()], marker="o", color=colour, label=name
             )
@@ -132,7 +137,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [f"{'setting':18}{'rate/s':>8}{'attained':>10}{'by seed':>18}{'kept':>12}{'sessions':>10}   stages"]
     for name, by_rate in document["settings"].items():
         for rate, one in by_rate.items():
-            seeds = " ".join(f"{100 * x:.0f}" for x in one["by_seed"])
+            seeds = " ".join(f"{100 * x:.0f}" for x in one["by_seed"].values())
             kept = f"{one['kept']}/{one['promised']}" if one["promised"] else ""
             stages = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in one["stages"].items())
             lines.append(
@@ -140,7 +145,7 @@ def as_text(document: Mapping[str, Any]) -> str:
                 f"{100 * one['sessions_met']:9.0f}%   {stages}"
             )
     for name, found in document["capacity_rps"].items():
-        seeds = ", ".join("?" if x is None else f"{x:.2f}" for x in found["by_seed"])
+        seeds = ", ".join("?" if x is None else f"{x:.2f}" for x in found["by_seed"].values())
         whole = "not bracketed" if found["all"] is None else f"{found['all']:.2f}/s"
         lines.append(f"{name} holds {100 * HOLDS:.0f} % up to {whole} (by seed: {seeds})")
     if document["ratio"]:
