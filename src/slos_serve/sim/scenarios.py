@@ -311,7 +311,7 @@ SCENARIOS = {
             classes=("reasoning",),
             build=_reasoning,
             max_context=16384,
-            enough_requests=150,
+            enough_requests=300,
             published="a100-40g-r1-distill-7b-published",
             measured="h100-8b-derived",
         ),
