@@ -77,14 +77,17 @@ def _label_rates(axes: Any) -> None:
 def capacity_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) -> Any:
     """Draw capacity at 90 % with its interval, one group of bars a scenario, relative to the best without drafts."""
     colours = colours_of(systems)
+    bases = [
+        entry["capacity_rps"].get(entry["best_baseline"])
+        or max(filter(None, entry["capacity_rps"].values()), default=1.0)
+        for entry in scenarios.values()
+    ]
     with style() as pyplot:
         figure, axes = pyplot.subplots(figsize=(2.0 + 1.7 * len(scenarios), 3.6))
         width = 0.84 / len(systems)
         for i, system in enumerate(systems):
             for group, entry in enumerate(scenarios.values()):
-                base = entry["capacity_rps"].get(entry["best_baseline"]) or max(
-                    filter(None, entry["capacity_rps"].values()), default=1.0
-                )
+                base = bases[group]
                 height = entry["capacity_rps"].get(system)
                 if height is None:
                     continue
@@ -94,10 +97,7 @@ def capacity_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) -> A
                 axes.bar(place, height / base, width, color=colours[system], yerr=errors, ecolor=INK,
                          error_kw={"elinewidth": 0.8})  # fmt: skip
         axes.axhline(1, color=INK, linewidth=1, linestyle=":")
-        labels = [
-            f"{name}\n1 = {entry['capacity_rps'].get(entry['best_baseline']) or float('nan'):.3g}/s"
-            for name, entry in scenarios.items()
-        ]
+        labels = [f"{name}\n1 = {base:.3g}/s" for name, base in zip(scenarios, bases, strict=True)]
         axes.set_xticks(range(len(scenarios)), labels)
         axes.grid(visible=False, axis="x")
         axes.set_ylabel("capacity / best without drafts")
