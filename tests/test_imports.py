@@ -45,7 +45,7 @@ RULES = {
     "vllm_plugin": rule(
         "vllm_plugin core config errors http", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
-    "ray_serve": rule("ray_serve core config errors http", "ray starlette numpy yaml"),
+    "ray_serve": rule("ray_serve core config errors http", "ray grpc starlette numpy yaml"),
     "bench": rule(
         "bench cache core config errors figures pages sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",

@@ -217,7 +217,7 @@ class _Planning(Columns):
         ).max(axis=0)
         too_big = self.start[index] > self.state.limits.num_kv_blocks
         past = self.deadline[index] <= self.now
-        hopeless = too_big | past | (self.now + alone > self.deadline[index])
+        hopeless = too_big | past | (self.now + alone > self.deadline[index] + EPS_S)
         for k in np.flatnonzero(hopeless & self.pending[index]).tolist():
             reason = "memory" if too_big[k] else "deadline-passed" if past[k] else "compute"
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
@@ -17,15 +18,18 @@ def warm_up(planner: Planner, limits: Limits) -> None:
     for num_candidates in (0, 2, 40):
         planner.plan(_situation(limits, num_candidates))
     planner.plan(_situation(limits, 40, overloaded=True))
+    # So little memory, and so much time, that sets are proposed which do not hold.
+    small = replace(limits, max_num_seqs=8, max_model_len=1024, block_size=16, num_kv_blocks=500)
+    planner.plan(_situation(small, 40, ttft_s=0.5))
 
 
-def _situation(limits: Limits, num_candidates: int, *, overloaded: bool = False) -> ReplicaState:
+def _situation(limits: Limits, num_candidates: int, *, overloaded: bool = False, ttft_s: float = 0.2) -> ReplicaState:
     """Return decodes with promises and without, and candidates more than fit; `overloaded`: half of them promised."""
     table = RequestTable()
     decodes = min(4, limits.max_num_seqs)
     longest = limits.max_model_len // 2
     for i in range(decodes + num_candidates):
-        slo = Slo() if i % 4 == 3 else Slo(ttft_s=0.2 + 0.01 * i, tpot_s=0.05 if i % 2 else 0.1)
+        slo = Slo() if i % 4 == 3 else Slo(ttft_s=ttft_s * (1 + 0.05 * i), tpot_s=0.05 if i % 2 else 0.1)
         request = Request(
             request_id=str(i),
             arrival_s=0.0,
