@@ -1,4 +1,4 @@
-"""The optimum of two reduced models, by exhaustive search.
+"""The optimum of two reduced models, by exhaustive search, and of the fluid one by mixed-integer programming.
 
 In whole batches (`keeps_in_batches`): see `slos_serve.core.programme`. As a fluid (`is_feasible`): requests in
 order of prefill deadline; until a request's deadline the engine earns prefill tokens
@@ -11,6 +11,8 @@ and at its deadline a request spends what is left of its prompt and becomes a li
 
 import math
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,56 @@ def best_set(engine, items, now_s=0.0, feasible=is_feasible):
         if feasible(engine, [items[i] for i in chosen], now_s):
             return weight, tuple(sorted(chosen))
     return -math.inf, ()
+
+
+def best_set_milp(engine, items, now_s=0.0):
+    """Return the greatest weight by mixed-integer programming (SciPy); -inf where nothing is feasible.
+
+    x[i]: taken. For each interval k between deadlines: e[k] <= tokens earned, bounded for each tier by that
+    tier's rate unless none of it is live (big-M), less the load of the live decodes.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    order = sorted(range(len(items)), key=lambda i: max(items[i].lives_from_s, now_s))
+    times = [max(items[i].lives_from_s, now_s) for i in order]
+    n = len(order)
+    most = engine.gross_rate(math.inf)
+    matrix, upper = [], []
+
+    def at_most(coefficients, bound):
+        line = np.zeros(2 * n)
+        for position, value in coefficients:
+            line[position] += value
+        matrix.append(line)
+        upper.append(bound)
+
+    for k in range(n):  # interval k ends at times[k]; positions before k are live in it
+        span = times[k] - (times[k - 1] if k else now_s)
+        load = [(i, span / items[order[i]].tpot_s) for i in range(k)]
+        at_most([(n + k, 1.0), *load], most * span)
+        for i in range(k):
+            gross = engine.gross_rate(items[order[i]].tpot_s)
+            at_most([(n + k, 1.0), (i, (most - gross) * span), *load], most * span)
+        at_most([(i, items[order[i]].prefill) for i in range(k + 1)] + [(n + j, -1.0) for j in range(k + 1)], 1e-7)
+    everyone = [(i, 1 / items[order[i]].tpot_s) for i in range(n)]
+    for i in range(n):
+        gross = engine.gross_rate(items[order[i]].tpot_s)
+        at_most([(i, most - gross), *everyone], most + 1e-9)
+    if math.isfinite(engine.free_blocks):
+        at_most([(i, items[order[i]].blocks) for i in range(n) if not items[order[i]].running], engine.free_blocks)
+    running = np.array([items[i].running for i in order], float)
+    weight = np.array([0.0 if items[i].running else items[i].weight for i in order])
+    result = milp(
+        np.concatenate([-weight, np.zeros(n)]),
+        constraints=LinearConstraint(np.array(matrix), -np.inf, np.array(upper)),
+        integrality=np.concatenate([np.ones(n), np.zeros(n)]),
+        bounds=Bounds(
+            np.concatenate([running, np.full(n, -np.inf)]),
+            np.concatenate([np.ones(n), np.full(n, np.inf)]),
+        ),
+        options={"mip_rel_gap": 0.0},
+    )
+    return -math.inf if result.x is None else float(weight @ np.round(result.x[:n]))
 
 
 def loosened(item, *, ttft_s=0.0, tpot_factor=1.0):
