@@ -262,15 +262,16 @@ class _Planning(Columns):
         new = np.flatnonzero(demand[REQUIRED] == 0)
         if not new.size:
             return
-        is_safe = np.ones(len(order), np.bool_)
-        if self.options.reserve > 1.0:
-            slow = self.machine._replace(margin_prefill=self.machine.margin_prefill * self.options.reserve)
-            is_safe = simulate(slow, demand, self.now, self.effort, eager=False).finished_at <= demand[DEADLINE]
         chunk = dict(zip(batch.request_ids, batch.num_tokens.tolist(), strict=True))
-        for k in new.tolist():
+        given = np.array([chunk.get(self.ids[int(order[k])], 0) for k in new.tolist()]) >= demand[LEFT, new]
+        if self.options.reserve == 1.0:
+            given[:] = True
+        elif not given.all():
+            slow = self.machine._replace(margin_prefill=self.machine.margin_prefill * self.options.reserve)
+            finished_at = simulate(slow, demand, self.now, self.effort, eager=False).finished_at
+            given |= finished_at[new] <= demand[DEADLINE, new]
+        for k in new[given].tolist():
             row = int(order[k])
-            if not is_safe[k] and chunk.get(self.ids[row], 0) < demand[LEFT, k]:
-                continue
             done, deadline = float(trial.finished_at[k]), float(demand[DEADLINE, k])
             verdicts.append(
                 Verdict(
