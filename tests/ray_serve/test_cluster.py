@@ -18,6 +18,7 @@ psutil = pytest.importorskip("psutil")  # comes with vLLM
 pytestmark = pytest.mark.engine
 
 START_S = 420
+LONG = 900  # tokens: seconds, so that what replicas publish twice a second shows them running
 CLASSES = """
 classes:
   relaxed: {ttft_ms: 60000, tpot_ms: 5000}
@@ -109,6 +110,7 @@ def cluster(tmp_path_factory):
     finally:
         if running.process.poll() is None:
             running.stop()
+        running.process.stdout.close()
 
 
 def events(text):
@@ -259,13 +261,13 @@ def test_asked_to_end_it_finishes_what_is_under_way_and_leaves_nothing_behind(cl
     processes = [process for one in cluster.replicas() for process in family(one["pid"])]
 
     def long():
-        return cluster.complete(max_tokens=200, ignore_eos=True, slo={"class": "relaxed"})
+        return cluster.complete(max_tokens=LONG, ignore_eos=True, slo={"class": "relaxed"})
 
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(long)
         cluster.wait_for(lambda replicas: any(one["num_running"] for one in replicas), 30)
         status = cluster.stop()
-        assert reply.result().json()["usage"]["completion_tokens"] == 200
+        assert reply.result().json()["usage"]["completion_tokens"] == LONG
     assert status == 0
     time.sleep(1)
     assert not [one for one in processes if is_alive(one)]

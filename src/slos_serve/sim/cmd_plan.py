@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-replicas", metavar="N", type=int, default=64, help="where to stop looking (64)")
     parser.add_argument(
-        "--max-requests", metavar="N", type=int, default=2000, help="simulate the busiest so many of a trace (2000)"
+        "--max-requests", metavar="N", type=int, default=900, help="simulate the busiest so many of a trace (900)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
