@@ -64,7 +64,8 @@ class FixedBatch:
 
 def at_arrival(**settings: float) -> Planner:
     """Return our planner without deferral."""
-    return AtArrival(inner=SloPlanner(**settings))  # type: ignore[arg-type]
+    # With one look at each request, a promise is given wherever it holds.
+    return AtArrival(inner=SloPlanner(**{"reserve": 1.0, **settings}))  # type: ignore[arg-type]
 
 
 def no_lower_tier(**settings: float) -> Planner:
