@@ -16,7 +16,7 @@ from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.grade import entry, grade_run, request_row
 from slos_serve.bench.profile_file import write_json
 from slos_serve.bench.profiling import warm_up
-from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
+from slos_serve.bench.scaled import Scaled
 
 OURS, STOCK = "slos-serve", "vllm"
 WARM_UP_SEED = 1_000_003
@@ -134,9 +134,3 @@ def pooled(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
             for key in ("met", "promised", "kept"):
                 into[key] += part[key]
     return counts
-
-
-def class_names() -> list[str]:
-    """Return the classes of the workload, in the order of their share."""
-    assert set(MIX) == set(LENGTHS)
-    return sorted(MIX, key=lambda name: -MIX[name])

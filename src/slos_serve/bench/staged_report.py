@@ -18,8 +18,6 @@ from slos_serve.bench.staged import DRAFTS, SELECTION_SEED
 from slos_serve.bench.study import HOLDS, saved_runs
 from slos_serve.core.deadlines import STAGES
 
-COLOURS = (figures.OURS, figures.STOCK, figures.ACCENT, figures.GREY)
-
 
 def holds_until(points: Sequence[tuple[float, float]], share: float = HOLDS) -> float | None:
     """Return the rate up to which `share` is attained, interpolated between (rate, attainment); None: not seen."""
