@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tests.sim.worlds import hardware, sim, workload
 
+from slos_serve.core import ageing
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
 from slos_serve.sim.replica import ReplicaOptions
@@ -92,3 +93,29 @@ def test_the_plug_in_inside_vllm_serves_as_the_simulated_replica_does(tmp_path, 
     assert abs(met - sum(grade.outcome == "met" for grade in theirs.graded)) <= 1
     promised = sum(grade.promised for grade in ours.graded)
     assert abs(promised - sum(grade.promised for grade in theirs.graded)) <= 1
+
+
+def test_best_effort_work_ages_in_the_plug_in_as_in_the_simulated_replica(tmp_path, monkeypatch):
+    from slos_serve.sim.vllm_replica import serve
+    from slos_serve.vllm_plugin.scheduler import SloScheduler
+
+    hw = hardware()
+    work = [sim(f"work{i}", 150, 20, ttft_s=None, tpot_s=None, slo_class="best-effort") for i in range(2)]
+    chats = load_of(0, 60, rate=16.0).arrivals  # about twice what the engine could serve
+    load = workload(*work, *chats)
+
+    def simulated():
+        planner = Watched(SloPlanner())
+        run = run_workload(load, planner, hw, options=ReplicaOptions(makes_promises=True))
+        ends = sorted(grade.finish_s for grade in run.graded if grade.slo_class == "best-effort")
+        return [batch for batch in planner.batches if batch], ends
+
+    _, still = simulated()
+    monkeypatch.setattr(ageing, "STILL_S", 1.0)
+    monkeypatch.setattr(ageing, "GRACE_S", 1.0)
+    batches, aged = simulated()
+    theirs = serve(load, hw, tmp_path, SloScheduler)
+    assert aged[0] < still[0] - 0.5
+    assert sorted(theirs.token_times_s[one.request.request_id][-1] for one in work) == pytest.approx(aged, abs=0.05)
+    same = sum(a == b for a, b in zip(batches, theirs.batches, strict=False))
+    assert same >= 0.97 * max(len(batches), len(theirs.batches))

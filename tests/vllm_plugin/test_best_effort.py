@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slos_serve.core import ageing
 from slos_serve.vllm_plugin.testing import Engine, make_request
 
 
@@ -106,12 +107,10 @@ def test_work_ends_oldest_first_beside_a_stream_of_promises(engine) -> None:
     assert not engine.scheduler.slo.faults.counts
 
 
-def test_the_oldest_work_ends_under_an_overload_that_never_does(engine) -> None:
-    from slos_serve.vllm_plugin.ageing import Ageing
-
+def test_the_oldest_work_ends_under_an_overload_that_never_does(engine, monkeypatch) -> None:
+    monkeypatch.setattr(ageing, "STILL_S", 1.0)
     engine = engine(num_blocks=400, max_num_seqs=16, max_num_batched_tokens=512)
     slo = engine.scheduler.slo
-    slo.ageing = Ageing(slo.tracker, still_s=1.0)
     for i in range(2):
         engine.arrive(f"work{i}", prompt_tokens=150, max_tokens=20)
     rng = np.random.default_rng(0)

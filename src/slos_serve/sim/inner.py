@@ -210,8 +210,9 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
     thinking = min(after, true_thinking)
     rows["num_thinking_tokens"][row] = thinking
     rows["is_thinking"][row] = after < true_thinking
+    had_missed = live["missed"][row]
     feed_row(live, row, now_s, after - before, thinking - min(before, true_thinking))
-    if live["missed"][row]:
+    if live["missed"][row] and not had_missed:  # once: a host may plan on for what has missed
         rows["missed"][row] = 1
     if after >= true_output:
         return FINISHED

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slos_serve.core.ageing import Ageing
 from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.types import ReplicaState, Tier
@@ -128,6 +129,7 @@ class Replica:
         self.engine = Engine(limits)
         self.table = self.engine.table
         self.lengths = lengths
+        self.ageing = Ageing()
         self.plan_s = array("d")
         self.num_steps = 0
         self.tokens_computed = 0
@@ -215,6 +217,8 @@ class Replica:
 
     def _plan(self, now_s: float) -> Plan:
         """Ask the planner and apply its verdicts."""
+        if self.options.makes_promises:
+            self.ageing.step(self.table, now_s)
         state = self.state(now_s)
         clock = self.hooks.plan_clock
         if clock is None:

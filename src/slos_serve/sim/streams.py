@@ -82,6 +82,7 @@ class Streams:
             self.live = np.concatenate([self.live, np.zeros_like(self.live)])
         record = record or Record(sim)
         self.live[index] = (*record.grader.state, sim.num_output_tokens, sim.num_thinking_tokens)
+        self.table.rows["missed"][index] = record.grader.missed
         self.records.append(record)
 
     def remove(self, index: int) -> Record:

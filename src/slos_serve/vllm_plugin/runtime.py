@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.core.ageing import Ageing
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
 from slos_serve.vllm_plugin import view
-from slos_serve.vllm_plugin.ageing import Ageing
 from slos_serve.vllm_plugin.channel import Publisher, address
 from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.drafting import DraftWatch
@@ -80,7 +80,7 @@ class SloRuntime:
         self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
         self.promises = Promises(self.tracker, self.safety, self.outbox)
         self.expiry = Expiry()
-        self.ageing = Ageing(self.tracker)
+        self.ageing = Ageing()
         self.divergences: Counter[str] = Counter()
         self.num_steps = 0
         self.num_preempted = 0
@@ -255,7 +255,7 @@ class SloRuntime:
             tracker.reopen()
         self._was_enforcing = enforcing
         if enforcing:
-            self.ageing.step(now)
+            self.ageing.step(tracker.table, now)
         now = self._pipeline.starts_at(now)
         state = self._state = ReplicaState(
             now_s=now,
