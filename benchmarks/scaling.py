@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py --trace FILE@0:900 [--slo-class coding] [--replicas 1,2,4,8] [--json FILE]
     python benchmarks/scaling.py --trace FILE --rate 3 --max-requests 60 --replicas 4,16,64    # attainment at one rate
+        [--arrivals bursts:4:20:0.3 --seeds 3]    # of requests drawn from the trace, with these arrivals instead
 
 The trace is stretched until 90 % of the requests attain their SLO: the highest such rate, per GPU, found by
 bisection to 3 %. A trace keeps its bursts when it is stretched, so what more replicas gain per GPU is
@@ -19,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slos_serve.config import SloConfig
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.systems import find_system
-from slos_serve.sim.traces import read_trace
+from slos_serve.sim.traces import read_trace, synthetic_arrivals
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
 
 SLOS = SloConfig(ttft_floor_ms=0.0, ttft_allowance_ms=0.0)
@@ -33,13 +36,18 @@ TARGET, TOLERANCE = 0.90, 0.03
 
 def offered(args: argparse.Namespace, hardware: Hardware, rate_rps: float, num_requests: int | None) -> Workload:
     """Return the trace at a rate; lengths are learnt from what the trace held before the window."""
-    longest = hardware.limits().max_model_len
+    longest, trace = hardware.limits().max_model_len, read_trace(args.trace)
+    if args.arrivals:
+        rng = np.random.default_rng([args.seed, 11])
+        trace = trace.select(rng.permutation(len(trace)) < (num_requests or len(trace)))
+        times = synthetic_arrivals(args.arrivals, rate_rps, len(trace), rng)
+        trace = trace.with_arrivals(times, span_s=len(trace) / rate_rps)
     return trace_workload(
-        read_trace(args.trace),
+        trace,
         RequestFactory(SLOS, hardware.reference_s, longest),
         max_model_len=longest,
         default_class=args.slo_class,
-        rate_rps=rate_rps,
+        rate_rps=None if args.arrivals else rate_rps,
         max_requests=num_requests,
     )
 
@@ -88,10 +96,18 @@ def capacity(
 
 
 def attained(args: argparse.Namespace, hardware: Hardware, column: tuple[str, str], n: int) -> dict[str, Any]:
-    """Return how one run at `--rate` went."""
-    entry = serve(args, hardware, column, n, args.rate, cuts=False).entry(system=column[0], wall_s=0.0)
-    names = ("num_requests", "attainment", "promised", "kept", "hops")
-    return {**{name: entry[name] for name in names}, "route_ms_p99": 1e3 * entry["route_s"]["p99"]}
+    """Return how the runs at `--rate` went: means, and the lowest and highest attainment of the seeds."""
+    entries = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        run = argparse.Namespace(**{**vars(args), "seed": seed})
+        entries.append(serve(run, hardware, column, n, args.rate, cuts=False).entry(system=column[0], wall_s=0.0))
+    names = ("num_requests", "attainment", "goodput_rps", "promised", "kept", "hops")
+    by_seed = [entry["attainment"] for entry in entries]
+    return {
+        **{name: float(np.mean([entry[name] for entry in entries])) for name in names},
+        "by_seed": by_seed,
+        "route_ms_p99": 1e3 * max(entry["route_s"]["p99"] for entry in entries),
+    }
 
 
 def main() -> int:
@@ -106,7 +122,9 @@ def main() -> int:
     parser.add_argument("--routers", default="round-robin,least-load,power-of-two,sequential,slo,pooled")
     parser.add_argument("--rate", type=float, help="requests/s per GPU: attainment at this rate instead of capacity")
     parser.add_argument("--max-requests", type=int, help="of the trace, per replica")
+    parser.add_argument("--arrivals", metavar="PROCESS", help="for the trace's: poisson, gamma:CV, bursts:F:S:SHARE")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="runs at --rate, each with a seed of its own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     hardware = load_hardware(args.hardware)
@@ -129,6 +147,9 @@ def main() -> int:
         shown = "capacity_rps_per_gpu" if args.rate is None else "attainment"
         cells = [f"{row[f'{name}/{router}'][shown]:14.3f}" for name, router in columns]
         print(f"{n:8}" + "".join(cells), flush=True)
+        if args.rate is not None and args.seeds > 1:
+            by_seed = [row[f"{name}/{router}"]["by_seed"] for name, router in columns]
+            print(f"{'':8}" + "".join(f"{f'{min(one):.3f}-{max(one):.3f}':>14}" for one in by_seed), flush=True)
         if args.json:
             args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 0
