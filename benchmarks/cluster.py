@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="routers: length of one run (40); autoscaling: of the load (150)")
     parser.add_argument("--runs", type=int, default=3, help="routers: seeds for each")
     parser.add_argument("--requests", type=int, default=60, help="path: requests for each server")
+    parser.add_argument("--record", type=Path, help="beside it: what each engine did, and what the router decided")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("cluster-report"))
     options = parser.parse_args()

@@ -127,6 +127,7 @@ def arguments(options: argparse.Namespace, port: int, count: int, router: str) -
     given += ["--replicas", str(count), "--router", router]
     given += ["--profile", str(options.profile)] if options.profile else []
     given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
+    given += ["--record", str(options.record)] if options.record else []
     if options.dummy:  # its steps are so short that planning takes a large share of them, and it would step down
         safety = {"slo": {"safety": {"is_enabled": False}}}
         given += ["--load-format", "dummy", "--additional-config", json.dumps(safety)]

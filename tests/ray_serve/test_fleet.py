@@ -123,10 +123,19 @@ def test_where_a_request_went_is_known_until_it_ends(fleet, clocks):
     two(fleet, clocks)
     first = fleet.choose(hop("k"), ["a", "b"])[0]
     assert fleet.where("k") == first
-    fleet.routed("k", "b")
+    fleet.routed(hop("k"), "b")
     assert fleet.where("k") == "b"
     fleet.ended("r", "k")
     assert fleet.where("k") is None
+
+
+def test_a_request_that_ray_sent_elsewhere_counts_where_it_went(fleet, clocks):
+    policy = make_router("least-load")
+    fleet.use(policy)
+    two(fleet, clocks)
+    first, other = fleet.choose(hop("k"), ["a", "b"])
+    fleet.routed(hop("k"), other)
+    assert (policy.num_requests(first, clocks.now), policy.num_requests(other, clocks.now)) == (0, 1)
 
 
 def test_a_burst_between_two_reports_does_not_all_go_to_one_replica(fleet, clocks):

@@ -88,6 +88,8 @@ def read_slo(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
     slo |= {"publish_replica": True, "state": False}  # what was learnt is not shared by replicas of one machine
     if router == RAYS_OWN:
         return slo, {}
+    if slo.get("record"):
+        options = {"record": str(slo["record"]), **options}
     return slo, {
         "request_router_class": ROUTER,
         "request_router_kwargs": {"policy": router, **options},

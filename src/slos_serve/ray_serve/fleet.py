@@ -115,10 +115,12 @@ class Fleet:
                 self._note(hop.key, ranked[0])
             return ranked + [name for name in same if name not in ranked]
 
-    def routed(self, key: str, replica_id: str) -> None:
-        """Note which replica a hop really went to."""
+    def routed(self, hop: Hop, replica_id: str) -> None:
+        """Note which replica a hop really went to: Ray passes over one that is full."""
         with self._lock:
-            self._note(key, replica_id)
+            if self._policy is not None and self._where.get(hop.key) != replica_id:
+                self._policy.place(hop.arrival, replica_id, self._wall())
+            self._note(hop.key, replica_id)
 
     def where(self, key: str) -> str | None:
         """Return the replica that a hop was sent to, None before that."""

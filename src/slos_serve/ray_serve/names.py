@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray import serve
+from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults as merge_options
 from ray.llm._internal.common.utils.lora_utils import get_base_model_id
@@ -36,6 +37,7 @@ __all__ = [
     "sanitize_chat",
     "session_id_from_headers",
     "to_model_metadata",
+    "usage_stats_enabled",
 ]
 
 STARTED_TOO_LATE = "timed out during startup"  # what `ray.init` says where its raylet takes more than 30 s

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.routing import make_router
+from slos_serve.ray_serve.decisions import recorded
 from slos_serve.ray_serve.fleet import Fleet, fleet_of
 from slos_serve.ray_serve.hops import Hop
 from slos_serve.ray_serve.names import LocalityMixin, MultiplexMixin, RequestRouter
@@ -19,18 +20,19 @@ POLICY = "slo"
 
 
 class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
-    """Rank replicas by plan. Options (`request_router_kwargs`): `policy`, and what that policy takes."""
+    """Rank replicas by plan. Options (`request_router_kwargs`): `policy`, and what that takes; `record`: a file."""
 
     fleet: Fleet
     # Ray passes over a replica that does not tell its queue's length in time; a busy machine takes its time.
     queue_len_response_deadline_s = 1.0
     max_queue_len_response_deadline_s = 2.0
 
-    def initialize_state(self, policy: str = POLICY, **options: Any) -> None:
+    def initialize_state(self, policy: str = POLICY, record: str | None = None, **options: Any) -> None:
         """Make the policy; `ValueError` for an unknown one. Several routers must not all draw alike."""
         name = self._deployment_id
         self.fleet = fleet_of(name.app_name, name.name)
-        self.fleet.use(make_router(policy, rng=np.random.default_rng(), **options))
+        router = make_router(policy, rng=np.random.default_rng(), **options)
+        self.fleet.use(recorded(router, record, policy=policy, options=options) if record else router)
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Take the running replicas and what they published."""
@@ -55,7 +57,7 @@ class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         super().on_request_routed(pending_request, replica_id, result)
         hop = pending_request.kwargs.get("hop")
         if isinstance(hop, Hop):
-            self.fleet.routed(hop.key, replica_id.unique_id)
+            self.fleet.routed(hop, replica_id.unique_id)
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
         """Ask others first until Ray has taken the replica off the list."""

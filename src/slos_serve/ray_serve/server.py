@@ -23,6 +23,7 @@ from ray.serve.llm.deployment import LLMServer
 from slos_serve.core.perf import PerfModel
 from slos_serve.errors import SlosServeError
 from slos_serve.http.hub import HUB
+from slos_serve.ray_serve import names
 from slos_serve.ray_serve.hops import Hop, Note, is_refusal
 from slos_serve.ray_serve.reports import KEY, Reporter
 from slos_serve.ray_serve.telling import alive, told
@@ -45,6 +46,13 @@ class SloServer(LLMServer):
         self._asked_s = time.monotonic()
         self._reporter = Reporter(HUB, digest_of(llm_config.model_id, slo_settings(llm_config)))
         await super().__init__(llm_config, **options)
+
+    async def _start_engine(self) -> None:
+        """Start the engine; Ray's report of usage, for which it starts another process, only where that is wanted."""
+        if names.usage_stats_enabled():
+            await super()._start_engine()
+        else:
+            await self.engine.start()
 
     async def chat(self, request: Any, raw_request_info: Any = None, hop: Hop | None = None) -> AsyncGenerator[Any]:
         """Answer a chat completion; notes come between the chunks where the caller sent a hop."""
