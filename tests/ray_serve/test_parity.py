@@ -1,12 +1,17 @@
-"""Simulator and Ray route alike: what a simulated cluster recorded, asked again by way of Ray's router.
+"""Simulator and Ray route alike: what one of them recorded, asked again by way of the other.
 
 The simulator hands its router snapshots and arrivals as objects. On Ray snapshots arrive as JSON in a replica's
 statistics, arrivals in hops, ends from the ingress, and Ray asks `choose_replicas`. Same policy, same answers.
+`recorded_on_ray.jsonl.gz` holds the first 600 lines that a real cluster's router wrote in `benchmarks/cluster.py faults
+--record FILE` (one replica killed, one stopped); where the policy is meant to decide otherwise, record anew.
 """
 
 import asyncio
+import gzip
+import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +22,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing import make_router
 from slos_serve.core.types import Request, Slo
+from slos_serve.ray_serve.decisions import Recorded, replayed
 from slos_serve.ray_serve.fleet import Fleet
 from slos_serve.ray_serve.hops import Hop
 from slos_serve.sim.cluster import ClusterOptions
@@ -132,3 +138,30 @@ def test_what_a_simulated_cluster_decided_is_what_rays_router_decides(policy, mo
     assert len(pairs) >= 800
     assert {rays for _, rays in pairs} == {f"r{i}" for i in range(NUM_REPLICAS)}
     assert share == 1.0, f"{share:.4f} of {len(pairs)} decisions alike"
+
+
+def test_what_rays_router_decided_on_a_real_cluster_is_decided_again_without_it():
+    with gzip.open(Path(__file__).parent / "recorded_on_ray.jsonl.gz", "rt") as lines:
+        pairs = list(replayed(lines))
+    assert len({then for then, _ in pairs}) >= 2
+    assert [now for _, now in pairs] == [then for then, _ in pairs]
+
+
+@pytest.mark.parametrize("policy", ["slo", "least-load"])
+def test_a_record_of_decisions_holds_all_that_they_depend_on(policy, monkeypatch):
+    file = io.StringIO()
+    router = Recorded(make_router(policy), file, policy=policy, options={})
+    answers = []
+    for kind, what, *more in recorded(policy, 3, monkeypatch)[:900]:
+        if kind == "observe":
+            router.observe(what)
+        elif kind == "ended":
+            router.ended(what)
+        else:
+            answers.append(router.choose(what, [f"r{i}" for i in range(NUM_REPLICAS)], more[1]).replica_id)
+    assert list(replayed(file.getvalue().splitlines())) == [(one, one) for one in answers]
+
+
+def test_a_file_that_is_no_record_of_decisions_is_refused():
+    with pytest.raises(ValueError, match="slos-serve-decisions/1"):
+        list(replayed(['{"event": "ended", "request": "r"}']))
