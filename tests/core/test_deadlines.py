@@ -16,11 +16,10 @@ from slos_serve.core.deadlines import (
     StreamGrader,
     due_s,
     granted_s,
-    next_due_s,
     outcome,
-    pace_s,
     reference_ttft_s,
 )
+from slos_serve.core.due import next_due_s, pace_s
 from slos_serve.core.types import Request, RequestTable, Slo
 
 ARRIVAL = 100.0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import CONTEXT, add_decode, make_limits, make_request, make_state, random_state, states
 
-from slos_serve.core.deadlines import next_due_s, pace_s
+from slos_serve.core.due import next_due_s, pace_s
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing import ROUTERS, Arrival, ReplicaSnapshot, make_router, snapshot_of

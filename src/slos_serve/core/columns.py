@@ -1,6 +1,6 @@
 """A replica's state as a plan reads it: what each request owes, holds and may take, relative to now.
 
-Everything is derived in one pass over the request table, once per plan. `demand` picks the columns that
+Everything is derived in one compiled pass over the request table, once per plan. `demand` picks the columns that
 trials and batches work on.
 """
 
@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core import draft
-from slos_serve.core.deadlines import next_due_s, pace_s
 from slos_serve.core.demand import (
     CONTEXT,
     DEADLINE,
@@ -34,11 +33,13 @@ from slos_serve.core.demand import (
     Demand,
     Machine,
 )
+from slos_serve.core.due import row_due, row_pace
+from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import IntArray, ReplicaState
+    from slos_serve.core.types import IntArray, ReplicaState, Rows
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -46,6 +47,143 @@ RUNNING = int(Status.RUNNING)
 PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
 MAX_ACCEPTANCE = 0.99
 MIN_TPOT_S = 1e-6
+
+IS_RUNNING, IS_PENDING, IS_PROMISED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE = range(6)  # rows of the flags
+NUM_FLAGS = 6
+OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks of the others, context of live decodes
+
+
+@jit
+def derive(
+    rows: Rows, now_s: float, guard_s: float, fixed_s: float, block_size: int, lines: FloatArray, margin_decode: float
+) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
+    """Return what a plan reads of every row: its demand, its flags, the KV blocks granted to it, and sums.
+
+    Times are relative to `now_s`, without the guard. Nobody drafts yet; `HELD` is what is held.
+    """
+    count = len(rows)
+    table, flags = np.empty((NUM_COLUMNS, count)), np.zeros((NUM_FLAGS, count), np.bool_)
+    granted, sums = np.empty(count), np.zeros(3)
+    num_promised = num_late = 0
+    late_read = 0.0
+    for i in range(count):
+        computed, produced, tier = rows["num_computed_tokens"][i], rows["num_output_tokens"][i], rows["tier"][i]
+        running, missed = rows["status"][i] == RUNNING, rows["missed"][i] != 0
+        total = rows["num_prompt_tokens"][i] + produced
+        done = rows["num_cached_tokens"][i] if computed == 0 else computed
+        remaining = max(1, total - done)
+        decoding = produced > 0 and remaining == 1 and computed > 0
+        held, start = float(rows["num_kv_blocks"][i]), math.ceil((total + 1) / block_size)
+        due = row_due(rows, i, fixed_s) - now_s - guard_s
+        tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
+        alive = (math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)) and not missed
+        promised = alive and tier == PROMISED
+        candidate = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and due > 0.0))
+        live = decoding and promised
+        # Blocks that promised prefills under way have been granted, though they do not hold them yet.
+        granted[i] = 0.0 if not running else held if decoding else max(held, float(start))
+        table[LEFT, i] = 0 if decoding else remaining
+        table[CONTEXT, i] = done
+        table[DEADLINE, i] = -math.inf if decoding else due
+        table[DUE, i] = due if decoding else math.inf
+        table[TPOT, i] = tpot
+        table[GAP, i] = gap
+        table[VERIFY, i] = table[GAIN, i] = 1.0
+        table[STEPS, i] = 0.0
+        table[OUTPUT_LEFT, i] = max(1.0, rows["predicted_output_tokens"][i] - produced)
+        table[HELD, i] = held
+        table[START, i] = start
+        table[VALUE, i] = rows["weight"][i]
+        table[REQUIRED, i] = promised
+        flags[IS_RUNNING, i] = running
+        flags[IS_PENDING, i] = tier == PENDING
+        flags[IS_PROMISED, i] = promised
+        flags[IS_CANDIDATE, i] = candidate
+        flags[IS_LIVE, i] = live
+        # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
+        flags[IS_UNDECIDED, i] = candidate and tier == PENDING and math.isfinite(due)
+        if promised:
+            num_promised += 1
+            sums[OWED] += granted[i] - held
+        elif running:
+            sums[RECLAIMABLE] += held
+        if live:
+            sums[READ] += done
+            if due < _alone_s(lines, margin_decode, done) - EPS_S:
+                num_late += 1
+                late_read += done
+    if num_promised == 0:
+        flags[IS_UNDECIDED, :] = False
+    if num_late > 0:
+        # A token that not even a batch of its own could deliver in time is owed with those like it.
+        together = margin_decode * batch_seconds(lines, float(num_late), float(num_late), late_read, 0.0, 0.0)
+        for i in range(count):
+            if flags[IS_LIVE, i] and table[DUE, i] < _alone_s(lines, margin_decode, table[CONTEXT, i]) - EPS_S:
+                table[DUE, i] = max(table[DUE, i], together)
+    return table, flags, granted, sums
+
+
+@jit
+def _alone_s(lines: FloatArray, margin: float, context: float) -> float:
+    """Return the time of a batch of one decode, margin included."""
+    longest = 0.0
+    for k in range(lines.shape[0]):
+        longest = max(longest, margin * (lines[k, 0] + lines[k, 1] + lines[k, 2] * context + lines[k, 5]))
+    return longest
+
+
+@jit
+def _pick(table: Demand, index: IntArray, held: FloatArray) -> Demand:
+    """Return the demand of the rows at `index`, with what `held` says that each holds."""
+    demand = np.empty((NUM_COLUMNS, len(index)))
+    for k in range(len(index)):
+        i = index[k]
+        for column in range(NUM_COLUMNS):
+            demand[column, k] = table[column, i]
+        demand[STEPS, k] = table[VERIFY, i] - 1
+        demand[HELD, k] = held[i]
+    return demand
+
+
+@jit
+def _growth(table: Demand, index: IntArray, block_size: float) -> FloatArray:
+    """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
+    growth = np.zeros(len(index))
+    for k in range(len(index)):
+        i = index[k]
+        if table[LEFT, i] <= 0.0:
+            after = math.ceil((table[CONTEXT, i] + table[VERIFY, i]) / block_size)
+            growth[k] = max(after - table[HELD, i], 0.0)
+    return growth
+
+
+@jit
+def _groups(
+    index: IntArray, tpot: FloatArray, class_index: IntArray, is_promised: BoolArray
+) -> tuple[FloatArray, IntArray, FloatArray, IntArray]:
+    """Group requests of one class and TPOT, the tight ones first: TPOT, class and weight of each, and whose is whose.
+
+    One that has no promise yet weighs half.
+    """
+    tpots, classes = np.empty(len(index)), np.empty(len(index), np.int64)
+    weights, group = np.zeros(len(index)), np.empty(len(index), np.int64)
+    count = 0
+    for i in index:
+        g = 0
+        while g < count and (tpots[g] < tpot[i] or (tpots[g] == tpot[i] and classes[g] < class_index[i])):
+            g += 1
+        if g == count or tpots[g] != tpot[i] or classes[g] != class_index[i]:
+            for k in range(count, g, -1):
+                tpots[k], classes[k], weights[k] = tpots[k - 1], classes[k - 1], weights[k - 1]
+            tpots[g], classes[g], weights[g] = tpot[i], class_index[i], 0.0
+            count += 1
+        weights[g] += 1.0 if is_promised[i] else 0.5
+    for k in range(len(index)):
+        i, g = index[k], 0
+        while tpots[g] != tpot[i] or classes[g] != class_index[i]:
+            g += 1
+        group[k] = g
+    return tpots[:count], classes[:count], weights[:count], group
 
 
 class Columns:
@@ -63,44 +201,16 @@ class Columns:
         rows = self.rows = state.requests.rows
         lines = model.as_array()
         fixed = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
-
-        computed = rows["num_computed_tokens"]
-        self.produced = produced = rows["num_output_tokens"]
-        self.running = rows["status"] == RUNNING
-        total = rows["num_prompt_tokens"] + produced
-        done = np.where(computed == 0, rows["num_cached_tokens"], computed)
-        remaining = np.maximum(1, total - done)
-        decoding = (produced > 0) & (remaining == 1) & (computed > 0)
-        self.context = done.astype(np.float64)
-        self.left = np.where(decoding, 0, remaining).astype(np.float64)
-        self.held = rows["num_kv_blocks"].astype(np.float64)
-        self.start = np.ceil((total + 1) / limits.block_size)
-
-        due = next_due_s(rows, fixed) - state.now_s - limits.guard_s
-        self.deadline = np.where(decoding, -math.inf, due)
-        self.tpot = np.maximum(pace_s(rows, fixed), MIN_TPOT_S)
-
-        tier = rows["tier"]
-        has_slo = np.isfinite(due) | np.isfinite(self.tpot) | np.isfinite(rows["max_gap_s"])
-        alive = has_slo & (rows["missed"] == 0)
-        self.pending = tier == PENDING
-        self.is_promised = alive & (tier == PROMISED)
-        self.promised = np.flatnonzero(self.is_promised)
-        # A token that not even a batch of its own could deliver in time is owed with those like it.
-        live = decoding & self.is_promised
-        alone = model.margin_decode * (lines[:, :2].sum(axis=1)[:, None] + lines[:, 2:3] * self.context + lines[:, 5:])
-        late = live & (due < alone.max(axis=0) - EPS_S)
-        self.due = np.where(decoding, due, math.inf)
-        self.due[late] = np.maximum(due[late], self.decode_seconds(late))
-        open_to = alive & (produced == 0) & (self.pending | ((tier == BEST_EFFORT) & (due > self.now)))
-        self.candidates = np.flatnonzero(open_to)
-        # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
-        self.undecided = self.pending & open_to & np.isfinite(due) & (len(self.promised) > 0)
-        # Blocks that promised prefills under way have been granted, though they do not hold them yet.
-        self.granted = np.where(decoding, self.held, np.maximum(self.held, self.start))
-        self.granted[~self.running] = 0.0
-        owed = float((self.granted - self.held)[self.promised].sum())
-        reclaimable = float(self.held[self.running & ~self.is_promised].sum())
+        self.table, flags, self.granted, sums = derive(
+            rows, state.now_s, limits.guard_s, fixed, limits.block_size, lines, model.margin_decode
+        )
+        self.left, self.context, self.held = self.table[LEFT], self.table[CONTEXT], self.table[HELD]
+        self.deadline, self.due, self.tpot = self.table[DEADLINE], self.table[DUE], self.table[TPOT]
+        self.verify, self.gain, self.start = self.table[VERIFY], self.table[GAIN], self.table[START]
+        self.produced = rows["num_output_tokens"]
+        self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
+        self.undecided = flags[IS_UNDECIDED]
+        self.promised, self.candidates = self.is_promised.nonzero()[0], flags[IS_CANDIDATE].nonzero()[0]
         self.machine = Machine(
             lines=lines,
             margin_prefill=model.margin_prefill,
@@ -108,17 +218,15 @@ class Columns:
             token_budget=float(limits.max_num_batched_tokens),
             max_seqs=float(limits.max_num_seqs),
             block_size=float(limits.block_size),
-            free_blocks=state.num_free_kv_blocks + reclaimable - owed,
+            free_blocks=state.num_free_kv_blocks + float(sums[RECLAIMABLE]) - float(sums[OWED]),
             max_batch_s=batch_fixed_multiple * fixed,
         )
-        self.verify = np.ones(len(rows))
-        self.gain = np.ones(len(rows))
         if limits.max_draft_length > 0:
-            self.choose_lengths(np.flatnonzero(self.is_promised | open_to), float(self.context[live].sum()))
+            self.choose_lengths((self.is_promised | flags[IS_CANDIDATE]).nonzero()[0], float(sums[READ]))
 
     def decode_seconds(self, mask: BoolArray) -> float:
         """Return the time of one batch of the masked decodes, margin included."""
-        lines, margin = self.state.perf_model.as_array(), self.state.perf_model.margin_decode
+        lines, margin = self.machine.lines, self.machine.margin_decode
         count = float(mask.sum())
         return margin * batch_seconds(lines, count, count, float(self.context[mask].sum()), 0.0, 0.0)
 
@@ -129,15 +237,9 @@ class Columns:
         state, classes = self.state, self.state.requests.classes
         acceptance = np.array([min(max(state.acceptance.get(name, 0.0), 0.0), MAX_ACCEPTANCE) for name in classes])
         current = np.array([1 + state.draft_lengths.get(name, -1) for name in classes])
-        by_class = self.rows["class_index"][index]
-        tpot = self.tpot[index]
-        # as complex numbers the pairs sort as pairs, at a fraction of what unique columns cost
-        groups, group = np.unique(tpot + 1j * by_class, return_inverse=True)
-        weights = np.where(self.is_promised[index], 1.0, 0.5)
-        counts: FloatArray = np.bincount(group, weights, len(groups)).astype(np.float64)
-        class_of = groups.imag.astype(np.int64)
+        tpots, class_of, counts, group = _groups(index, self.tpot, self.rows["class_index"], self.is_promised)
         verify = draft.lengths(
-            groups.real.copy(), acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
+            tpots, acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
             context_tokens=read, current=current[class_of], waiting=bool((self.left[index] > 0).any()),
         )  # fmt: skip
         gains = np.array([draft.expected_tokens(a, s) for a, s in zip(acceptance[class_of], verify, strict=True)])
@@ -146,35 +248,20 @@ class Columns:
 
     def demand(self, index: IntArray, held: FloatArray) -> Demand:
         """Return the demand of the given rows, in that order."""
-        rows = self.rows
-        demand = np.empty((NUM_COLUMNS, len(index)))
-        demand[LEFT] = self.left[index]
-        demand[CONTEXT] = self.context[index]
-        demand[DEADLINE] = self.deadline[index]
-        demand[DUE] = self.due[index]
-        demand[TPOT] = self.tpot[index]
-        demand[GAP] = rows["max_gap_s"][index]
-        demand[VERIFY] = self.verify[index]
-        demand[GAIN] = self.gain[index]
-        demand[STEPS] = self.verify[index] - 1
-        demand[OUTPUT_LEFT] = np.maximum(1.0, rows["predicted_output_tokens"] - self.produced)[index]
-        demand[HELD] = held[index]
-        demand[START] = self.start[index]
-        demand[VALUE] = rows["weight"][index]
-        demand[REQUIRED] = self.is_promised[index]
-        return demand
+        return _pick(self.table, index, held)
 
     def by_deadline(self, index: IntArray) -> IntArray:
         """Return rows in the order of a demand."""
-        # stable sorts of what is nearly in order already; decodes as a trial has them: in the order in which they began
-        order: IntArray = index[np.argsort(self.rows["seq"][index], kind="stable")]
-        order = order[np.argsort(self.rows["first_token_s"][order], kind="stable")]
-        return order[np.argsort(self.deadline[order], kind="stable")]
+        if index.size < 2:
+            return index
+        # decodes as a trial has them: in the order in which they began
+        rows, deadline = self.rows, self.deadline
+        order: IntArray = index[np.lexsort((rows["seq"][index], rows["first_token_s"][index], deadline[index]))]
+        return order
 
     def growth(self, index: IntArray) -> FloatArray:
         """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
-        after = np.ceil((self.context[index] + self.verify[index]) / self.machine.block_size)
-        return np.where(self.left[index] > 0, 0.0, (after - self.held[index]).clip(min=0))
+        return _growth(self.table, index, self.machine.block_size)
 
     def fresh_blocks(self, index: IntArray, counts: FloatArray) -> float:
         """Return the free KV blocks that computing `counts` tokens for the rows takes."""

@@ -20,11 +20,7 @@ Two secondary rules are reported beside it. They differ only in how TPOT is judg
 
 Times that differ by less than `TOLERANCE_S` are equal: a wall-clock time in a double resolves no finer.
 
-For planning, `next_due_s` gives the same deadlines over the rows of a `RequestTable`. Any token may turn
-out to be the last, so each is due at due(n). An `e2e` promise becomes a deadline through the predicted
-output length P: behind every token the P - n that follow must still fit, each taking the promised TPOT, or
-P-ths of half the whole span where that is less (where no TPOT is promised, half of the span is for queue
-and prefill). Time gained is kept: only the last token has a deadline of its own.
+For planning, `due` gives the same deadlines over the rows of a `RequestTable`.
 """
 
 from __future__ import annotations
@@ -34,13 +30,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
-    from slos_serve.core.types import Rows, Slo
-
-FloatArray = npt.NDArray[np.float64]
+    from slos_serve.core.types import Slo
 
 TOLERANCE_S = 1e-6
 CHECK_EVERY = 10
@@ -324,57 +315,3 @@ def outcome(
     if not promised:
         return "declined"
     return "met" if grade.met else "missed"
-
-
-def pace_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
-    """Return the seconds per output token that each row must hold from now on; `inf` where it need not.
-
-    The TPOT of the span it is in, or the pace that its `e2e` promise asks for, if that is faster:
-    deadlines of `next_due_s` with the same `min_token_s` are as far apart. Shape (len(rows),).
-    """
-    promised = np.where(rows["is_thinking"] != 0, _thinking_tpot_s(rows), rows["tpot_s"])
-    bound = np.isfinite(rows["e2e_deadline_s"])
-    if bound.any():
-        np.minimum(promised, _e2e_pace_s(rows, min_token_s), out=promised, where=bound)
-    return promised
-
-
-def next_due_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
-    """Return when the next output token of each row is due; `inf` where nothing is promised about it.
-
-    `min_token_s`: the least time that an output token takes on this replica; it only moves the first
-    token of a request with an `e2e` promise forward, so that the others can follow. See the module's text.
-    A row that has already `missed` gets its deadlines all the same. Shape (len(rows),).
-    """
-    produced = rows["num_output_tokens"]
-    deadline, first = rows["ttft_deadline_s"], rows["first_token_s"]
-    thinking = rows["num_thinking_tokens"]
-    answer = produced - thinking
-    # inf * 0 would be nan: a span without tokens grants nothing
-    granted = np.where(thinking > 0, _thinking_tpot_s(rows), 0.0) * thinking
-    granted += np.where(answer > 0, rows["tpot_s"], 0.0) * answer
-    granted += np.where(np.isfinite(deadline), np.maximum(deadline, first), first)
-    np.minimum(granted, rows["last_token_s"] + rows["max_gap_s"], out=granted)
-    due: FloatArray = np.where(produced > 0, granted, deadline)
-    e2e = rows["e2e_deadline_s"]
-    bound = np.isfinite(e2e)
-    if bound.any():
-        tokens_after_next = np.maximum(rows["predicted_output_tokens"] - produced - 1.0, 0.0)
-        np.minimum(due, e2e - tokens_after_next * _e2e_pace_s(rows, min_token_s), out=due, where=bound)
-    return due
-
-
-def _thinking_tpot_s(rows: Rows) -> FloatArray:
-    """Return the TPOT of thinking tokens: that of the answer where it has none of its own."""
-    own = rows["thinking_tpot_s"]
-    return np.where(np.isfinite(own), own, rows["tpot_s"])
-
-
-def _e2e_pace_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
-    """Return the seconds per token that an `e2e` promise leaves; 0 where there is none."""
-    e2e = rows["e2e_deadline_s"]
-    produced = rows["num_output_tokens"]
-    total = np.maximum(rows["predicted_output_tokens"], produced + 1.0)
-    promised = np.where(rows["is_thinking"] != 0, np.maximum(_thinking_tpot_s(rows), rows["tpot_s"]), rows["tpot_s"])
-    pace = np.maximum(np.minimum(promised, 0.5 * (e2e - rows["arrival_s"]) / total), min_token_s)
-    return np.where(np.isfinite(e2e), pace, 0.0)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from slos_serve.core import demand as columns
-from slos_serve.core.deadlines import next_due_s, pace_s
 from slos_serve.core.demand import Demand, Machine
+from slos_serve.core.due import next_due_s, pace_s
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
 from slos_serve.core.programme import merge_tiers
 from slos_serve.core.types import Limits, Status, Tier
