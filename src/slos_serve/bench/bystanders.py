@@ -1,9 +1,10 @@
-"""How much of the machine went to others while something was measured (Linux)."""
+"""Who else used the processors during a run: on a shared machine, that decides whether the run may count."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,34 +14,68 @@ from slos_serve.bench.engines import Engine
 if TYPE_CHECKING:
     from typing import Self
 
+EVERY_S = 2.0  # what ends between two looks counts as `share`, whatever it was
+OURS, YIELDING, OTHER = range(3)
+SCHED_IDLE = 5
+
 
 class Bystanders:
-    """Measure which share of the machine went to anything but this process and the servers."""
+    """Measure which shares of the machine, all cores together, went to anything but this process and the servers.
+
+    `share`: to what competes with them, and to other guests of the host; `yielding`: to processes of the kernel's
+    idle class, which give way at once.
+    """
 
     def __init__(self, engines: Iterable[Engine]) -> None:
-        self.share = 0.0
+        self.share = self.yielding = 0.0
         self._sessions = {engine.process.pid for engine in engines}  # each server leads a session
+        self._used = [0, 0, 0]
+        self._available = self._busy_before = self._available_before = 0
+        self._ticks_before: dict[int, tuple[int, int]] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        self._before = self._ticks()
+        self._look()
+        self._used, self._available = [0, 0, 0], 0
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        others, available = (after - before for after, before in zip(self._ticks(), self._before, strict=True))
-        self.share = max(0.0, others / max(available, 1))
+        self._stopped.set()
+        self._thread.join()
+        self._look()
+        available = max(self._available, 1)
+        self.share, self.yielding = self._used[OTHER] / available, self._used[YIELDING] / available
 
-    def _ticks(self) -> tuple[int, int]:
-        """Return the ticks that others have used and that there were, all cores together."""
+    def _watch(self) -> None:
+        while not self._stopped.wait(EVERY_S):
+            self._look()
+
+    def _look(self) -> None:
+        """Add up what was used since the look before."""
         line = Path("/proc/stat").read_text("ascii").splitlines()[0]
         user, nice, system, idle, iowait, *rest = map(int, line.split()[1:9])
         busy = user + nice + system + sum(rest)
-        return busy - self._own_ticks(), busy + idle + iowait
+        available = busy + idle + iowait
+        ticks = self._ticks()
+        known = [0, 0]
+        for pid, (kind, count) in ticks.items():
+            known[kind] += max(0, count - self._ticks_before.get(pid, (kind, 0))[1])
+        self._used[OURS] += known[OURS]
+        self._used[YIELDING] += known[YIELDING]
+        self._used[OTHER] += max(0, busy - self._busy_before - sum(known))
+        self._available += available - self._available_before
+        self._busy_before, self._available_before, self._ticks_before = busy, available, ticks
 
-    def _own_ticks(self) -> int:
-        total = 0
+    def _ticks(self) -> dict[int, tuple[int, int]]:
+        """Return (kind, ticks used) of our processes and of the idle class's, by process id."""
+        found = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 fields = path.read_text("utf-8", "replace").rpartition(")")[2].split()
-                if int(fields[3]) in self._sessions or path.parent.name == str(os.getpid()):
-                    total += int(fields[11]) + int(fields[12])
-        return total
+                pid = int(path.parent.name)
+                is_ours = int(fields[3]) in self._sessions or pid == os.getpid()
+                if is_ours or int(fields[38]) == SCHED_IDLE:
+                    found[pid] = (OURS if is_ours else YIELDING, int(fields[11]) + int(fields[12]))
+        return found

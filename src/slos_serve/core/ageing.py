@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STILL_S = 30.0
 GRACE_S = 10.0  # until its next token is due
 PACE_S = 0.2  # for each token after it
-EVERY_S = 1.0  # between two looks
+EVERY_S = 1.0  # one look in each such span of the clock
 
 
 class Ageing:
@@ -28,13 +28,14 @@ class Ageing:
 
     def __init__(self) -> None:
         self.chosen: str | None = None
-        self._look_s = -math.inf
+        self._last_look = -1
 
     def step(self, table: RequestTable, now_s: float) -> None:
         """Choose whom to wait for, or see to it that the chosen one is still waited for; before a plan at `now_s`."""
-        if now_s < self._look_s:
-            return
-        self._look_s = now_s + EVERY_S
+        look = int(now_s // EVERY_S)
+        if look == self._last_look or (table.rows["tier"] == Tier.BEST_EFFORT).all():
+            return  # where there is nothing else, the oldest runs first as it is
+        self._last_look = look
         if self.chosen is None or self.chosen not in table:
             self.chosen = _oldest_still(table, now_s)
         if self.chosen is None:
@@ -52,9 +53,6 @@ class Ageing:
 
 def _oldest_still(table: RequestTable, now_s: float) -> str | None:
     rows = table.rows
-    is_lower = rows["tier"] == Tier.BEST_EFFORT
-    if is_lower.all():  # then the oldest runs first as it is
-        return None
     since = np.where(np.isfinite(rows["last_token_s"]), rows["last_token_s"], rows["arrival_s"])
-    still = np.flatnonzero(is_lower & (now_s - since > STILL_S))
+    still = np.flatnonzero((rows["tier"] == Tier.BEST_EFFORT) & (now_s - since > STILL_S))
     return table.request_ids[int(still[np.argmin(rows["arrival_s"][still])])] if still.size else None
