@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 
 from slos_serve.bench import staged
+from slos_serve.bench.compare import save_run
 from slos_serve.bench.grade import grade_run
 from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.scaled import Scaled
-from slos_serve.bench.staged_report import holds_until
+from slos_serve.bench.staged_report import counted, holds_until, ratio, run_counts, summary
 from slos_serve.core.perf import PerfModel
 
 CPU = PerfModel.from_terms([{"per_token_s": 5e-4, "per_request_s": 1e-3, "per_pair_s": 1e-7, "fixed_s": 0.02}])
@@ -82,3 +83,64 @@ async def test_rounds_come_one_after_the_other_and_those_after_a_failure_count_a
 )
 def test_capacity_is_interpolated_between_rates_that_bracket_it_and_never_extrapolated(points, rate):
     assert holds_until(points) == (None if rate is None else pytest.approx(rate))
+
+
+def run(setting, seed, outcomes, *, share=0.0, discarded=0):
+    rows = [
+        {"request_id": name, "outcome": outcome, "stages": {"prefill": outcome, "thinking": "", "answer": ""}}
+        for name, outcome in outcomes.items()
+    ]
+    met = sum(outcome == "met" for outcome in outcomes.values())
+    zeros = dict.fromkeys(("missed", "declined", "rejected", "failed", "promised", "kept"), 0)
+    entry = {"num_requests": len(rows), "met": met, "attainment": met / len(rows), **zeros}
+    return {
+        "schema": "slos-serve-run/1",
+        "setting": setting,
+        "rate_rps": 1.0,
+        "seed": seed,
+        "entry": entry,
+        "requests": rows,
+        "others_cpu_share": share,
+        "yielding_share": 0.0,
+        "num_discarded": discarded,
+        "is_disturbed": share > 0.1,
+    }
+
+
+def test_disturbed_runs_of_any_system_are_left_out_and_counted(tmp_path):
+    met = {"s300-0-0": "met"}
+    for one in (
+        run("slos-serve", 300, met),
+        run("slos-serve", 301, met, share=0.4, discarded=3),
+        run("vllm-192", 300, met, share=0.4, discarded=3),
+        run("vllm-192", 301, met, discarded=1),
+        run("vllm-192", staged.SELECTION_SEED, met),
+    ):
+        save_run(one, tmp_path / "runs")
+    assert [(one["setting"], one["seed"]) for one in counted(tmp_path)] == [("slos-serve", 300), ("vllm-192", 301)]
+    saved = [run("slos-serve", 300, met), run("slos-serve", 301, met, share=0.4, discarded=3)]
+    assert run_counts(saved) == {"slos-serve": {"runs": 2, "left_out": 1, "discarded": 3}}
+
+
+def test_a_session_is_met_where_all_its_rounds_are_and_its_last_round_is_the_final_one():
+    outcomes = {"s300-0-0": "met", "s300-0-1": "missed", "s300-0-2": "met", "s300-1-0": "met", "s300-1-1": "met"}
+    found = summary([run("slos-serve", 300, outcomes)])
+    assert found["sessions_met"] == 0.5
+    assert found["rounds"] == {"loop rounds": pytest.approx(2 / 3), "final rounds": 1.0}
+
+
+def test_the_ratio_of_capacities_is_to_the_better_stock_setting_and_paired_by_seed():
+    def points(*shares):
+        return list(zip((1.0, 2.0, 3.0), shares, strict=True))
+
+    systems = {
+        "slos-serve": {"300": points(1.0, 1.0, 0.8), "301": points(1.0, 1.0, 0.8)},
+        "vllm-192": {"300": points(1.0, 0.8, 0.5), "301": points(1.0, 0.8, 0.5)},
+        "vllm-192-drafts": {"300": points(0.95, 0.7, 0.5), "301": points(0.95, 0.7, 0.5)},
+    }
+    found = ratio(systems)
+    assert (found["value"], found["interval"]) == (pytest.approx(2.5 / 1.5), pytest.approx([2.5 / 1.5] * 2))
+    assert (found["num_seeds"], found["is_bracketed"]) == (2, True)
+    held = {**systems, "slos-serve": {seed: points(1.0, 1.0, 1.0) for seed in ("300", "301")}}
+    assert (ratio(held)["value"], ratio(held)["is_bracketed"]) == (pytest.approx(3.0 / 1.5), False)
+    assert ratio({"slos-serve": systems["slos-serve"]}) is None
