@@ -315,6 +315,17 @@ def test_a_request_of_one_token_never_leaves_its_prefill_replica():
     assert (result.cluster.num_moved, result.graded[0].outcome) == (0, "met")
 
 
+def test_a_session_finds_its_prefix_where_its_earlier_prompts_were_prefilled():
+    load = workload(
+        sim("other", 80, 2),
+        sim("first", 100, 5, session_id="s"),
+        sim("second", 160, 5, at_s=10.0, session_id="s", num_cached_tokens=96),
+    )
+    result = run(load, 3, num_prefill=2)
+    computed = [replica.tokens_computed for replica in result.cluster.replicas]
+    assert computed == [80, 100 + (160 - 96), 1 + 4 + 4]
+
+
 def test_a_disaggregated_decode_survives_preemption():
     hw = hardware(kv_tokens=96, max_model_len=96)
     result = run(workload(sim("a", 30, 40), sim("b", 30, 40)), 2, hw=hw, num_prefill=1)

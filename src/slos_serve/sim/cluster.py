@@ -27,7 +27,7 @@ from slos_serve.sim.fleet import Door, Fleet
 from slos_serve.sim.invariants import InvariantError
 from slos_serve.sim.kernel import Kernel, Priority
 from slos_serve.sim.records import Record, SimRequest
-from slos_serve.sim.silos import Silos
+from slos_serve.sim.silos import Homes, Silos
 from slos_serve.sim.streams import predicted_length
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ POOLED = "pooled"  # not a router: one replica as fast as all of them
 class ClusterOptions:
     """How many replicas, and how requests reach them; see the module's text. Times in seconds.
 
-    `num_replicas` counts those of `num_prefill` too. `silos`: replicas by class, for partitioned GPUs; they
-    replace `router`. `max_hops` None: what the router asks for. `kv_transfer_s_per_token`: KV bytes of a
-    token over the bandwidth between two replicas.
+    `num_replicas` counts those of `num_prefill` too; with those, `router` is not asked: sessions return to their
+    prefill replica. `silos`: replicas by class, for partitioned GPUs; they replace `router`. `max_hops` None: what
+    the router asks for. `kv_transfer_s_per_token`: KV bytes of a token over the bandwidth between two replicas.
     """
 
     num_replicas: int = 1
@@ -89,6 +89,8 @@ class ClusterOptions:
         """Return the router of a run."""
         if self.silos:
             return Silos(self.silos)
+        if self.num_prefill:
+            return Homes()
         return make_router(self.router, rng=np.random.default_rng([seed, 77]))
 
 

@@ -75,9 +75,11 @@ class Engine:
         row["is_thinking"] = int(num_thinking_tokens > 1)
         row["first_token_s"] = row["last_token_s"] = first_token_s
 
-    def withdraw(self, index: int) -> None:
-        """Take back what a request holds before its row is removed."""
-        self.pool.give(int(self.table.rows["num_kv_blocks"][index]))
+    def withdraw(self, index: int, session_id: str = "") -> None:
+        """Take back what a request holds before its row is removed; what it computed stays in its session's prefix."""
+        row = self.table.rows[index]
+        if row["num_computed_tokens"]:
+            self.pool.give(int(row["num_kv_blocks"]), session_id, int(row["num_computed_tokens"]))
         self._prefix_of.pop(self.table.request_ids[index], None)
 
     def preempt(self, index: int) -> None:

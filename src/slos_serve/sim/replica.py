@@ -185,7 +185,7 @@ class Replica:
         """Take a request back, whatever it holds."""
         self.settle()
         index = self.table.index(request_id)
-        self.engine.withdraw(index)
+        self.engine.withdraw(index, session_id=self.streams.records[index].sim.session_id)
         return self.streams.remove(index)
 
     def abandon(self) -> list[Record]:

@@ -1,4 +1,4 @@
-"""GPUs partitioned by application: each class has replicas of its own."""
+"""Routers of rival deployments: GPUs partitioned by application, and prefill replicas that keep their sessions."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ class Silos(LeastLoad):
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
         own = self._own.get(arrival.slo_class, set())
         return super()._rank(arrival, [name for name in names if name in own] or names, now_s)
+
+
+class Homes(LeastLoad):
+    """Send a session's rounds to where its earlier prompts were computed, others to the fewest requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._homes: dict[str, str] = {}
+
+    def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
+        home = self._homes.get(arrival.session_id)
+        return super()._rank(arrival, [home] if home in names else names, now_s)
+
+    def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
+        """Count a request, and remember where its session is."""
+        super().place(arrival, replica_id, now_s)
+        if arrival.session_id:
+            self._homes[arrival.session_id] = replica_id
