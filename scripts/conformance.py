@@ -33,7 +33,10 @@ KINDS = ("stock", "observe", "enforce")
 WANTED = ("tests/v1/core/", "tests/v1/kv_connector/unit/utils.py")
 PACKAGES = ("tests", "tests/v1", "tests/v1/kv_connector", "tests/v1/kv_connector/unit")
 # They load real weights: what they test of the scheduler, tests/engine tests here.
-NOT_RUN = ("test_scheduler_e2e.py", "test_reset_prefix_cache_e2e.py", "test_kv_sharing.py")
+NOT_RUN = (
+    *("test_scheduler_e2e.py", "test_reset_prefix_cache_e2e.py", "test_kv_sharing.py"),
+    "prefix_cache/test_hybrid_prefix_cache_hit_rate.py",
+)
 SLOW = "test_priority_scheduling_blast"  # 20,000 steps a case; with --full
 # (kind, part of a test's name) -> why it may differ from stock
 EXPLAINED: dict[tuple[str, str], str] = {
