@@ -28,7 +28,7 @@ from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import build_requests, synthetic_trace
-from slos_serve.ray_serve.app import build_openai_app
+from slos_serve.ray_serve.app import STATS_PERIOD_S, build_openai_app
 from slos_serve.ray_serve.cluster import APPLICATION, Cluster
 from slos_serve.serving import replicas, verb
 from slos_serve.serving.platforms import num_cores
@@ -49,7 +49,7 @@ class Bed:
         self.options = options
         self.num_replicas = options.replicas
         self.port = free_port()
-        self.args = arguments(options, self.port, self.num_replicas, "slo")
+        self.args = arguments(options, self.port, self.num_replicas)
         self.engine = verb.find_engine()
         self.plan = verb.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
         self.cluster = Cluster(None, num_cpus=max(num_cores(), self.num_replicas))
@@ -60,12 +60,17 @@ class Bed:
     def __exit__(self, *_: object) -> None:
         self.cluster.__exit__(None, None, None)
 
-    def deploy(self, *, router: str = "slo", scaling: dict[str, Any] | None = None) -> App:
-        """Bring up the application, or roll it over to a new version of itself."""
-        self.args.router = router
+    def deploy(self, *, switch: Path | None = None, scaling: dict[str, Any] | None = None) -> App:
+        """Bring up the application, or roll it over to a new version of itself; `switch`: see `cluster_switch`."""
         bundle = replicas.bundle_of(self.args, self.engine)
         document = replicas.application(self.args, self.engine, self.plan, str(self.plan.profile), bundle)
         settings = document["llm_configs"][0]["deployment_config"]
+        if switch is not None:
+            settings["request_router_config"] = {
+                "request_router_class": "cluster_switch.SwitchedRouter",
+                "request_router_kwargs": {"switch": str(switch.resolve())},
+                "request_routing_stats_period_s": STATS_PERIOD_S,
+            }
         if scaling is None:
             settings["num_replicas"] = self.num_replicas
         else:
@@ -118,13 +123,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def arguments(options: argparse.Namespace, port: int, count: int, router: str) -> argparse.Namespace:
+def arguments(options: argparse.Namespace, port: int, count: int) -> argparse.Namespace:
     """Return what `slos-serve serve` would be given."""
     parser = argparse.ArgumentParser()
     verb.configure(parser)
     model = options.model or ensure_demo_model()
     given = [str(model), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
-    given += ["--replicas", str(count), "--router", router]
+    given += ["--replicas", str(count)]
     given += ["--profile", str(options.profile)] if options.profile else []
     given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
     given += ["--record", str(options.record)] if options.record else []
@@ -138,7 +143,7 @@ def arguments(options: argparse.Namespace, port: int, count: int, router: str) -
 
 def measure(options: argparse.Namespace) -> Scaled:
     """Measure the engine once on its own, fix the workload by it, and write the classes."""
-    args = arguments(options, free_port(), options.replicas, "slo")
+    args = arguments(options, free_port(), options.replicas)
     plan = verb.prepare(args, verb.find_engine(), os.environ, share=options.replicas)
     if plan.must_profile:
         say("measuring how long the engine's steps take, on one replica (two minutes, once)")

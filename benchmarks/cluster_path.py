@@ -45,7 +45,7 @@ def path(options: argparse.Namespace) -> list[dict[str, Any]]:
     share, options.replicas = options.replicas, 1
     measure(options)
     rows = []
-    args = arguments(options, free_port(), 1, "slo")
+    args = arguments(options, free_port(), 1)
     plan = verb.prepare(args, verb.find_engine(), os.environ, share=share)
     child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
     try:

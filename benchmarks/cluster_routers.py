@@ -1,4 +1,4 @@
-"""Routers on real replicas, one after the other, at equal load with square bursts and the same seeds."""
+"""Routers on real replicas, in turn, at equal load with square bursts and the same seeds."""
 
 from __future__ import annotations
 
@@ -18,31 +18,36 @@ from slos_serve.bench.grade import entry, grade_run
 ROUTERS = ("slo", "ray", "round-robin")
 BURSTS = "bursts:4:20:0.3"  # four times the base rate during the first 6 s of every 20
 SECONDS = 40.0
-SETTLING_S, SETTLING_SEED = 20.0, 1_000_003  # the first load after a start, not measured: margins are learnt in it
+SETTLING_SEED = 1_000_003
 COUNTS = ("num_requests", "met", "missed", "declined", "failed", "promised", "kept")
 
 
 def routers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every seed behind every router, on one cluster after the other: two do not fit a small machine at once."""
+    """Run every seed behind every router in turn, on the same replicas."""
     scaled = measure(options)
     names, seconds = list(options.only or ROUTERS), options.seconds or SECONDS
     rate = options.load * capacity_rps(scaled, options.replicas)
+    switch = options.out / "router"
+    switch.write_text(names[0])
     rows = []
-    for name in names:
-        say(f"{name}: starting {options.replicas} replicas")
-        with Bed(options) as bed:
-            app = bed.deploy(router=name)
-            app.warm(bed.num_replicas)
-            asyncio.run(offer(app.url, MODEL, requests_of(scaled, rate, SETTLING_S, SETTLING_SEED, BURSTS)))
-            for seed in range(options.seed, options.seed + options.runs):
-                requests = requests_of(scaled, rate, seconds, seed, BURSTS)
+    with Bed(options) as bed:
+        say(f"starting {options.replicas} replicas")
+        app = bed.deploy(switch=switch)
+        app.warm(bed.num_replicas)
+        for run in range(options.runs + 1):  # the first is not measured: margins settle in it
+            seed = options.seed + run - 1 if run else SETTLING_SEED
+            requests = requests_of(scaled, rate, seconds, seed, BURSTS)
+            for name in names[run % len(names) :] + names[: run % len(names)] if run else names[:1]:
+                switch.write_text(name)
                 results = asyncio.run(offer(app.url, MODEL, requests))
                 graded = entry(grade_run(requests, results), system=name, scenario="bursts", span_s=seconds)
-                rows.append({"router": name, "seed": seed, "rate_rps": rate, **{key: graded[key] for key in COUNTS},
-                             "attainment": graded["attainment"], "goodput_rps": graded["goodput_rps"],
-                             "hops": sum(int((one.slo or {}).get("hops") or 0) for one in results),
-                             "ttft_s": graded["ttft_s"]})  # fmt: skip
-                say(json.dumps(rows[-1]))
+                row = {"router": name, "seed": seed, "rate_rps": rate, **{key: graded[key] for key in COUNTS},
+                       "attainment": graded["attainment"], "goodput_rps": graded["goodput_rps"],
+                       "hops": sum(int((one.slo or {}).get("hops") or 0) for one in results),
+                       "ttft_s": graded["ttft_s"]}  # fmt: skip
+                say(json.dumps(row))
+                if run:
+                    rows.append(row)
     say("\n" + summary(rows))
     return rows
 

@@ -7,7 +7,7 @@ import yaml
 pytest.importorskip("ray.serve.llm")
 pytest.importorskip("vllm")
 
-from slos_serve.errors import ConfigError
+from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.ray_serve.app import build_openai_app, read_slo, replica_document
 from slos_serve.ray_serve.ingress import summed
 from slos_serve.ray_serve.server import SloServer
@@ -146,3 +146,18 @@ def test_many_replicas_look_like_one_engine_to_the_middleware():
 def test_a_headroom_that_one_replica_does_not_tell_is_unknown_for_all():
     one = {"usable": True, "effective_mode": "enforce", "headroom_tokens_per_s": 0.0}
     assert summed([one, {**one, "headroom_tokens_per_s": None}])["headroom_tokens_per_s"] is None
+
+
+def test_a_replica_whose_machine_has_the_package_but_not_installed_says_so(monkeypatch):
+    from slos_serve.ray_serve import server
+
+    server.check_installed()
+    monkeypatch.setattr(server, "entry_points", lambda **_: ())
+    with pytest.raises(SlosServeError, match="not installed"):
+        server.check_installed()
+
+
+def test_a_record_of_the_engines_is_one_of_the_routers_decisions_too():
+    _, routing = read_slo({"record": "steps.jsonl", "router": "least-load"})
+    assert routing["request_router_kwargs"] == {"policy": "least-load", "record": "steps.jsonl"}
+    assert "record" not in read_slo({})[1]["request_router_kwargs"]

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from parts import Clocks, stats
 
+from slos_serve.core import draft, trial, virtual_copy
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing import make_router
 from slos_serve.core.types import Request, Slo
+from slos_serve.core.warmup import warm_up_router
 from slos_serve.ray_serve.decisions import Recorded, replayed
 from slos_serve.ray_serve.fleet import Fleet
 from slos_serve.ray_serve.hops import Hop
@@ -165,3 +167,15 @@ def test_a_record_of_decisions_holds_all_that_they_depend_on(policy, monkeypatch
 def test_a_file_that_is_no_record_of_decisions_is_refused():
     with pytest.raises(ValueError, match="slos-serve-decisions/1"):
         list(replayed(['{"event": "ended", "request": "r"}']))
+
+
+def test_no_decision_waits_for_a_loop_to_be_compiled():
+    def compiled():
+        loops = (virtual_copy.advance, trial.run, draft._best_lengths, draft._gain_table)
+        return [len(getattr(loop, "signatures", ())) for loop in loops]
+
+    warm_up_router()
+    before = compiled()
+    with gzip.open(Path(__file__).parent / "recorded_on_ray.jsonl.gz", "rt") as lines:
+        assert len(list(replayed(lines))) > 100
+    assert compiled() == before

@@ -295,7 +295,7 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
         margin_prefill=model.margin_prefill,
         margin_decode=model.margin_decode,
         token_budget=float(limits.max_num_batched_tokens),
-        max_seqs=max(1.0, limits.max_num_seqs - hidden),
+        max_seqs=max(1.0, float(limits.max_num_seqs) - hidden),
         block_size=float(limits.block_size),
         free_blocks=snapshot.free_kv_blocks,
         max_batch_s=BATCH_FIXED_MULTIPLE * fixed_s,

@@ -1,4 +1,4 @@
-"""Let the planner compile its loops before the first request, not during it: each takes seconds."""
+"""Let planner and router compile their loops before the first request, not during it: each takes seconds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ import math
 from dataclasses import replace
 
 from slos_serve.core.perf import PerfModel
+from slos_serve.core.routing import Arrival, SloRouter, snapshot_of
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
 
 _MODEL = PerfModel.from_terms(
     [{"per_token_s": 1e-4, "per_request_s": 1e-4, "per_context_token_s": 1e-7, "per_pair_s": 1e-9, "fixed_s": 5e-3}]
 )
+_LIMITS = Limits(max_num_batched_tokens=2048, max_num_seqs=64, max_model_len=4096, block_size=16, num_kv_blocks=4000)
+
+
+def warm_up_router() -> None:
+    """Route a few made-up requests between made-up replicas, with drafts and without."""
+    router, names = SloRouter(), ["plain", "drafting"]
+    for name, num_drafts in zip(names, (0, 3), strict=True):
+        limits = replace(_LIMITS, max_draft_length=num_drafts)
+        router.observe(snapshot_of(_situation(limits, 2), replica_id=name))
+    for i in range(4):
+        slo = {"ttft_deadline_s": 0.5 + i, "tpot_s": 0.1}
+        router.choose(Arrival(request_id=str(i), arrival_s=0.1, num_prompt_tokens=200, **slo), names, 0.1)
 
 
 def warm_up(planner: Planner, limits: Limits) -> None:

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from slos_serve.config import BEST_EFFORT
+from slos_serve.core.warmup import warm_up_router
 from slos_serve.http import replies
 from slos_serve.http.hub import HUB
 from slos_serve.http.middleware import SloMiddleware
@@ -48,6 +49,7 @@ class SloIngress(OpenAiIngress):
         **options: Any,
     ) -> None:
         super().__init__(llm_deployments, model_cards, **options)
+        warm_up_router()  # before anybody waits for it
         slo = dict(slo or {})
         profile = slo.pop("profile", None)
         HUB.configure(slo=slo, model=", ".join(model_cards))

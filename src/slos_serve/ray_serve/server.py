@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from slos_serve.ray_serve.hops import Hop, Note, is_refusal
 from slos_serve.ray_serve.reports import KEY, Reporter
 from slos_serve.ray_serve.telling import alive, told
 
+PLUGINS = "vllm.stat_logger_plugins"
 UNHEALTHY_SILENT_S = 15.0
 UNHEALTHY_STALLED_S = 60.0
 
@@ -40,6 +42,7 @@ class SloServer(LLMServer):
     """A replica that hands back what it cannot promise, and says what it knows of its load."""
 
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc] # Ray awaits it
+        check_installed()
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         _prepare(llm_config, self._replica_id)
         self._num_refused = 0
@@ -121,6 +124,13 @@ class SloServer(LLMServer):
         client = getattr(getattr(self, "engine", None), "_engine_client", None)
         if client is not None:
             client.shutdown()
+
+
+def check_installed() -> None:
+    """Raise `SlosServeError` where vLLM would not find our plug-in, and nobody would hear what the engine decides."""
+    if not any(one.value.startswith("slos_serve.") for one in entry_points(group=PLUGINS)):
+        expected = "pip install it on every machine, or name it in runtime_env"
+        raise SlosServeError(f"slos-serve can be imported by this replica but is not installed: {expected}")
 
 
 def slo_settings(llm_config: LLMConfig) -> Mapping[str, Any]:
