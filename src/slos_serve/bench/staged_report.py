@@ -191,7 +191,8 @@ def plot(table: Mapping[str, Any], drafts: Sequence[Mapping[str, Any]], out: Pat
         right.set(
             xlabel="second of the run", ylabel="draft tokens", title=f"draft length; dotted: acceptance x {DRAFTS}"
         )
-        right.legend(fontsize=8)
+        if first:
+            right.legend(fontsize=8)
         figure.tight_layout()
         figures.save(figure, out / "stages.png")
 
