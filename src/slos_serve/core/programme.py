@@ -108,13 +108,15 @@ def choose(now, model, width, price):  # type: ignore[no-untyped-def]
     idle = rates.shape[0] - 1
     parent = np.empty((n, width), np.int32)
     taken = np.zeros((n, width), np.bool_)
-    labels = np.zeros((width, NUM_ENTRIES))
-    tight = np.full(width, idle, np.int64)
-    following = np.zeros((2 * width, NUM_ENTRIES))
-    next_tight = np.zeros(2 * width, np.int64)
+    labels, following = np.zeros((2 * width, NUM_ENTRIES)), np.zeros((2 * width, NUM_ENTRIES))
+    tight, next_tight = np.full(2 * width, idle, np.int64), np.zeros(2 * width, np.int64)
+    rows = np.zeros(width, np.int64)  # where the labels stand
     origin = np.zeros(2 * width, np.int32)
     takes = np.zeros(2 * width, np.bool_)
+    able = np.zeros(width, np.bool_)
+    spent = np.zeros((width, 3))
     goals = np.zeros((3, 2 * width))
+    worth = np.zeros(2 * width)
     kept = np.zeros(2 * width, np.bool_)
     labels[0, END] = now
     labels[0, NEXT] = model.first_due
@@ -124,62 +126,91 @@ def choose(now, model, width, price):  # type: ignore[no-untyped-def]
     expanded = 0
     paid = 0.0
     horizon, base = _span(now, model)
+    num_goals = 2 if blocks.sum() <= free_blocks else 3  # blocks tell labels apart only where they can run short
     for i in range(n):
         at = min(max(deadline[i], clock), horizon)
-        if at > clock:
-            for j in range(live):
-                labels[j, ROOM] -= owed[i] - paid + (labels[j, LOAD] - base) * (at - clock)
-                if labels[j, NEXT] <= at + 1e-9:
-                    _close(steps, labels, j, periods[tight[j]], at)
+        tokens, tier_i, blocks_i, load_i = cost[i], tier[i], blocks[i], load[i]
+        own_period = periods[tier_i]
+        due, span = owed[i] - paid, at - clock
+        passed = at > clock
+        if passed:
             paid = owed[i]
             clock = at
         expanded += live
+        anyone = False
+        for j in range(live):
+            r = rows[j]
+            period = periods[tight[r]]
+            if passed:
+                labels[r, ROOM] -= due + (labels[r, LOAD] - base) * span
+                if labels[r, NEXT] <= at + 1e-9:
+                    labels[r, ROOM], labels[r, END], labels[r, NEXT] = _ended(
+                        steps, labels[r, ROOM], labels[r, END], labels[r, NEXT], period, at
+                    )
+            able[j] = (
+                labels[r, BLOCKS] + blocks_i <= free_blocks + 1e-9
+                and rates[min(tight[r], tier_i)] >= labels[r, LOAD] + load_i - 1e-9
+            )
+            if able[j] and tokens > 0.0:
+                spent[j, 0], spent[j, 1], spent[j, 2] = _spent(
+                    steps, labels[r, ROOM], labels[r, END], labels[r, NEXT], tokens, period, own_period, at
+                )
+                able[j] = spent[j, 0] >= -EPS_TOKENS
+            anyone = anyone or able[j]
+        if not anyone:
+            if required[i]:
+                live = 0
+                break
+            for j in range(live):
+                parent[i, j] = j
+            continue
         gain = 0.0 if required[i] else value[i]
         count = 0
         skip = live if required[i] else 0
         take = 0
         while skip < live or take < live:
             # merge: "taken" labels are worth `gain` more than their parents
-            leave = skip < live and (take >= live or labels[skip, WORTH] > labels[take, WORTH] + gain)
+            if take < live and not able[take]:
+                take += 1
+                continue
+            leave = skip < live and (take >= live or labels[rows[skip], WORTH] > labels[rows[take], WORTH] + gain)
             j = skip if leave else take
             skip += leave
             take += not leave
-            next_tight[count] = tight[j] if leave else min(tight[j], tier[i])
-            rate = rates[next_tight[count]]
-            if not leave and (
-                labels[j, BLOCKS] + blocks[i] > free_blocks + 1e-9 or rate < labels[j, LOAD] + load[i] - 1e-9
-            ):
-                continue
+            r = rows[j]
             for k in range(NUM_ENTRIES):  # a loop: views cost more than what they save
-                following[count, k] = labels[j, k]
+                following[count, k] = labels[r, k]
+            next_tight[count] = tight[r]
             if not leave:
                 following[count, WORTH] += gain
-                following[count, BLOCKS] += blocks[i]
-                following[count, LOAD] += load[i]
-                if cost[i] > 0.0 and not _spend(
-                    steps, following, count, cost[i], periods[tight[j]], periods[tier[i]], clock
-                ):
-                    continue
+                following[count, BLOCKS] += blocks_i
+                following[count, LOAD] += load_i
+                next_tight[count] = min(tight[r], tier_i)
+                if tokens > 0.0:
+                    following[count, ROOM], following[count, END] = spent[j, 0], spent[j, 1]
+                    following[count, NEXT] = spent[j, 2]
+                    following[count, LEAST] = min(following[count, LEAST], spent[j, 0])
             takes[count] = not leave
             origin[count] = j
-            goals[1, count] = following[count, ROOM] + rate * (clock - following[count, END])
-            goals[0, count] = goals[1, count] + (rate - following[count, LOAD]) * (horizon - clock)
-            goals[2, count] = -following[count, BLOCKS]
             count += 1
-        if count == 0:
-            live = 0
-            break
-        _cut(PRICE * price, following[:, WORTH], goals, count, width, kept)
+        if count > width:
+            for j in range(count):
+                rate = rates[next_tight[j]]
+                worth[j] = following[j, WORTH]
+                goals[1, j] = following[j, ROOM] + rate * (clock - following[j, END])
+                goals[0, j] = goals[1, j] + (rate - following[j, LOAD]) * (horizon - clock)
+                goals[2, j] = -following[j, BLOCKS]
+        _cut(PRICE * price, worth, goals, num_goals, count, width, kept)
         live = 0
         for j in range(count):
             if kept[j]:
-                for k in range(NUM_ENTRIES):
-                    labels[live, k] = following[j, k]
-                tight[live] = next_tight[j]
+                rows[live] = j
                 parent[i, live] = origin[j]
                 taken[i, live] = takes[j]
                 live += 1
-    return labels[:live, WORTH].copy(), labels[:live, LEAST].copy(), parent, taken, expanded
+        labels, following = following, labels
+        tight, next_tight = next_tight, tight
+    return labels[rows[:live], WORTH], labels[rows[:live], LEAST], parent, taken, expanded
 
 
 @jit
@@ -209,32 +240,28 @@ def _room(steps, seconds):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _close(steps, labels, j, period, now):  # type: ignore[no-untyped-def]
-    """Let the batches of label `j` end that must have ended by `now`, the first by its `NEXT`."""
-    more = math.floor((now - labels[j, NEXT]) / period + 1e-9) if period < np.inf else 0.0
-    labels[j, ROOM] += _room(steps, labels[j, NEXT] - labels[j, END])
+def _ended(steps, room, end, following, period, now):  # type: ignore[no-untyped-def]
+    """Let the batches end that must have ended by `now`, the first by `following`; return (room, end, following)."""
+    more = math.floor((now - following) / period + 1e-9) if period < np.inf else 0.0
+    room += _room(steps, following - end)
     if more > 0.0:
-        labels[j, ROOM] += more * _room(steps, period)
-        labels[j, NEXT] += more * period
-    labels[j, END] = labels[j, NEXT]
-    labels[j, NEXT] += period
+        room += more * _room(steps, period)
+        following += more * period
+    return room, following, following + period
 
 
 @jit
-def _spend(steps, labels, j, cost, period, own_period, now):  # type: ignore[no-untyped-def]
-    """Let label `j` prefill `cost` tokens by `now`; return whether it has the room.
+def _spent(steps, room, end, following, cost, period, own_period, now):  # type: ignore[no-untyped-def]
+    """Prefill `cost` tokens by `now`; return (room, end, following), room below zero where there was too little.
 
-    `period`: of its tightest tier so far. `own_period`: of the request, a decode from now on.
+    `period`: of the tightest tier so far. `own_period`: of the request, a decode from now on.
     """
-    if labels[j, ROOM] < cost - EPS_TOKENS:
+    if room < cost - EPS_TOKENS:
         # a batch cut short; it takes the place of the next one
-        labels[j, ROOM] += _room(steps, now - labels[j, END])
-        labels[j, END] = now
-        labels[j, NEXT] += period
-    labels[j, ROOM] -= cost
-    labels[j, LEAST] = min(labels[j, LEAST], labels[j, ROOM])
-    labels[j, NEXT] = min(labels[j, NEXT], now + own_period)
-    return labels[j, ROOM] >= -EPS_TOKENS
+        room += _room(steps, now - end)
+        end = now
+        following += period
+    return room - cost, end, min(following, now + own_period)
 
 
 @jit
@@ -246,18 +273,18 @@ def trace(parent, taken, label, on):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _cut(price, value, goals, count, width, kept):  # type: ignore[no-untyped-def]
+def _cut(price, value, goals, num_goals, count, width, kept):  # type: ignore[no-untyped-def]
     """Mark the labels to keep, at most `width`: the frontiers, then the highest values.
 
-    Labels come in order of value. A frontier label has more of something (`goals`: room at the horizon, room
-    now, free blocks) than every label of higher value.
+    Labels come in order of value. A frontier label has more of something (the first `num_goals` of `goals`: room at
+    the horizon, room now, free blocks) than every label of higher value.
     """
     kept[:count] = count <= width
     if count <= width:
         return
     chosen = 0
     front = np.empty(count, np.int64)
-    for what in range(3):
+    for what in range(num_goals):
         goal = goals[what]
         size = 0
         best = -np.inf
@@ -297,9 +324,7 @@ def fits(now, model, on):  # type: ignore[no-untyped-def]
     """Tell whether the masked requests are feasible in the reduced model."""
     steps = (model.slope, model.fixed, model.longest)
     tight = model.periods.shape[0] - 1
-    label = np.zeros((1, NUM_ENTRIES))
-    label[0, END] = now
-    label[0, NEXT] = model.first_due
+    room, end, following = 0.0, now, model.first_due
     clock = now
     paid = 0.0
     used = 0.0
@@ -311,9 +336,9 @@ def fits(now, model, on):  # type: ignore[no-untyped-def]
         at = min(max(model.deadline[i], clock), horizon)
         period = model.periods[tight]
         if at > clock:
-            label[0, ROOM] -= model.owed[i] - paid + (load - base) * (at - clock)
-            if label[0, NEXT] <= at + 1e-9:
-                _close(steps, label, 0, period, at)
+            room -= model.owed[i] - paid + (load - base) * (at - clock)
+            if following <= at + 1e-9:
+                room, end, following = _ended(steps, room, end, following, period, at)
             paid = model.owed[i]
             clock = at
         used += model.blocks[i]
@@ -322,8 +347,10 @@ def fits(now, model, on):  # type: ignore[no-untyped-def]
         if used > model.free_blocks + 1e-9 or model.rates[tight] < load - 1e-9:
             return False
         own_period = model.periods[model.tier[i]]
-        if model.cost[i] > 0.0 and not _spend(steps, label, 0, model.cost[i], period, own_period, clock):
-            return False
+        if model.cost[i] > 0.0:
+            room, end, following = _spent(steps, room, end, following, model.cost[i], period, own_period, clock)
+            if room < -EPS_TOKENS:
+                return False
     return True
 
 
