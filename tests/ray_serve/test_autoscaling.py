@@ -1,8 +1,10 @@
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parts import note
 
 from slos_serve.ray_serve.autoscaling import HeadroomPolicy
 
@@ -53,3 +55,23 @@ def test_it_reads_what_ray_hands_to_a_policy():
 def test_settings_that_cannot_be_meant_are_refused(bad):
     with pytest.raises(ValueError, match="HeadroomPolicy"):
         HeadroomPolicy(**bad)
+
+
+@pytest.mark.parametrize(("kind", "num_promised", "counted"), [("verdict", 3, 1), ("passed", 3, 0), ("verdict", 0, 0)])
+def test_only_what_was_refused_for_good_and_for_want_of_room_asks_for_a_replica(
+    kind, num_promised, counted, monkeypatch
+):
+    pytest.importorskip("ray.serve.llm")
+    from slos_serve.ray_serve import server
+
+    async def answer():
+        yield note(kind, verdict="best-effort", reason="compute")
+        yield "data: a chunk"
+
+    async def read(replica):
+        return [item async for item in server.SloServer._counted(replica, answer())]
+
+    monkeypatch.setattr(server, "HUB", SimpleNamespace(snapshot={"num_promised": num_promised}))
+    replica = SimpleNamespace(_num_refused=0)
+    assert len(asyncio.run(read(replica))) == 2
+    assert replica._num_refused == counted

@@ -25,7 +25,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.errors import SlosServeError
 from slos_serve.http.hub import HUB
 from slos_serve.ray_serve import names
-from slos_serve.ray_serve.hops import Hop, Note, is_refusal
+from slos_serve.ray_serve.hops import VERDICT, Hop, Note, is_refusal
 from slos_serve.ray_serve.reports import KEY, Reporter
 from slos_serve.ray_serve.telling import alive, told
 
@@ -75,8 +75,9 @@ class SloServer(LLMServer):
     async def _counted(self, stream: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         try:
             async for item in stream:
-                if isinstance(item, Note) and is_refusal(item.record):
-                    self._num_refused += 1
+                if isinstance(item, Note) and item.kind == VERDICT and is_refusal(item.record):
+                    # Handed back, another replica may promise it; beside no promise at all, none ever would.
+                    self._num_refused += bool((HUB.snapshot or {}).get("num_promised"))
                 yield item
         finally:
             await stream.aclose()
