@@ -57,10 +57,10 @@ def test_settings_that_cannot_be_meant_are_refused(bad):
         HeadroomPolicy(**bad)
 
 
-@pytest.mark.parametrize(("kind", "num_promised", "counted"), [("verdict", 3, 1), ("passed", 3, 0), ("verdict", 0, 0)])
-def test_only_what_was_refused_for_good_and_for_want_of_room_asks_for_a_replica(
-    kind, num_promised, counted, monkeypatch
-):
+@pytest.mark.parametrize(
+    ("kind", "num_promised", "counted"), [("verdict", 3, 1), ("finished", 3, 0), ("verdict", 0, 0)]
+)
+def test_only_what_was_refused_for_want_of_room_asks_for_a_replica(kind, num_promised, counted, monkeypatch):
     pytest.importorskip("ray.serve.llm")
     from slos_serve.ray_serve import server
 

@@ -2,6 +2,7 @@ import pytest
 from parts import arrival, replica_state, stats
 
 from slos_serve.core.routing import make_router
+from slos_serve.core.snapshots import PrefillRow
 from slos_serve.ray_serve.fleet import fleet_of
 from slos_serve.ray_serve.hops import Hop
 
@@ -173,3 +174,19 @@ def test_a_fleet_that_only_rays_own_router_serves_is_unwatched(fleet, clocks):
 def test_router_and_ingress_of_one_process_meet_in_one_fleet():
     assert fleet_of("app", "model") is fleet_of("app", "model")
     assert fleet_of("app", "model") is not fleet_of("app", "other")
+
+
+def test_a_request_is_better_elsewhere_where_a_promise_is_seen_and_it_has_not_begun(fleet, clocks):
+    def waits(name, tokens, context=0.0):
+        return PrefillRow(name, tokens, context, clocks.now + 2.0, 0.5, 10.0, 0.0, 10.0, 0.0, promised=True)
+
+    fleet.use(make_router("slo"))
+    full, empty = replica_state(clocks.now, prefills=(waits("x", 1900.0),)), replica_state(clocks.now)
+    fleet.update({"a": stats(clocks.now, replica=full), "b": stats(clocks.now, replica=empty)})
+    asks = hop(ttft_deadline_s=clocks.now + 1.0, tpot_s=0.5)
+    assert fleet.is_better_elsewhere(asks, "a")
+    assert not fleet.is_better_elsewhere(asks, "b")
+    assert not fleet.is_better_elsewhere(hop(ttft_deadline_s=clocks.now - 1.0, tpot_s=0.5), "a")
+    begun = replica_state(clocks.now, prefills=(waits("x", 1900.0), waits("r", 50.0, 50.0)))
+    fleet.update({"a": stats(clocks.now + 1, replica=begun), "b": stats(clocks.now, replica=empty)})
+    assert not fleet.is_better_elsewhere(asks, "a")

@@ -7,10 +7,11 @@ from parts import FakeStream, arrival, note, stats
 
 from slos_serve.core.routing import make_router
 from slos_serve.ray_serve import journey
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT
+from slos_serve.ray_serve.hops import FINISHED, VERDICT
 from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
 
 FAULT = ConnectionError("the replica died")
+REFUSAL = {"verdict": "best-effort", "reason": "compute"}
 DONE = ["data: [DONE]\n\n"]
 
 
@@ -20,6 +21,8 @@ class Cluster:
     def __init__(self, fleet, clocks, *answers):
         fleet.use(make_router("slo"))
         fleet.update({"a": stats(clocks.now), "b": stats(clocks.now)})
+        fleet.is_better_elsewhere = lambda hop, replica_id: self.better == "everywhere"
+        self.better = "nowhere"
         self.fleet = fleet
         self.answers = list(answers)
         self.hops = []
@@ -63,44 +66,63 @@ async def test_chunks_pass_and_notes_do_not(cluster):
     assert not replicas.streams[0].is_cancelled
 
 
-async def test_a_request_that_is_handed_back_goes_to_the_other_replica_with_its_first_arrival(cluster):
-    replicas = cluster([note(PASSED, "a")], [note(VERDICT, "b", verdict="promised"), "one", DONE])
+async def test_a_refused_request_goes_where_it_would_be_promised_with_its_first_arrival(cluster):
+    replicas = cluster([note(VERDICT, "a", **REFUSAL), "never"], [note(VERDICT, "b", verdict="promised"), "one", DONE])
+    replicas.better = "everywhere"
     assert await replicas.run() == ["one", DONE]
-    assert replicas.hops[0].may_pass
     assert replicas.hops[1].arrival.tried == ("a",)
     assert replicas.hops[1].arrival.arrival_s == replicas.hops[0].arrival.arrival_s
     assert replicas.places == ["a", "b"]
     assert replicas.told == [(VERDICT, "b", 1)]
     assert replicas.counts == ["passed", "served"]
+    assert replicas.streams[0].is_cancelled
 
 
-async def test_the_last_replica_may_not_hand_a_request_back(cluster):
-    replicas = cluster([note(PASSED, "a")], ["one"])
+async def test_an_undecided_request_goes_where_it_would_be_promised(cluster, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster([3600], [note(VERDICT, "b", verdict="promised"), "one", DONE])
+    replicas.better = "everywhere"
+    assert await replicas.run() == ["one", DONE]
+    assert replicas.places == ["a", "b"]
+    assert replicas.streams[0].is_cancelled
+
+
+@pytest.mark.parametrize("answer", [[note(VERDICT, "a", verdict="promised"), 0.05, "one"], ["one", 0.05, "two"]])
+async def test_what_is_promised_or_has_begun_is_never_taken_back(cluster, monkeypatch, answer):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    replicas = cluster(answer)
+    replicas.better = "everywhere"
     await replicas.run()
-    assert [hop.may_pass for hop in replicas.hops] == [True, False]
+    assert replicas.places == ["a"]
+
+
+async def test_it_is_not_passed_on_more_often_than_the_policy_wants(cluster):
+    refusal = note(VERDICT, **REFUSAL)
+    replicas = cluster(*([refusal, "one"] for _ in range(4)))
+    replicas.better = "everywhere"
+    assert await replicas.run() == ["one"]
+    assert len(replicas.hops) == 1 + replicas.fleet.num_hops
 
 
 @pytest.mark.parametrize("more", [{"slo_id": ""}, {"best_effort": True}])
 async def test_a_request_that_wants_no_promise_stays_where_it_is(cluster, more):
-    replicas = cluster(["one"])
-    await replicas.run(**more)
-    assert not replicas.hops[0].may_pass
+    replicas = cluster([note(VERDICT, "a", **REFUSAL), "one"])
+    replicas.better = "everywhere"
+    assert await replicas.run(**more) == ["one"]
 
 
-async def test_on_the_last_hop_a_class_that_rejects_is_refused(cluster):
-    refusal = note(VERDICT, "b", verdict="best-effort", reason="compute")
-    replicas = cluster([note(PASSED, "a")], [refusal, "never"])
+async def test_where_no_replica_is_better_a_class_that_rejects_is_refused(cluster):
+    replicas = cluster([note(VERDICT, "a", **REFUSAL), "never"])
     with pytest.raises(RefusedError, match="compute"):
         await replicas.run(rejects=True)
-    assert replicas.streams[1].is_cancelled
+    assert replicas.streams[0].is_cancelled
     assert not replicas.told
 
 
-async def test_on_the_last_hop_any_other_class_is_served_as_best_effort(cluster):
-    refusal = note(VERDICT, "b", verdict="best-effort", reason="compute")
-    replicas = cluster([note(PASSED, "a")], [refusal, "one"])
+async def test_where_no_replica_is_better_any_other_class_is_served_as_best_effort(cluster):
+    replicas = cluster([note(VERDICT, "a", **REFUSAL), "one"])
     assert await replicas.run() == ["one"]
-    assert replicas.told == [(VERDICT, "b", 1)]
+    assert replicas.told == [(VERDICT, "a", 0)]
 
 
 async def test_whoever_stops_reading_at_the_end_of_the_answer_has_been_served(cluster):
@@ -199,14 +221,15 @@ async def test_a_client_that_leaves_takes_its_request_along(cluster, answer):
 
 
 async def test_a_client_that_leaves_between_two_hops_leaves_nothing_behind(cluster):
-    replicas = cluster([note(PASSED, "a")], [3600])
+    replicas = cluster([note(VERDICT, "a", **REFUSAL)], [3600])
+    replicas.better = "everywhere"
     task = asyncio.ensure_future(replicas.run())
     await asyncio.sleep(0.05)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
     assert len(replicas.hops) == 2
-    assert replicas.streams[1].is_cancelled
+    assert [stream.is_cancelled for stream in replicas.streams] == [True, True]
 
 
 async def test_closing_the_stream_early_gives_the_request_up_at_its_replica(cluster):

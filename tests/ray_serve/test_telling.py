@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from slos_serve.http.hub import Hub
 from slos_serve.http.metrics import SloMetrics
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last
+from slos_serve.ray_serve.hops import FINISHED, VERDICT, Hop, Note, is_last
 from slos_serve.ray_serve.telling import EngineLostError, alive, told
 
 DONE = ["data: [DONE]\n\n"]
@@ -18,7 +18,7 @@ def hub():
 
 
 def hop(**more):
-    return Hop(key="k", arrival=arrival(), slo_id="s", slo_class="chat", may_pass=True, **more)
+    return Hop(key="k", arrival=arrival(), slo_id="s", slo_class="chat", **more)
 
 
 def verdict(hub, verdict, reason=""):
@@ -65,34 +65,17 @@ async def test_a_promise_is_told_before_the_first_chunk(hub):
     assert await anext(items) == ["one"]
 
 
-@pytest.mark.parametrize("reason", ["compute", "memory", "deadline-passed"])
-async def test_a_refused_request_is_handed_back_after_the_engine_has_let_it_go(hub, reason):
-    engine = Engine(["one"], DONE)
-    items, task = await started(engine, hub, hop())
-    verdict(hub, "best-effort", reason)
-    assert (await task).kind == PASSED
-    assert engine.is_closed
-    assert [item async for item in items] == []
-
-
-@pytest.mark.parametrize("reason", ["observe", "requested", "invalid"])
-async def test_a_request_that_no_other_replica_would_promise_either_is_kept(hub, reason):
+@pytest.mark.parametrize("reason", ["compute", "memory", "deadline-passed", "observe", "requested", "invalid"])
+async def test_a_refusal_is_told_and_the_request_is_kept(hub, reason):
     engine = Engine(["one"], DONE)
     _, task = await started(engine, hub, hop())
     verdict(hub, "best-effort", reason)
-    assert (await task).kind == VERDICT
+    first = await task
+    assert (first.kind, first.record["reason"]) == (VERDICT, reason)
     assert not engine.is_closed
 
 
-async def test_a_refused_request_on_its_last_hop_is_kept(hub):
-    engine = Engine(["one"], DONE)
-    one = Hop(key="k", arrival=arrival(), slo_id="s", slo_class="chat")
-    _, task = await started(engine, hub, one)
-    verdict(hub, "best-effort", "compute")
-    assert (await task).kind == VERDICT
-
-
-async def test_a_request_that_has_produced_a_token_is_never_handed_back(hub):
+async def test_a_refusal_after_the_first_token_is_told_too(hub):
     engine = Engine(["one"], DONE)
     engine.wait.set()
     items = told(engine.stream(), hop(), hub, "a")

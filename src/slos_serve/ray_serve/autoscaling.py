@@ -1,7 +1,7 @@
 """How many replicas the promises need: a policy for Ray Serve's autoscaler.
 
-Each replica reports the share of its prefill rate that its promises take (`slo_load`), the promises that it was
-the last to refuse and that stood beside others (`slo_refused_per_s`), and how long its backlog takes to drain
+Each replica reports the share of its prefill rate that its promises take (`slo_load`), the promises that it
+refused beside others that it had given (`slo_refused_per_s`), and how long its backlog takes to drain
 (`slo_drain_s`). Enough replicas are wanted that the mean load is `target_load`, and one more while promises are
 refused. Replicas go one at a time, only where the others could carry their load, and only where no backlog is
 longer than Ray waits for a stopping replica: what it has promised is finished before it ends. Ray applies

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slos_serve.core.routing import Router
@@ -25,6 +25,7 @@ from slos_serve.ray_serve.reports import Report, parse_report
 SILENT_S = 5.0  # an engine's heartbeat is a second
 STALLED_S = 20.0  # longer than any single step
 SUSPECT_S = 10.0  # how long a replica that lost a request is asked last
+MOVES_FOR = frozenset({"feasible", "turn"})  # reasons of a route that are worth taking a request back
 MAX_HOPS_KEPT = 10_000
 MAX_LEFT_KEPT = 100
 
@@ -165,10 +166,20 @@ class Fleet:
         with self._lock:
             return sum(map(self._is_usable, self._members))
 
-    def num_open(self, tried: Sequence[str]) -> int:
-        """Return how many replicas can be sent to that are not among `tried`."""
+    def is_better_elsewhere(self, hop: Hop, replica_id: str) -> bool:
+        """Tell whether the policy sees a promise for a request, undecided or refused where it is, at another replica.
+
+        What has begun is not moved: its prefill would be lost.
+        """
         with self._lock:
-            return sum(self._is_usable(name) for name in self._members.keys() - set(tried))
+            tried = (*hop.arrival.tried, replica_id)
+            names = [name for name in self._members if self._is_usable(name) and self._is_alike(name)]
+            names = [name for name in names if name not in tried]
+            is_late = self._wall() > hop.arrival.deadline_s
+            if self._policy is None or not names or is_late or self._has_begun(hop, replica_id):
+                return False
+            route = self._policy.rank(replace(hop.arrival, tried=tried), names, self._wall())
+            return route.reason in MOVES_FOR
 
     def reports(self) -> dict[str, Report]:
         """Return the last report of every replica that has made one."""
@@ -193,6 +204,12 @@ class Fleet:
             ]
 
     # Under the lock.
+
+    def _has_begun(self, hop: Hop, replica_id: str) -> bool:
+        member = self._members.get(replica_id)
+        snapshot = member.report.snapshot if member is not None and member.report is not None else None
+        rows = snapshot.prefills if snapshot is not None else ()
+        return any(row.context_tokens > 0 for row in rows if row.request_id == hop.arrival.request_id)
 
     def _note(self, key: str, replica_id: str) -> None:
         self._where[key] = replica_id

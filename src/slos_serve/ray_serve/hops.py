@@ -14,7 +14,7 @@ from slos_serve.core.routing import Arrival
 
 # Why a replica gives no promise although the client asked for one it might get elsewhere.
 REFUSALS = frozenset({"compute", "memory", "deadline-passed"})
-VERDICT, PASSED, FINISHED = "verdict", "passed", "finished"
+VERDICT, FINISHED = "verdict", "finished"
 DONE = "data: [DONE]"
 
 
@@ -22,9 +22,8 @@ DONE = "data: [DONE]"
 class Hop:
     """One attempt. `key` names it and nothing else; `arrival` is the request as the router sees it.
 
-    `slo_id` is empty where nobody asked for a promise. With `may_pass` a replica that gives none hands the
-    request back; without, it keeps it as best-effort work. `num_parts`: of how many choices the engine will
-    tell the end in time.
+    `slo_id` is empty where nobody asked for a promise. `num_parts`: of how many choices the engine will tell the
+    end in time.
     """
 
     key: str
@@ -33,13 +32,12 @@ class Hop:
     slo_class: str = ""
     tenant: str = ""
     best_effort: bool = False
-    may_pass: bool = False
     num_parts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
-    """What a replica says about a request: its verdict, that it hands it back, or how it ended.
+    """What a replica says about a request: its verdict, or how it ended.
 
     `record` is the replica's own record of the request, as `http.hub.Hub.find` returns it.
     """

@@ -1,10 +1,11 @@
 """A request's way through the replicas, until one serves it: passed on, retried, refused or told of a loss.
 
-Theory of operation. The ingress sends a hop and reads what comes back. A replica that hands the request
-back, dies, or falls silent before the first chunk costs a hop and nothing else: the next replica gets the
-request with its first arrival time and the replicas already tried. Once a chunk has gone to the client
-nothing is ever sent again: a loss then ends the stream with an error event that says so. On the last hop
-the replica keeps the request as best-effort work, unless its class wants to be refused.
+Theory of operation. The ingress sends a hop and reads what comes back. While the replica has given no promise, and
+again where it refuses one, the router is asked whether another one would: if so the request is taken back and sent
+there, with its first arrival time and the replicas already tried; if not it stays, as best-effort work after a refusal
+unless its class wants to be refused. A replica that dies or falls silent before the first chunk costs a hop and
+nothing else. Once a chunk has gone to the client nothing is ever sent again: a loss then ends the stream with an
+error event that says so.
 
 What is here knows neither Ray nor HTTP, only a function that sends a hop and returns what it yields.
 """
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 from slos_serve.core.routing import Arrival
 from slos_serve.errors import SlosServeError
 from slos_serve.ray_serve.fleet import Fleet
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last, is_refusal
+from slos_serve.ray_serve.hops import FINISHED, VERDICT, Hop, Note, is_last, is_refusal
 
 WATCH_S = 0.25
 UNPLACED_S = 30.0  # how long a request waits while there is no replica at all
@@ -53,8 +54,10 @@ class _LostHereError(Exception):
 
 
 class _PassedError(Exception):
-    def __init__(self, note: Note) -> None:
-        self.note = note
+    """The request is taken back from a replica."""
+
+    def __init__(self, replica_id: str) -> None:
+        self.replica_id = replica_id
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,11 +91,13 @@ class Journey:
         self._num_passed = 0
         self._num_lost = 0
         self._is_begun = False
+        self._is_promised = False
 
     async def items(self) -> AsyncGenerator[Any, None]:
         """Yield chunks; `RefusedError` or `LostError` before the first of them, an error event after."""
         while True:
             hop = self._hop()
+            self._is_promised = False
             stream = self._who.send(hop)
             try:
                 async with contextlib.aclosing(self._read(stream, hop)) as chunks:
@@ -101,7 +106,7 @@ class Journey:
                         yield chunk
             except _PassedError as passed:
                 self._num_passed += 1
-                self._tried.append(passed.note.replica_id)
+                self._tried.append(passed.replica_id)
                 self._who.count("passed")
             except _LostHereError as error:
                 if self._is_begun:
@@ -123,15 +128,16 @@ class Journey:
             slo_class=who.slo_class,
             tenant=who.tenant,
             best_effort=who.best_effort,
-            may_pass=self._may_pass(),
             num_parts=who.num_parts,
         )
 
-    def _may_pass(self) -> bool:
-        """Tell whether another replica would be asked after this one."""
-        if not self._who.slo_id or self._who.best_effort or self._num_passed >= self._fleet.num_hops:
-            return False
-        return self._fleet.num_open(self._tried) > 1
+    def _pass_on(self, hop: Hop, replica_id: str | None) -> None:
+        """Take a request without a promise back where another replica would give one; `_PassedError` says so."""
+        wants = self._who.slo_id and not (self._who.best_effort or self._is_begun or self._is_promised)
+        if not wants or replica_id is None or self._num_passed >= self._fleet.num_hops:
+            return
+        if self._fleet.is_better_elsewhere(hop, replica_id):
+            raise _PassedError(replica_id)
 
     def _take_loss(self, hop: Hop, error: _LostHereError) -> None:
         replica_id = self._fleet.where(hop.key)
@@ -159,11 +165,11 @@ class Journey:
                         who.count("served")
                     yield item
                     continue
-                if item.kind == PASSED:
-                    is_over = True
-                    raise _PassedError(item)
-                if item.kind == VERDICT and who.rejects and is_refusal(item.record) and not self._is_begun:
-                    raise RefusedError(str(item.record.get("reason") or "compute"))
+                self._is_promised = item.record.get("verdict") == "promised"
+                if item.kind == VERDICT and is_refusal(item.record) and not self._is_begun:
+                    self._pass_on(hop, item.replica_id)
+                    if who.rejects:
+                        raise RefusedError(str(item.record.get("reason") or "compute"))
                 if item.kind in {VERDICT, FINISHED}:
                     who.tell(item, self._num_passed + self._num_lost)
         finally:
@@ -171,7 +177,7 @@ class Journey:
                 stream.cancel()
 
     async def _next(self, stream: Stream, hop: Hop) -> Any:
-        """Return the next item; `_LostHereError` where its replica failed or has fallen silent."""
+        """Return the next item; `_LostHereError` where its replica failed or is silent, `_PassedError` as it says."""
         task: asyncio.Future[Any] = asyncio.ensure_future(_anext(stream))
         began = self._monotonic()
         try:
@@ -195,6 +201,7 @@ class Journey:
             raise _LostHereError("there is none now")
         if replica_id is not None and self._fleet.is_silent(replica_id):
             raise _LostHereError(f"replica {replica_id} has stopped answering")
+        self._pass_on(hop, replica_id)
 
 
 async def _anext(stream: Stream) -> Any:

@@ -17,6 +17,7 @@ from slos_serve.ray_serve.hops import Hop
 from slos_serve.ray_serve.names import LocalityMixin, MultiplexMixin, RequestRouter
 
 POLICY = "slo"
+TRANSIT_S = 0.05  # from here to an engine's queue: what was sent so shortly before a snapshot may not be in it
 
 
 class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
@@ -31,6 +32,7 @@ class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Make the policy; `ValueError` for an unknown one. Several routers must not all draw alike."""
         name = self._deployment_id
         self.fleet = fleet_of(name.app_name, name.name)
+        options = {"transit_s": TRANSIT_S, **options}
         router = make_router(policy, rng=np.random.default_rng(), **options)
         self.fleet.use(recorded(router, record, policy=policy, options=options) if record else router)
 

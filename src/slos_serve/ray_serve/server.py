@@ -76,7 +76,7 @@ class SloServer(LLMServer):
         try:
             async for item in stream:
                 if isinstance(item, Note) and item.kind == VERDICT and is_refusal(item.record):
-                    # Handed back, another replica may promise it; beside no promise at all, none ever would.
+                    # What was refused beside no promise at all would be refused by a new replica too.
                     self._num_refused += bool((HUB.snapshot or {}).get("num_promised"))
                 yield item
         finally:

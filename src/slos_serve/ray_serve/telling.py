@@ -1,9 +1,7 @@
 """The replica's side of a hop: pass vLLM's chunks on, and say what the scheduler decided.
 
 The verdict is told as soon as it is there, usually a step before the first token, and how it ended before
-the last chunk, because whoever holds that back could not read on. A request that may be handed back is handed
-back if its verdict is a refusal and nothing of it has been produced; its generation is aborted
-before the answer leaves, so that it never runs in two places.
+the last chunk, because whoever holds that back could not read on.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import Any, cast
 
 from slos_serve.errors import SlosServeError
 from slos_serve.http.hub import Hub
-from slos_serve.ray_serve.hops import FINISHED, PASSED, VERDICT, Hop, Note, is_last, is_refusal
+from slos_serve.ray_serve.hops import FINISHED, VERDICT, Hop, Note, is_last
 
 LONGEST_WAIT_S = 600.0
 OUTCOME_WAIT_S = 0.1
@@ -63,10 +61,6 @@ async def told(stream: AsyncGenerator[Any, None], hop: Hop, hub: Hub, replica_id
     try:
         await asyncio.wait((first, verdict), return_when=asyncio.FIRST_COMPLETED)
         record = hub.find(hop.slo_id)
-        if hop.may_pass and is_refusal(record) and not first.done():
-            await _end(first, stream)
-            yield Note(kind=PASSED, replica_id=replica_id, record=record or {})
-            return
         if record is not None and record["verdict"] != said:
             said = record["verdict"]
             yield Note(kind=VERDICT, replica_id=replica_id, record=record)

@@ -63,13 +63,17 @@ def replica(runtime: SloRuntime) -> dict[str, Any] | None:
         perf_model=model,
         **({} if drafts is None else drafts.state(table.classes, runtime.limits.max_draft_length)),
     )
-    return snapshot_of(
+    document = snapshot_of(
         state,
         replica_id="-",
         headroom_tokens_per_s=(plan.headroom_tokens_per_s if plan is not None else None) or 0.0,
         step_s=plan.batch.predicted_s if plan is not None and len(table) else 0.0,  # idle: no step is under way
         mode=runtime.effective_mode,
     ).to_json()
+    for row in document["prefills"]:
+        live = runtime.tracker.live.get(row[0])
+        row[0] = (live.slo_id if live is not None else None) or row[0]  # as the router calls it
+    return document
 
 
 def facts(runtime: SloRuntime) -> dict[str, Any]:
