@@ -140,7 +140,7 @@ def _tell(name: str, error: BaseException, status: int) -> int:
     if os.environ.get("SLOS_SERVE_DEBUG"):
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
-    print(f"slos-serve {name}: {text}", file=sys.stderr)
+    print(f"slos-serve {name}: {text.removeprefix(f'{name}: ')}", file=sys.stderr)
     return status
 
 

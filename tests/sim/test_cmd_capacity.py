@@ -12,9 +12,10 @@ from slos_serve.sim.capacity import Answer, Curve, Outcome, index_of, rate_at
 from slos_serve.sim.capacity_detail import summary
 from slos_serve.sim.capacity_report import scaling, tabs
 from slos_serve.sim.capacity_study import QUICK, Study
-from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, scenario_entry
+from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, number, scenario_entry
 from slos_serve.sim.cmd_capacity import read_replicas, read_systems
 from slos_serve.sim.hardware import load_hardware
+from slos_serve.sim.standins import SYNTHETIC
 from slos_serve.sim.systems import SYSTEMS
 
 KEYS = {
@@ -109,6 +110,9 @@ def test_bad_arguments_are_told_in_one_line(capsys, data, tmp_path, arguments, n
     assert status == 2
     assert named in captured.err
     assert captured.err.count("\n") == 1
+    assert captured.err.startswith("slos-serve capacity: ")
+    assert "simulate" not in captured.err
+    assert captured.err.count("capacity") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -207,10 +211,13 @@ def test_the_mean_over_scenarios_is_geometric_and_has_an_interval():
     assert entry["geomean"]["ratio"] == pytest.approx(4.0, rel=0.03)
     assert entry["geomean"]["ratio_interval"] == pytest.approx([entry["geomean"]["ratio"]] * 2)
     assert entry["geomean"]["num_scenarios"] == 2
-    facts = {"known_lengths": True, "is_quick": True, "num_windows": 3, "slo_scale": 0.5}
+    facts = {"known_lengths": True, "is_quick": True, "num_windows": 3, "slo_scale": 0.5, "data": SYNTHETIC}
     text = as_text({"hardware": {"toy": entry}, "errors": {"toy/coding/edf": "ValueError: x"}, "study": facts})
     assert "every system knows the true output lengths; every promise times 0.5; a quick look" in text
+    assert SYNTHETIC in text
     assert "| chatbot |" in text
+    higher = number(entry["scenarios"]["chatbot"]["capacity_99_rps"]["vllm"])
+    assert any(line.startswith("| chatbot at 99 % |") and higher in line for line in text.splitlines())
     assert "toy/coding/edf: no answer, ValueError: x" in text
 
 

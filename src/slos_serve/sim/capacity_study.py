@@ -14,6 +14,7 @@ from slos_serve.sim.capacity_table import hardware_entry
 from slos_serve.sim.cells import CLAIRVOYANT, Cell, guess_rps
 from slos_serve.sim.lanes import Lane
 from slos_serve.sim.scenarios import find_scenario, hardware_of
+from slos_serve.sim.standins import data_name
 from slos_serve.sim.systems import find_system
 
 QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
@@ -114,6 +115,7 @@ class Study:
     def facts(self) -> dict[str, Any]:
         """Return what a reader of the table must know of how it was made."""
         return {
+            "data": data_name(self.data),
             "is_quick": self.is_quick,
             "num_windows": self.effort.num_windows,
             "max_requests": self.max_requests,

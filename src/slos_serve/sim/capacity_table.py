@@ -17,6 +17,7 @@ import numpy as np
 
 from slos_serve.sim.capacity import TARGETS, Answer, Curve, FloatArray, interval, rate_at, ratio_draws
 from slos_serve.sim.cells import CLAIRVOYANT
+from slos_serve.sim.standins import SYNTHETIC
 from slos_serve.sim.systems import find_system
 
 OURS, OURS_AR = "slos-serve", "slos-serve-ar"
@@ -140,7 +141,8 @@ def labels(document: Mapping[str, Any]) -> list[str]:
     scaled = f"every promise times {scale:g}" if scale != 1 else ""
     quick = f"a quick look: {facts['num_windows']} short windows, few settings" if facts.get("is_quick") else ""
     reused = f"runs of {', '.join(facts['reuse'])} kept from earlier code" if facts.get("reuse") else ""
-    return [text for text in (known, scaled, quick, reused) if text]
+    made_up = SYNTHETIC if facts.get("data") == SYNTHETIC else ""
+    return [text for text in (known, scaled, quick, made_up, reused) if text]
 
 
 def as_text(document: Mapping[str, Any]) -> str:
@@ -156,6 +158,10 @@ def as_text(document: Mapping[str, Any]) -> str:
             cells = [number(entry["capacity_rps"].get(system)) for system in systems]
             cells += [with_interval(entry[key], entry[f"{key}_interval"]) for key in RATIOS]
             lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+            for target, key in list(CAPACITY_KEYS.items())[1:]:  # where the rates that were run tell them
+                if any(entry[key].get(system) is not None for system in systems):
+                    higher = [number(entry[key].get(system)) for system in systems] + [""] * len(RATIOS)
+                    lines.append(f"| {scenario} at {100 * target:.0f} % | " + " | ".join(higher) + " |")
         mean = hardware["geomean"]
         cells = [""] * len(systems) + [with_interval(mean[key], mean[f"{key}_interval"]) for key in RATIOS]
         lines += ["| geometric mean | " + " | ".join(cells) + " |", "", *closer_look(scenarios)]

@@ -26,6 +26,7 @@ from slos_serve.sim.systems import SYSTEMS, find_system
 
 HELP = "find the highest rate at which systems keep their SLOs"
 MAX_REPLICAS = 64
+HIGHER_RATES = 3  # more of them for each of the goals above 90 %
 SLOW_SCENARIO = "reasoning"  # thousands of tokens each: not for a quick look
 QUICK_SYSTEMS = ("slos-serve", "slos-serve-ar", "vllm", "vllm-spec", "sarathi-serve")
 
@@ -58,6 +59,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--router",
         metavar="NAME[,NAME...]",
         help=f"of {', '.join(ROUTERS)}, {POOLED} (one replica as fast as all); default: the system's own",
+    )
+    parser.add_argument(
+        "--higher-goals", action="store_true", help="search at 95 and 99 %% too (default: what the rates run tell)"
     )
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
     parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (150 to 400, with --quick half)")
@@ -139,6 +143,8 @@ def read_study(args: argparse.Namespace) -> Study:
     effort = QUICK if args.quick else FULL
     if args.windows is not None:
         effort = replace(effort, num_windows=args.windows, coarse_windows=min(effort.coarse_windows, args.windows))
+    if args.higher_goals:
+        effort = replace(effort, higher_rates=HIGHER_RATES)
     return Study(
         scenarios=tuple(find_scenario(name).name for name in scenarios),
         systems=read_systems(args.systems or (",".join(QUICK_SYSTEMS) if args.quick else "main")),

@@ -330,5 +330,5 @@ def hardware_of(scenario: str, name: str) -> str:
 def find_scenario(name: str) -> Scenario:
     """Return a scenario by name; `ConfigError` lists the names."""
     if name not in SCENARIOS:
-        raise ConfigError(where="simulate", key="scenario", value=name, expected=f"one of {', '.join(SCENARIOS)}")
+        raise ConfigError(where="arguments", key="scenario", value=name, expected=f"one of {', '.join(SCENARIOS)}")
     return SCENARIOS[name]

@@ -41,11 +41,20 @@ def data_folder(path: str | Path | None, *, command: str) -> Path:
             raise ConfigError(where=command, key="data", value=str(path), expected="a folder of trace files")
         return Path(path)
     sys.stderr.write(f"{command}: no --data DIR: {SYNTHETIC} for the public traces (`slos-serve data fetch`)\n")
-    folder = cache_folder("traces") / f"stand-ins-{VERSION}"
+    folder = _folder()
     if not folder.is_dir():
         with complete_folder(folder) as draft:
             write_stand_ins(draft)
     return folder
+
+
+def data_name(folder: str) -> str:
+    """Return what results name as their data: a folder, or that these are the stand-ins."""
+    return SYNTHETIC if folder == str(_folder().resolve()) else folder
+
+
+def _folder() -> Path:
+    return cache_folder("traces") / f"stand-ins-{VERSION}"
 
 
 def write_stand_ins(folder: Path) -> None:

@@ -213,5 +213,5 @@ SYSTEMS = {system.name: system for system in _SYSTEMS}
 def find_system(name: str) -> System:
     """Return a system by name; `ConfigError` lists the names."""
     if name not in SYSTEMS:
-        raise ConfigError(where="simulate", key="system", value=name, expected=f"one of {', '.join(SYSTEMS)}")
+        raise ConfigError(where="arguments", key="system", value=name, expected=f"one of {', '.join(SYSTEMS)}")
     return SYSTEMS[name]
