@@ -39,7 +39,7 @@ class UnhealthyError(SlosServeError):
 
 
 class SloServer(LLMServer):
-    """A replica that hands back what it cannot promise, and says what it knows of its load."""
+    """A replica that says what it can promise, and what it knows of its load."""
 
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc] # Ray awaits it
         check_installed()
