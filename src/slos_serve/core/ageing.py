@@ -30,6 +30,11 @@ class Ageing:
         self.chosen: str | None = None
         self._last_look = -1
 
+    @property
+    def next_look_s(self) -> float:
+        """When `step` looks again."""
+        return (self._last_look + 1) * EVERY_S
+
     def step(self, table: RequestTable, now_s: float) -> None:
         """Choose whom to wait for, or see to it that the chosen one is still waited for; before a plan at `now_s`."""
         look = int(now_s // EVERY_S)

@@ -133,7 +133,7 @@ def _alone_s(lines: FloatArray, margin: float, context: float) -> float:
 
 
 @jit
-def _pick(table: Demand, index: IntArray, held: FloatArray) -> Demand:
+def pick(table: Demand, index: IntArray, held: FloatArray) -> Demand:
     """Return the demand of the rows at `index`, with what `held` says that each holds."""
     demand = np.empty((NUM_COLUMNS, len(index)))
     for k in range(len(index)):
@@ -146,7 +146,7 @@ def _pick(table: Demand, index: IntArray, held: FloatArray) -> Demand:
 
 
 @jit
-def _growth(table: Demand, index: IntArray, block_size: float) -> FloatArray:
+def growth_of(table: Demand, index: IntArray, block_size: float) -> FloatArray:
     """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
     growth = np.zeros(len(index))
     for k in range(len(index)):
@@ -200,7 +200,7 @@ class Columns:
         limits, model = state.limits, state.perf_model
         rows = self.rows = state.requests.rows
         lines = model.as_array()
-        fixed = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
+        fixed = self.fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
         self.table, flags, self.granted, sums = derive(
             rows, state.now_s, limits.guard_s, fixed, limits.block_size, lines, model.margin_decode
         )
@@ -248,7 +248,7 @@ class Columns:
 
     def demand(self, index: IntArray, held: FloatArray) -> Demand:
         """Return the demand of the given rows, in that order."""
-        return _pick(self.table, index, held)
+        return pick(self.table, index, held)
 
     def by_deadline(self, index: IntArray) -> IntArray:
         """Return rows in the order of a demand."""
@@ -261,7 +261,7 @@ class Columns:
 
     def growth(self, index: IntArray) -> FloatArray:
         """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
-        return _growth(self.table, index, self.machine.block_size)
+        return growth_of(self.table, index, self.machine.block_size)
 
     def fresh_blocks(self, index: IntArray, counts: FloatArray) -> float:
         """Return the free KV blocks that computing `counts` tokens for the rows takes."""

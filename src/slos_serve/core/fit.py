@@ -280,6 +280,11 @@ class OnlineCorrection:
         return self._model
 
     @property
+    def num_steady(self) -> int:
+        """How many steps may be observed, the last of which may change `model`."""
+        return self._until_refresh
+
+    @property
     def factor(self) -> float:
         """The correction on the lines of the profile, 1.0 where the engine is as fast as then."""
         return math.exp(self._log_factor)

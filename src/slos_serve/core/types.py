@@ -437,7 +437,7 @@ class Planner(Protocol):
     """Decide the next batch and verdicts. Pure: same state, same plan; the state is not changed.
 
     One that never reads `ReplicaState.perf_model` may say so with an attribute `ignores_times`: then a simulator
-    need not keep that right.
+    need not keep that right. One whose plans go on in ways that can be told has a `count_steps` (see `SloPlanner`).
     """
 
     def plan(self, state: ReplicaState) -> Plan:
