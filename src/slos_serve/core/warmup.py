@@ -22,8 +22,8 @@ def warm_up_router() -> None:
         limits = replace(_LIMITS, max_draft_length=num_drafts)
         router.observe(snapshot_of(_situation(limits, 2), replica_id=name))
     for i in range(4):
-        slo = {"ttft_deadline_s": 0.5 + i, "tpot_s": 0.1}
-        router.choose(Arrival(request_id=str(i), arrival_s=0.1, num_prompt_tokens=200, **slo), names, 0.1)
+        arrival = Arrival(request_id=str(i), arrival_s=0.1, num_prompt_tokens=200, ttft_deadline_s=0.5 + i, tpot_s=0.1)
+        router.choose(arrival, names, 0.1)
 
 
 def warm_up(planner: Planner, limits: Limits) -> None:

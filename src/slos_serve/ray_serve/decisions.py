@@ -100,5 +100,6 @@ def arrival_document(arrival: Arrival) -> dict[str, Any]:
 
 def arrival_of(document: Mapping[str, Any]) -> Arrival:
     """Rebuild from `arrival_document`."""
-    values = {**document, "tried": tuple(document["tried"])}
-    return Arrival(**{name: math.inf if name in ENDLESS and value is None else value for name, value in values.items()})
+    endless = {name: math.inf for name in ENDLESS if document[name] is None}
+    values: dict[str, Any] = {**document, "tried": tuple(document["tried"]), **endless}
+    return Arrival(**values)
