@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slos_serve.bench.bystanders import threads_of
 from slos_serve.bench.client import BenchRequest, offer, random_prompt
 from slos_serve.bench.compare import OURS, STOCK
 from slos_serve.bench.engines import Engine, ending_by_signal
@@ -40,14 +40,8 @@ Found = Mapping[str, float]
 
 
 def cpu_s(engine: Engine) -> float:
-    """Return the CPU seconds that the threads of a server have used; it leads a session of its own."""
-    total = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            session = (process / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[3]
-            if int(session) == engine.process.pid:
-                total += sum(int(path.read_text("ascii").split()[0]) for path in process.glob("task/*/schedstat"))
-    return total / 1e9
+    """Return the CPU seconds that the threads of a server have used."""
+    return sum(ran for ran, _ in threads_of(engine).values()) / 1e9
 
 
 def burst(engine: Engine, num_requests: int, num_tokens: int, seed: int) -> Found:

@@ -1,24 +1,39 @@
-"""Who used the machine beside a run: what competes counts, what gives way is told apart."""
+"""A server that others hold up is told by how long its busiest thread waits for a processor."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from slos_serve.bench.bystanders import Bystanders
+from slos_serve.bench.bystanders import Bystanders, threads_of
 
-BUSY = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); sys.stdin.read()"
-IDLE_CLASS = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+BUSY = "while True: pass"
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BUSY!r}], start_new_session=True)"
 
 
-@pytest.mark.parametrize(("before", "attribute"), [("", "share"), (IDLE_CLASS, "yielding")])
-def test_what_competes_and_what_gives_way_are_told_apart(before, attribute):
-    pipe = subprocess.PIPE
-    with (
-        Bystanders(()) as others,
-        subprocess.Popen([sys.executable, "-c", before + BUSY], stdin=pipe, stdout=pipe) as process,
-    ):
-        assert process.stdout.readline()
-        others._look()
-        process.stdin.close()
-    assert getattr(others, attribute) > 0
+def children(pid):
+    return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+@pytest.mark.parametrize("code", [BUSY, LAUNCHER], ids=["itself", "its child in a session of its own"])
+def test_a_server_that_shares_its_processor_with_others_waits_for_it(code):
+    cpu = [min(os.sched_getaffinity(0))]
+    pinned = f"import os; os.sched_setaffinity(0, {cpu}); "
+    server, other = (subprocess.Popen([sys.executable, "-c", pinned + one]) for one in (code, BUSY))
+    try:
+        time.sleep(1.0)
+        with Bystanders(SimpleNamespace(process=server)) as others:
+            time.sleep(1.0)
+            threads = len(threads_of(SimpleNamespace(process=server)))
+    finally:
+        for pid in [*children(server.pid), server.pid, other.pid]:
+            os.kill(pid, signal.SIGKILL)
+        server.wait()
+        other.wait()
+    assert threads == (1 if code is BUSY else 2)
+    assert 0.1 < others.waited <= 1.0

@@ -85,7 +85,7 @@ def test_capacity_is_interpolated_between_rates_that_bracket_it_and_never_extrap
     assert holds_until(points) == (None if rate is None else pytest.approx(rate))
 
 
-def run(setting, seed, outcomes, *, share=0.0, discarded=0):
+def run(setting, seed, outcomes, *, waited=0.0, discarded=0):
     rows = [
         {"request_id": name, "outcome": outcome, "stages": {"prefill": outcome, "thinking": "", "answer": ""}}
         for name, outcome in outcomes.items()
@@ -100,10 +100,9 @@ def run(setting, seed, outcomes, *, share=0.0, discarded=0):
         "seed": seed,
         "entry": entry,
         "requests": rows,
-        "others_cpu_share": share,
-        "yielding_share": 0.0,
+        "waited": waited,
         "num_discarded": discarded,
-        "is_disturbed": share > 0.1,
+        "is_disturbed": waited > 0.1,
     }
 
 
@@ -111,14 +110,14 @@ def test_disturbed_runs_of_any_system_are_left_out_and_counted(tmp_path):
     met = {"s300-0-0": "met"}
     for one in (
         run("slos-serve", 300, met),
-        run("slos-serve", 301, met, share=0.4, discarded=3),
-        run("vllm-192", 300, met, share=0.4, discarded=3),
+        run("slos-serve", 301, met, waited=0.4, discarded=3),
+        run("vllm-192", 300, met, waited=0.4, discarded=3),
         run("vllm-192", 301, met, discarded=1),
         run("vllm-192", staged.SELECTION_SEED, met),
     ):
         save_run(one, tmp_path / "runs")
     assert [(one["setting"], one["seed"]) for one in counted(tmp_path)] == [("slos-serve", 300), ("vllm-192", 301)]
-    saved = [run("slos-serve", 300, met), run("slos-serve", 301, met, share=0.4, discarded=3)]
+    saved = [run("slos-serve", 300, met), run("slos-serve", 301, met, waited=0.4, discarded=3)]
     assert run_counts(saved) == {"slos-serve": {"runs": 2, "left_out": 1, "discarded": 3}}
 
 

@@ -1,81 +1,51 @@
-"""Who else used the processors during a run: on a shared machine, that decides whether the run may count."""
+"""How far other work on the machine held a server up during a run: that decides whether the run may count."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from slos_serve.bench.engines import Engine
 
 if TYPE_CHECKING:
     from typing import Self
 
-EVERY_S = 2.0  # what ends between two looks counts as `share`, whatever it was
-OURS, YIELDING, OTHER = range(3)
-SCHED_IDLE = 5
+    from slos_serve.bench.engines import Engine
+
+
+def threads_of(engine: Engine) -> dict[str, tuple[int, int]]:
+    """Return nanoseconds run, and waited for a processor, by thread of a server and of all its descendants."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text("utf-8", "replace").rpartition(")")[2].split()[1])
+    found, family = {}, [engine.process.pid]
+    while family:
+        pid = family.pop()
+        family += [child for child, parent in parents.items() if parent == pid]
+        for path in Path(f"/proc/{pid}").glob("task/*/schedstat"):
+            with contextlib.suppress(OSError):
+                ran, waited, _ = map(int, path.read_text("ascii").split())
+                found[path.parent.name] = (ran, waited)
+    return found
 
 
 class Bystanders:
-    """Measure which shares of the machine, all cores together, went to anything but this process and the servers.
+    """Measure the share of the time for which a server's busiest thread was ready and got no processor: `waited`."""
 
-    `share`: to what competes with them, and to other guests of the host; `yielding`: to processes of the kernel's
-    idle class, which give way at once.
-    """
-
-    def __init__(self, engines: Iterable[Engine]) -> None:
-        self.share = self.yielding = 0.0
-        self._sessions = {engine.process.pid for engine in engines}  # each server leads a session
-        self._used = [0, 0, 0]
-        self._available = self._busy_before = self._available_before = 0
-        self._ticks_before: dict[int, tuple[int, int]] = {}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def __init__(self, engine: Engine) -> None:
+        self.waited = 0.0
+        self._engine = engine
 
     def __enter__(self) -> Self:
-        self._look()
-        self._used, self._available = [0, 0, 0], 0
-        self._thread.start()
+        self._began_s, self._before = time.perf_counter(), threads_of(self._engine)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self._look()
-        available = max(self._available, 1)
-        self.share, self.yielding = self._used[OTHER] / available, self._used[YIELDING] / available
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(EVERY_S):
-            self._look()
-
-    def _look(self) -> None:
-        """Add up what was used since the look before."""
-        line = Path("/proc/stat").read_text("ascii").splitlines()[0]
-        user, nice, system, idle, iowait, *rest = map(int, line.split()[1:9])
-        busy = user + nice + system + sum(rest)
-        available = busy + idle + iowait
-        ticks = self._ticks()
-        known = [0, 0]
-        for pid, (kind, count) in ticks.items():
-            known[kind] += max(0, count - self._ticks_before.get(pid, (kind, 0))[1])
-        self._used[OURS] += known[OURS]
-        self._used[YIELDING] += known[YIELDING]
-        self._used[OTHER] += max(0, busy - self._busy_before - sum(known))
-        self._available += available - self._available_before
-        self._busy_before, self._available_before, self._ticks_before = busy, available, ticks
-
-    def _ticks(self) -> dict[int, tuple[int, int]]:
-        """Return (kind, ticks used) of our processes and of the idle class's, by process id."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = path.read_text("utf-8", "replace").rpartition(")")[2].split()
-                pid = int(path.parent.name)
-                is_ours = int(fields[3]) in self._sessions or pid == os.getpid()
-                if is_ours or int(fields[38]) == SCHED_IDLE:
-                    found[pid] = (OURS if is_ours else YIELDING, int(fields[11]) + int(fields[12]))
-        return found
+        took_s = time.perf_counter() - self._began_s
+        used = [
+            (ran - before[0], waited - before[1])
+            for thread, (ran, waited) in threads_of(self._engine).items()
+            for before in [self._before.get(thread, (0, 0))]
+        ]
+        self.waited = max(used, default=(0, 0))[1] / 1e9 / took_s

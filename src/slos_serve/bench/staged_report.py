@@ -60,8 +60,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "stages": {stage: found.count("met") / len(found) for stage, found in words.items() if found},
         "rounds": {name: sum(met) / len(met) for name, met in rounds.items() if met},
         "sessions_met": sum(map(all, sessions.values())) / len(sessions),
-        "others_cpu_share": max(run["others_cpu_share"] for run in runs),
-        "yielding_share": float(np.mean([run["yielding_share"] for run in runs])),
+        "most_waited": max(run["waited"] for run in runs),
     }
 
 
