@@ -40,8 +40,7 @@ Mask = npt.NDArray[np.bool_]
 CAUTION = (1.0, 0.97, 0.9)
 ENOUGH = 0.98  # of the best proposal: no further programme is asked for more
 MAX_LABELS = 25_000  # of one programme
-LABEL_WORK = 4  # a label takes as long as four requests of a batch
-SHARE = 0.65  # of the work that is left: the rest looks at reserves and at what is filled
+LABEL_WORK = 2
 MAX_TRIES = 12
 EXTEND_PART = 4
 
@@ -195,16 +194,7 @@ def select(
     `name` picks the proposal: `dp` or `greedy`. Where even the required requests alone miss a deadline,
     the set is those and the trial says so.
     """
-    part = Effort(int(SHARE * effort.left))
-    chosen, trial = _select(machine, np.ascontiguousarray(everyone), now_s, part, name=name, width=width)
-    effort.spent += part.spent
-    return chosen, trial
-
-
-def _select(
-    machine: Machine, everyone: Demand, now_s: float, effort: Effort, *, name: str, width: int
-) -> tuple[IntArray, Trial]:
-    """Select, with all of `effort`; `everyone` is contiguous, as the loops were compiled."""
+    everyone = np.ascontiguousarray(everyone)  # one layout, one compilation
     model = reduced(machine, everyone, now_s)
     value = np.where(model.required, 0.0, model.value)
     density = value_density(now_s, model)
@@ -218,7 +208,7 @@ def _select(
             best, best_at, reached = on, finished_at.copy(), 0.0
     else:
         price = token_price(now_s, model, density)
-        beam = max(1, min(width, min(effort.left // LABEL_WORK, MAX_LABELS) // max(1, everyone.shape[1])))
+        beam = max(1, min(width, min(effort.left // 8, MAX_LABELS) // max(1, everyone.shape[1])))
         limit = effort.left // 3
         top: tuple[Any, float] | None = None
         for caution in CAUTION:
