@@ -96,6 +96,17 @@ async def test_what_is_promised_or_has_begun_is_never_taken_back(cluster, monkey
     assert replicas.places == ["a"]
 
 
+async def test_a_refused_request_that_stayed_is_not_taken_back_later(cluster, monkeypatch):
+    monkeypatch.setattr(journey, "WATCH_S", 0.01)
+    answer = object()
+    replicas = cluster([note(VERDICT, "a", **REFUSAL), 0.1, answer])
+    items = asyncio.ensure_future(replicas.run())
+    await asyncio.sleep(0.05)
+    replicas.better = "everywhere"
+    assert await items == [answer]
+    assert replicas.places == ["a"]
+
+
 async def test_it_is_not_passed_on_more_often_than_the_policy_wants(cluster):
     refusal = note(VERDICT, **REFUSAL)
     replicas = cluster(*([refusal, "one"] for _ in range(4)))

@@ -91,13 +91,13 @@ class Journey:
         self._num_passed = 0
         self._num_lost = 0
         self._is_begun = False
-        self._is_promised = False
+        self._is_decided = False  # there is a verdict, and the request stays
 
     async def items(self) -> AsyncGenerator[Any, None]:
         """Yield chunks; `RefusedError` or `LostError` before the first of them, an error event after."""
         while True:
             hop = self._hop()
-            self._is_promised = False
+            self._is_decided = False
             stream = self._who.send(hop)
             try:
                 async with contextlib.aclosing(self._read(stream, hop)) as chunks:
@@ -133,7 +133,7 @@ class Journey:
 
     def _pass_on(self, hop: Hop, replica_id: str | None) -> None:
         """Take a request without a promise back where another replica would give one; `_PassedError` says so."""
-        wants = self._who.slo_id and not (self._who.best_effort or self._is_begun or self._is_promised)
+        wants = self._who.slo_id and not (self._who.best_effort or self._is_begun or self._is_decided)
         if not wants or replica_id is None or self._num_passed >= self._fleet.num_hops:
             return
         if self._fleet.is_better_elsewhere(hop, replica_id):
@@ -165,11 +165,11 @@ class Journey:
                         who.count("served")
                     yield item
                     continue
-                self._is_promised = item.record.get("verdict") == "promised"
                 if item.kind == VERDICT and is_refusal(item.record) and not self._is_begun:
                     self._pass_on(hop, item.replica_id)
                     if who.rejects:
                         raise RefusedError(str(item.record.get("reason") or "compute"))
+                self._is_decided = True
                 if item.kind in {VERDICT, FINISHED}:
                     who.tell(item, self._num_passed + self._num_lost)
         finally:
