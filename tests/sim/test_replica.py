@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tests.sim.worlds import MODEL, hardware, sim, workload
 
 from slos_serve.core.baselines import EdfPlanner, PriorityPlanner, SarathiPlanner, VllmPlanner, WholePromptPlanner
+from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import BatchPlan, Plan, Status, Verdict
+from slos_serve.sim.cluster import ClusterOptions
 from slos_serve.sim.invariants import InvariantError
 from slos_serve.sim.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
@@ -425,3 +427,43 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_noise():
 def test_hints_and_history_are_what_lengths_are_first_predicted_from():
     assert workload(sim("a", 20, 5), hints={"chat": 40.0}).length_model().predict("chat", 20, 1000) < 120
     assert workload(sim("a", 20, 5)).length_model().predict("chat", 20, 1000) == 1000
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(requests, min_size=1, max_size=14),
+    kv_blocks=st.integers(16, 60),
+    num_replicas=st.sampled_from([1, 1, 3]),
+    error=st.sampled_from([0.9, 1.0, 1.2]),
+)
+def test_steps_that_a_planner_foretells_are_those_it_plans_one_by_one(rows, kv_blocks, num_replicas, error):
+    def document(**more):
+        load = workload(
+            *[sim(f"r{i}", row.pop("prompt"), row.pop("output"), **row) for i, row in enumerate(map(dict, rows))]
+        )
+        hw = hardware(kv_tokens=16 * kv_blocks, max_model_len=16 * kv_blocks, max_num_batched_tokens=256)
+        result = run(
+            load, SloPlanner(), hw=hw.slower(error), plan_model=hw.perf_model, plan_clock=lambda: 0.0,
+            options=ReplicaOptions(makes_promises=True),
+            cluster=ClusterOptions(num_replicas=num_replicas, router="slo"), **more,
+        )  # fmt: skip
+        replicas = result.cluster.replicas
+        counts = [(one.num_steps, one.tokens_computed, one.engine.num_preemptions, one.plan_model) for one in replicas]
+        return (
+            result.graded,
+            result.simulated_s,
+            result.cluster.num_hops,
+            counts,
+            sum(len(one.plan_s) for one in replicas),
+        )
+
+    *coasted, few = document()
+    *stepped, many = document(on_step=lambda _: None)
+    assert coasted == stepped
+    assert few <= many
+
+
+def test_a_planner_that_foretells_its_steps_is_asked_less_often():
+    load = workload(*[sim(f"r{i}", 50, 100, at_s=0.05 * i) for i in range(4)])
+    result = run(load, SloPlanner(), options=ReplicaOptions(makes_promises=True), plan_clock=lambda: 0.0)
+    assert len(result.replica.plan_s) < 0.5 * result.replica.num_steps

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core import admission, batching
+from slos_serve.core import admission, batching, steady
 from slos_serve.core.columns import Columns
 from slos_serve.core.demand import (
     CONTEXT,
@@ -104,6 +104,15 @@ class SloPlanner:
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch and what has become known about promises."""
         return _Planning(self, state).run()
+
+    def count_steps(self, state: ReplicaState, plan: Plan, ends_s: FloatArray) -> int:
+        """Return how many of the steps that end at `ends_s` run this `plan` again, if nobody comes or leaves.
+
+        It must be the plan of this state, one token for each request.
+        """
+        columns = Columns(state, self.batch_fixed_multiple)
+        order = state.requests.find(plan.batch.request_ids)
+        return steady.count_steps(columns, order, ends_s, state.limits.work_limit // 2)
 
 
 class _Planning(Columns):

@@ -233,14 +233,19 @@ class Cluster:
 
     # -- hops and snapshots ----------------------------------------------------------------------------
 
-    def _planned(self, replica: Replica, state: ReplicaState, plan: Plan) -> None:
-        """Take note of a plan: publish where it is time, and look at who got no promise."""
+    def _planned(self, replica: Replica, state: ReplicaState, plan: Plan) -> float:
+        """Take note of a plan: publish where it is time, and look at who got no promise; say when to look again."""
         if self._watched[replica.name] and not replica.is_mid_step:
             self._look(replica, set(plan.batch.request_ids))
         if self.router.uses_snapshots:
             now_s = self.kernel.now_s
             if now_s - self._published_s[replica.name] >= self.options.snapshot_period_s:
                 self._publish(replica, replace(state, now_s=now_s), plan)
+        if self._watched[replica.name]:
+            return self.kernel.now_s
+        if not self.router.uses_snapshots:
+            return math.inf
+        return self._published_s[replica.name] + self.options.snapshot_period_s
 
     def _stepped(self, replica: Replica, record: dict[str, object]) -> None:
         if self._hooks.step is not None:

@@ -10,8 +10,9 @@ and measured acceptance. True lengths and true times stay in here.
 A replica may be one of many: `hooks` tell whoever routes to it what it plans, and its requests can be
 withdrawn, handed over after their first token, or lost in a crash.
 
-Where a plan says that it repeats, the replica coasts: the ends of its steps are worked out at once, and let
-out when the last of them ends or when something is to change, in the middle of a step or between two.
+Where a plan says that it repeats, or the planner says how often, the replica coasts: the ends of its steps are
+worked out at once, and let out when the last of them ends or when something is to change, in the middle of a step
+or between two.
 
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
 scheduling: arrivals and accepted drafts are seen one step late, and a request that ends meanwhile is
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,14 @@ class ReplicaOptions(StreamOptions):
 class Hooks:
     """Whom a replica tells. `end` gets every request with its grade, `step` every step record.
 
-    `plan` gets every plan with its state, verdicts applied, before it runs. With `first_token` a request
-    leaves the replica when its first token is out. `plan_clock` times the planner and nothing else, in the
-    caller's seconds.
+    `plan` gets plans with their state, verdicts applied, before they run, and says from when on it must be told again
+    of one that goes on. With `first_token` a request leaves the replica when its first token is out. `plan_clock`
+    times the planner and nothing else, in the caller's seconds.
     """
 
     end: Callable[[SimRequest, GradedRequest], None]
     step: Callable[[dict[str, Any]], None] | None = None
-    plan: Callable[[Replica, ReplicaState, Plan], None] | None = None
+    plan: Callable[[Replica, ReplicaState, Plan], float] | None = None
     first_token: Callable[[Record], None] | None = None
     plan_clock: Callable[[], float] | None = None
 
@@ -143,9 +144,13 @@ class Replica:
             or self.options.noise_sigma
             or self.options.slowness
             or hooks.step
-            or hooks.plan
             or hooks.first_token
         )
+        # A planner that can tell how often a plan of its own is made again.
+        self._count_steps: Callable[[ReplicaState, Plan, FloatArray], int] | None = getattr(
+            planner, "count_steps", None
+        )
+        self._told_s = math.inf  # until then nobody need be told of a plan that goes on
         # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
         self._learns = self.options.learns_times and not (self._coasts and getattr(planner, "ignores_times", False))
         self._coast: Coast | None = None
@@ -236,7 +241,7 @@ class Replica:
         if self.options.drops_declined:
             plan = self._drop(plan)
         if self.hooks.plan is not None:
-            self.hooks.plan(self, state, plan)
+            self._told_s = self.hooks.plan(self, state, plan)
         return plan
 
     def _drop(self, plan: Plan) -> Plan:
@@ -266,7 +271,7 @@ class Replica:
             check_table(self.table, self.engine.pool, self.limits, now_s)
             self._next_check = self.num_steps + CHECK_EVERY_STEPS
         plan, self._next_plan = self._next_plan or self._plan(now_s), None
-        if not (plan.repeats and self._coasts and self._set_off(plan)):
+        if not (self._coasts and self._set_off(plan)):
             self._run(plan)
 
     def _run(self, plan: Plan, end_s: float | None = None) -> None:
@@ -290,13 +295,36 @@ class Replica:
             self._next_plan = self._plan(now_s + self._expected_s(sample))
 
     def _set_off(self, plan: Plan) -> bool:
-        """Work out when the steps of a plan that repeats will end; tell whether it is worth it."""
+        """Work out when the steps of a plan that goes on will end; tell whether it is worth it."""
+        counts = self._count_steps is not None and self._may_go_on(plan)
+        if not (plan.repeats or counts):
+            return False
         rows = self.table.find(plan.batch.request_ids)
         ends, seconds = self.streams.foresee(rows, self._lines, self.engine.room(), self.kernel.now_s)
+        until_s = self._told_s
+        if counts:
+            until_s = min(until_s, self.ageing.next_look_s)
+            ends = ends[: self._correction.num_steady] if self._learns else ends
+        ends = ends[: bisect_left(ends, until_s) + 1]
+        if counts and len(ends) > 1:
+            assert self._count_steps is not None
+            ends = ends[: self._count_steps(self.state(self.kernel.now_s), plan, ends)]
         if len(ends) < 2:
             return False
+        seconds = seconds[: len(ends)]
         self._coast_on(Coast(plan, rows, ends, seconds))
         return True
+
+    def _may_go_on(self, plan: Plan) -> bool:
+        """Tell whether a plan is worth asking about: all hold promises of their own and compute one token."""
+        batch, aged = plan.batch, self.ageing.chosen
+        return (
+            len(batch.request_ids) == len(self.table)
+            and not (self.limits.max_draft_length or plan.at_risk)
+            and not (batch.num_tokens != 1).any()
+            and bool((self.table.rows["tier"] == Tier.PROMISED).all())
+            and (aged is None or aged not in self.table)
+        )
 
     def _coast_on(self, coast: Coast) -> None:
         self._coast = coast
