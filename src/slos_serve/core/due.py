@@ -38,7 +38,8 @@ def _e2e_pace(rows: Rows, i: int, min_token_s: float) -> float:
     if rows["is_thinking"][i] != 0:
         promised = max(_thinking_tpot(rows, i), promised)
     total = max(rows["predicted_output_tokens"][i], rows["num_output_tokens"][i] + 1.0)
-    return max(min(promised, 0.5 * (rows["e2e_deadline_s"][i] - rows["arrival_s"][i]) / total), min_token_s)
+    share: float = 0.5 * (rows["e2e_deadline_s"][i] - rows["arrival_s"][i]) / total
+    return max(min(promised, share), min_token_s)
 
 
 @jit
