@@ -210,7 +210,8 @@ class Columns:
         self.produced = rows["num_output_tokens"]
         self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
         self.undecided = flags[IS_UNDECIDED]
-        self.promised, self.candidates = self.is_promised.nonzero()[0], flags[IS_CANDIDATE].nonzero()[0]
+        self.promised: IntArray = self.is_promised.nonzero()[0]
+        self.candidates: IntArray = flags[IS_CANDIDATE].nonzero()[0]
         self.machine = Machine(
             lines=lines,
             margin_prefill=model.margin_prefill,
