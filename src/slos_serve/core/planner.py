@@ -11,7 +11,7 @@ Theory of operation. A step has four questions, answered in this order.
    could not serve in time is told so. A promise cannot be taken back, so one that a burst of cheaper
    requests might regret waits: it is given at once where it would hold even if prompts took `reserve`
    times as long, else with the batch that ends the prompt. Until then the set is chosen anew each time.
-3. *What runs next?* `batching.compose` for that set: eagerly, if the deadlines also hold with every
+3. *What runs next?* `step` composes a batch for that set: eagerly, if the deadlines also hold with every
    decode in every batch, otherwise decodes join only when they must. Where they hold with brief batches
    too, batches are brief, because a newcomer with a short prompt cannot wait for the end of a long one.
 4. *What is left over* goes to undecided candidates, then to best-effort work, oldest first. Best-effort
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core import admission, batching, steady
+from slos_serve.core import admission, steady
 from slos_serve.core.columns import Columns
 from slos_serve.core.demand import (
     CONTEXT,
@@ -35,32 +35,26 @@ from slos_serve.core.demand import (
     DUE,
     EPS_S,
     GAIN,
-    HAS_PREFILL,
     LEFT,
-    LIMIT,
     MISSED,
-    NUM_TOTALS,
     OUTPUT_LEFT,
     REQUIRED,
     STEPS,
     STUCK,
-    TOKENS,
     TPOT,
     VALUE,
     VERIFY,
     Demand,
-    Effort,
     prefill_rate,
 )
-from slos_serve.core.perf import batch_seconds
+from slos_serve.core.step import Stepping
 from slos_serve.core.trial import Trial, simulate
-from slos_serve.core.types import BatchPlan, Plan, Verdict
+from slos_serve.core.types import Plan, Verdict
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
-    from slos_serve.core.types import IntArray, ReplicaState
+    from slos_serve.core.types import BatchPlan, IntArray, ReplicaState
 
-NOBODY: IntArray = np.zeros(0, np.int64)
 # Promises are let go only where they are out of reach by more than the model's usual error, and soon:
 # lengths are high quantiles, and what would be late after so many tokens may have ended by then.
 RECOVERY_MARGIN = 0.97
@@ -115,15 +109,12 @@ class SloPlanner:
         return steady.count_steps(columns, order, ends_s, state.limits.work_limit // 2)
 
 
-class _Planning(Columns):
+class _Planning(Stepping):
     """One call of `SloPlanner.plan`: the steps it takes."""
 
     def __init__(self, options: SloPlanner, state: ReplicaState) -> None:
         super().__init__(state, options.batch_fixed_multiple)
         self.options = options
-        self.effort = Effort(state.limits.work_limit)
-
-    # -- the four questions -----------------------------------------------------------------------
 
     def run(self) -> Plan:
         """Answer the four questions and assemble the plan."""
@@ -166,29 +157,6 @@ class _Planning(Columns):
                     self.machine = brief
                     return trial
             return simulate(machine, demand, self.now, effort, eager=True)
-
-    def crowded_out(self) -> IntArray:
-        """Return the promised rows whose blocks the others need to go on: the cheapest, newest first.
-
-        Output lengths are predictions. Where they were too short and nothing else can give way, a promise
-        must be broken on purpose, or the engine breaks one by chance.
-        """
-        index = self.promised
-        growth = self.growth(index)
-        missing = float(growth.sum()) - self.state.num_free_kv_blocks
-        if missing <= 0:
-            return NOBODY
-        missing -= float(self.held[self.running & ~self.is_promised].sum())
-        gone: list[int] = []
-        for k in np.lexsort((-self.rows["seq"][index], self.rows["weight"][index])).tolist():
-            if missing <= 0:
-                break
-            if self.running[index[k]]:
-                gone.append(int(index[k]))
-                missing -= float(self.held[index[k]] + growth[k])
-        out: IntArray = np.array(gone, np.int64)
-        self.machine = self.machine._replace(free_blocks=self.machine.free_blocks + float(self.granted[out].sum()))
-        return out
 
     def recover(self, demand: Demand) -> IntArray | None:
         """Return the positions of the promises to keep where not all can be; None where all can."""
@@ -290,126 +258,6 @@ class _Planning(Columns):
                     predicted_ttft_s=done + self.state.now_s - float(self.rows["arrival_s"][row]),
                 )
             )
-
-    # -- the batch --------------------------------------------------------------------------------
-
-    def batch(
-        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool, kept: bool
-    ) -> BatchPlan:
-        """Compose the next batch for the promised rows and fill it up."""
-        machine, now = self.machine, self.now
-        tokens, totals = np.zeros(len(order)), np.zeros(NUM_TOTALS)
-        live, prompts = batching.sides(demand)
-        gives_way = self.running & ~self.is_promised
-        gives_way[crowded_out] = True
-        available = self.state.num_free_kv_blocks + float(self.held[gives_way].sum())
-        while True:
-            end = batching.compose(machine, demand, live, prompts, machine.free_blocks, eager, now, tokens, totals)
-            used = tokens > 0
-            index, counts = order[used], tokens[used]
-            if not len(prompts) or self.fresh_blocks(index, counts) <= available:
-                break
-            # Decodes that outran their predicted lengths took what a prompt was granted: it waits for others to end.
-            prompts = prompts[:-1]
-        preempted = NOBODY
-        if len(order) < len(self.rows):
-            preempted = self.make_room(order, index, counts, crowded_out)
-            window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
-            until = min(now + window, float(totals[LIMIT]))
-            rest = self.others(order, preempted, at_risk)
-            composed = totals.copy()
-            filled, more = self.fill(rest, index, counts, preempted, until, totals)
-            later = batching.batch_end(machine, totals, now)
-            if later > end + EPS_S and kept and len(order) and not self.goes_on(demand, tokens, later, eager=eager):
-                # What the promised will need later may only use the room that costs no time.
-                totals = composed
-                filled, more = self.fill(rest, index, counts, preempted, end, totals)
-            index, counts = np.concatenate([index, filled]), np.concatenate([counts, more])
-        drafts = np.where(self.left[index] > 0, 0, self.verify[index] - 1)
-        predicted = batch_seconds(machine.lines, *totals[:HAS_PREFILL]) if totals[TOKENS] else 0.0
-        return BatchPlan(
-            request_ids=[self.ids[i] for i in index.tolist()],
-            num_tokens=(counts - drafts).astype(np.int64),
-            draft_lengths=drafts.astype(np.int64),
-            preempted=[self.ids[i] for i in preempted.tolist()],
-            predicted_s=float(predicted),
-        )
-
-    def make_room(self, order: IntArray, index: IntArray, counts: FloatArray, crowded_out: IntArray) -> IntArray:
-        """Return the running rows that give up blocks or seats: those outside `order`, newest first.
-
-        Room is needed for `index` and for the next token of every other running request: where all wait
-        for a block that another holds, nobody ends. What waits in `order` without a promise gives way last.
-        """
-        others = self.running.copy()
-        others[order[self.is_promised[order]]] = False
-        others[index] = False
-        others[crowded_out] = False
-        in_order = np.zeros(len(others), np.bool_)
-        in_order[order] = True
-        rows = np.flatnonzero(others)
-        growth = self.growth(rows)
-        held = float(self.held[crowded_out].sum())
-        missing = self.fresh_blocks(index, counts) + float(growth.sum()) - self.state.num_free_kv_blocks - held
-        starting = int((~self.running[index]).sum())
-        seats = (
-            int(self.running.sum()) - len(crowded_out) + starting - self.state.limits.max_num_seqs if starting else 0
-        )
-        taken = crowded_out.tolist()
-        for k in np.lexsort((-self.rows["seq"][rows], in_order[rows], self.is_promised[rows])).tolist():
-            if missing <= 0 and seats <= 0:
-                break
-            taken.append(int(rows[k]))
-            missing -= float(self.held[rows[k]] + growth[k])
-            seats -= 1
-        return np.array(taken, np.int64)
-
-    def goes_on(self, demand: Demand, tokens: FloatArray, end: float, *, eager: bool) -> bool:
-        """Tell whether all promises still hold after a batch of these `tokens` that ends at `end`."""
-        return simulate(self.machine, demand, self.now, self.effort, eager=eager, head=(tokens, end)).kept
-
-    def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> IntArray:
-        """Return the rows outside `order` that may run in what it leaves: at risk, undecided, then best-effort."""
-        rows = self.rows
-        mask = ~(self.undecided & (self.left == 1))
-        mask[order] = False
-        mask[preempted] = False
-        rest = np.flatnonzero(mask)
-        rank = np.where(self.pending[rest], 1, 2)
-        rank[np.isin(rest, at_risk)] = 0
-        urgency = np.where(rank == 2, rows["arrival_s"][rest], np.minimum(self.deadline, self.due)[rest])
-        ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
-        return ordered
-
-    def fill(
-        self,
-        rest: IntArray,
-        index: IntArray,
-        counts: FloatArray,
-        preempted: IntArray,
-        until: float,
-        totals: FloatArray,
-    ) -> tuple[IntArray, FloatArray]:
-        """Return which of `rest` run beside the batch of `index` until `until`, and their token counts."""
-        state = self.state
-        free_blocks = state.num_free_kv_blocks + float(self.held[preempted].sum()) - self.fresh_blocks(index, counts)
-        starting = int((~self.running[index]).sum())
-        seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
-        tokens = np.zeros(len(rest))
-        demand = self.demand(rest, self.held)
-        demand[LEFT] -= self.undecided[rest]
-        batching.fill(
-            self.machine,
-            demand,
-            seats,
-            free_blocks,
-            float(self.running.sum()),
-            until - self.now,
-            tokens,
-            totals,
-        )
-        used = tokens > 0
-        return rest[used], tokens[used]
 
     def headroom(self, demand: Demand) -> float:
         """Return the prefill rate that the promised decodes leave, in tokens per second."""
