@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import create_request_queue
@@ -105,3 +107,10 @@ def test_the_end_of_thinking_is_found_by_given_ids_only_without_a_tokenizer(buil
     scheduler = build(VllmPlanner())
     assert view.thinking_end(scheduler, "</think>") == frozenset()
     assert view.thinking_end(scheduler, (9, 11)) == {9, 11}
+
+
+def test_a_scheduler_without_the_queue_of_what_was_skipped_is_observed_all_the_same() -> None:
+    newer = SimpleNamespace(waiting=[], running=[])
+    assert view.waiting_queues(newer) == ((), [])
+    assert not view.has_work(newer)
+    assert not view.promote(newer, make_request("r", prompt_tokens=4, max_tokens=1))

@@ -161,7 +161,8 @@ def awaits_grammar(request: Request) -> bool:
 
 def promote(scheduler: Any, request: Request) -> bool:
     """Let vLLM make a blocked request runnable if what it waited for has come; tell whether it did."""
-    return bool(scheduler._try_promote_blocked_waiting_request(request))
+    theirs = getattr(scheduler, "_try_promote_blocked_waiting_request", None)  # a vLLM without it promotes by itself
+    return theirs is not None and bool(theirs(request))
 
 
 def follows_stock_rules(request: Request) -> bool:
@@ -231,9 +232,9 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
     )
 
 
-def waiting_queues(scheduler: Any) -> tuple[RequestQueue, RequestQueue]:
-    """Return (skipped, waiting), the order in which vLLM serves them."""
-    return scheduler.skipped_waiting, scheduler.waiting
+def waiting_queues(scheduler: Any) -> tuple[RequestQueue | tuple[()], RequestQueue]:
+    """Return (skipped, waiting), the order in which vLLM serves them; one that only is observed may have no first."""
+    return getattr(scheduler, "skipped_waiting", ()), scheduler.waiting
 
 
 def has_work(scheduler: Any) -> bool:
