@@ -23,7 +23,7 @@ def children(pid):
 @pytest.mark.parametrize("code", [BUSY, LAUNCHER], ids=["itself", "its child in a session of its own"])
 def test_a_server_that_shares_its_processor_with_others_waits_for_it(code):
     cpu = [min(os.sched_getaffinity(0))]
-    pinned = f"import os; os.sched_setaffinity(0, {cpu}); "
+    pinned = f"import os; os.sched_setaffinity(0, {cpu})\n"
     server, other = (subprocess.Popen([sys.executable, "-c", pinned + one]) for one in (code, BUSY))
     try:
         time.sleep(1.0)
