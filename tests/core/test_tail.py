@@ -55,6 +55,20 @@ def test_requests_that_end_soon_are_not_in_the_way_for_ever():
     assert walk(machine, *long, *[decode(0.08, tpot=0.03, output_left=500) for _ in range(60)]) == MISSED
 
 
+def test_slow_decodes_that_are_all_due_at_once_do_not_fit_although_they_would_on_average():
+    machine = machine_of(max_seqs=512.0, free_blocks=1e6)
+    fast = [decode(0.03 + 0.0001 * k, tpot=0.03, output_left=400) for k in range(8)]
+
+    def outcome(slow_due):
+        slow = [decode(due, tpot=0.1, output_left=400) for due in slow_due]
+        return simulate(machine, demand_of(*fast, *slow), 0.0, Effort(10**7), eager=False).outcome
+
+    most = most_that_keep(lambda: decode(0.03, tpot=0.03), machine)
+    crowd = 2 * most  # 0.6 of a batch of 30 ms each 30 ms, but two batches of 30 ms before the first is due again
+    assert outcome([0.03 + 0.1 * k / crowd for k in range(crowd)]) == KEPT
+    assert outcome([0.045] * crowd) == MISSED
+
+
 def test_one_fast_decode_goes_on_beside_slow_ones_that_skip_batches():
     machine = machine_of(max_seqs=512.0)
     slow = [decode(0.1, output_left=400) for _ in range(120)]

@@ -86,7 +86,7 @@ def _together(machine, demand, live, span, now):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _all_s(machine, demand, live, now):  # type: ignore[no-untyped-def]
+def all_seconds(machine, demand, live, now):  # type: ignore[no-untyped-def]
     """Return how long a batch of all takes, and whether batches of all are always in time, to the end.
 
     The latter is judged by the last and longest one: where that is no longer than the tightest pace and
@@ -228,7 +228,7 @@ def tail(machine, demand, live, free, now):  # type: ignore[no-untyped-def]
     for _ in range(MAX_STRIDES):
         if num_live == 0:
             return KEPT, work
-        all_s, easy = _all_s(machine, demand, live[:num_live], now)
+        all_s, easy = all_seconds(machine, demand, live[:num_live], now)
         if easy and free == math.inf:
             return KEPT, work + num_live
         outcome, span, span_s, end, cost = _stride(machine, demand, live[:num_live], free, now, all_s)

@@ -38,7 +38,7 @@ from slos_serve.core.demand import (
 )
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray
-from slos_serve.core.tail import tail
+from slos_serve.core.tail import all_seconds, tail
 
 NO_BATCH: FloatArray = np.zeros(0)
 
@@ -74,6 +74,22 @@ def _is_ample(machine, demand):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _settled_at(machine, demand, live, now):  # type: ignore[no-untyped-def]
+    """Return until when decodes go on batch by batch after the last prefill: `now`, or once round the slowest pace.
+
+    Where not all run in every batch, their phases may have met while prompts ran; averages do not show that.
+    """
+    _, easy = all_seconds(machine, demand, live, now)
+    if easy:
+        return now
+    longest = 0.0
+    for i in live:
+        if demand[TPOT, i] < math.inf:
+            longest = max(longest, demand[GAIN, i] * demand[TPOT, i])
+    return now + longest
+
+
+@jit
 def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, finished_at, log_tokens, log_end):  # type: ignore[no-untyped-def]
     """Run batches until every prefill is done (and `until` is past), then strides; stop where a deadline is missed.
 
@@ -92,7 +108,15 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
     free = math.inf if _is_ample(machine, demand) else machine.free_blocks
     work = 3 * demand.shape[1]  # to set out
     batch = 0
-    while num_prompts > 0 or now < max(until, head_end):
+    until = max(until, head_end)
+    settled = False
+    while True:
+        if num_prompts == 0 and now >= until:
+            if settled:
+                break
+            settled = True
+            until = _settled_at(machine, demand, live[:num_live], now)
+            continue
         work += num_live + num_prompts + 8
         if work > max_work:
             return CUT_OFF, -1, batch, work
