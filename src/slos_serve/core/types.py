@@ -50,7 +50,7 @@ class Tier(IntEnum):
     BEST_EFFORT = 2
 
 
-DEFAULT_WORK_LIMIT = 200_000
+DEFAULT_WORK_LIMIT = 140_000
 REASONS = ("compute", "memory", "deadline-passed", "requested", "invalid", "observe", "")
 
 
