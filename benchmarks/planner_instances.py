@@ -6,8 +6,10 @@ Reads every `slo-plan-instance/1` file in DIR, writes a `slo-plan/1` file for ea
 JSON line per instance: name, admitted_value, plan_ms. The admission code is the shipped one; only the
 instance's assumptions differ from a replica's state: requests decode for ever and memory is one number.
 
-`--table` adds a Markdown table on standard error, by speculation, size, tiers and slack: value, value by the
-`--reference` (a JSON object of value by name; mean over those above zero) and CPU milliseconds.
+`--exhaustive N` also tries every set of candidates, where there are at most N, on the same batches: `best_value`
+is the most that any of them is worth. `--table` adds a Markdown table on standard error, by speculation, size,
+tiers and slack: value, value by the `--reference` (a JSON object of value by name; mean over those above zero)
+and CPU milliseconds.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from slos_serve.core.trial import last_deadline, simulate
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 
 TAIL_S = 1.0
+EPS_VALUE = 1e-9
 
 
 def read_demand(instance: dict[str, Any]) -> tuple[Demand, list[int]]:
@@ -94,6 +97,26 @@ def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict
     return plan, elapsed_ms
 
 
+def best_value(instance: dict[str, Any]) -> float:
+    """Return the value of the best set that our batches can carry out, by trying every set."""
+    demand, _ = read_demand(instance)
+    machine = read_machine(instance)
+    spec = instance.get("spec")
+    if spec:
+        set_lengths(demand, machine, spec["alpha"], spec["max_len"])
+    required = np.flatnonzero(demand[columns.REQUIRED])
+    candidates = np.flatnonzero(demand[columns.REQUIRED] == 0)
+    best = 0.0
+    for bits in range(1 << len(candidates)):
+        chosen = candidates[(bits >> np.arange(len(candidates))) & 1 > 0]
+        value = float(demand[columns.VALUE, chosen].sum())
+        if value > best + EPS_VALUE:
+            rows = demand[:, np.sort(np.concatenate([required, chosen]))]
+            trials = (simulate(machine, rows, instance["now"], Effort(10**12), eager=eager) for eager in (False, True))
+            best = value if any(trial.kept for trial in trials) else best
+    return best
+
+
 def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *, kept: bool) -> dict[str, Any]:
     """Unroll the batches of the chosen requests until one second after the last deadline."""
     until = float(last_deadline(demand, now_s)) + TAIL_S
@@ -144,6 +167,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=1, help="times each instance is solved; plan_ms is the median")
     parser.add_argument("--table", action="store_true", help="print a table by kind of instance to standard error")
     parser.add_argument("--reference", type=Path, help="JSON object of reference values by name, for the table")
+    parser.add_argument("--exhaustive", type=int, metavar="N", help="also try every set of up to N candidates")
     arguments = parser.parse_args()
     reference = json.loads(arguments.reference.read_text()) if arguments.reference else {}
     files = sorted(arguments.folder.glob("*.json"))
@@ -164,11 +188,10 @@ def main() -> int:
         (arguments.plans / file.name).write_text(json.dumps(plan))
         admitted = set(plan["admitted"])
         value = sum(r["value"] for r in instance["requests"] if r["state"] == "waiting" and r["id"] in admitted)
-        print(
-            json.dumps(
-                {"name": instance["name"], "admitted_value": value, "plan_ms": round(float(np.median(elapsed)), 4)}
-            )
-        )
+        line = {"name": instance["name"], "admitted_value": value, "plan_ms": round(float(np.median(elapsed)), 4)}
+        if sum(r["state"] == "waiting" for r in instance["requests"]) <= (arguments.exhaustive or 0):
+            line["best_value"] = best_value(instance)
+        print(json.dumps(line), flush=True)
         about = instance.get("params", {})
         kind = ("yes" if instance.get("spec") else "no", *(about.get(key, "-") for key in ("n", "tiers", "slack")))
         rows.append({"kind": kind, "value": value, "reference": reference.get(instance["name"]), "ms": elapsed})
