@@ -72,11 +72,14 @@ def read_machine(instance: dict[str, Any]) -> Machine:
     )
 
 
-def set_lengths(demand: Demand, machine: Machine, acceptance: float, max_verify: int) -> None:
-    """Choose draft lengths per tier. Here s verified tokens are s drafter steps, and the rate is owed."""
+def set_lengths(demand: Demand, machine: Machine, spec: dict[str, Any] | None) -> None:
+    """Choose draft lengths per tier, if any. Here s verified tokens are s drafter steps, and the rate is owed."""
+    if spec is None:
+        return
+    acceptance = spec["alpha"]
     tiers, group = np.unique(demand[columns.TPOT], return_inverse=True)
     counts = np.bincount(group, weights=np.where(demand[columns.REQUIRED] > 0, 1.0, 0.5), minlength=len(tiers))
-    verify = draft.lengths(tiers, np.full(len(tiers), acceptance), counts, machine, max_verify, step_offset=0.0)
+    verify = draft.lengths(tiers, np.full(len(tiers), acceptance), counts, machine, spec["max_len"], step_offset=0.0)
     gain = np.array([draft.expected_tokens(acceptance, int(s)) for s in verify])
     demand[columns.VERIFY] = demand[columns.STEPS] = verify[group]
     demand[columns.GAIN] = gain[group]
@@ -88,9 +91,7 @@ def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict
     demand, ids = read_demand(instance)
     machine = read_machine(instance)
     began = time.thread_time()
-    spec = instance.get("spec")
-    if spec:
-        set_lengths(demand, machine, spec["alpha"], spec["max_len"])
+    set_lengths(demand, machine, instance.get("spec"))
     chosen, trial = admission.select(machine, demand, instance["now"], Effort(work_limit), name=name, width=200)
     elapsed_ms = (time.thread_time() - began) * 1e3
     plan = write_plan(demand[:, chosen], [ids[i] for i in chosen.tolist()], machine, instance["now"], kept=trial.kept)
@@ -101,9 +102,7 @@ def best_value(instance: dict[str, Any]) -> float:
     """Return the value of the best set that our batches can carry out, by trying every set."""
     demand, _ = read_demand(instance)
     machine = read_machine(instance)
-    spec = instance.get("spec")
-    if spec:
-        set_lengths(demand, machine, spec["alpha"], spec["max_len"])
+    set_lengths(demand, machine, instance.get("spec"))
     required = np.flatnonzero(demand[columns.REQUIRED])
     candidates = np.flatnonzero(demand[columns.REQUIRED] == 0)
     best = 0.0
