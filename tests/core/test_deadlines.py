@@ -17,7 +17,6 @@ from slos_serve.core.deadlines import (
     due_s,
     granted_s,
     outcome,
-    reference_ttft_s,
 )
 from slos_serve.core.due import next_due_s, pace_s
 from slos_serve.core.types import Request, RequestTable, Slo
@@ -351,12 +350,6 @@ def test_due_times_follow_the_formula():
     assert due_s(11, 10.0, 12.0, Slo(tpot_s=0.1)) == pytest.approx(13.0)
     assert due_s(5, 10.0, 12.0, Slo(ttft_s=1.0)) == math.inf
     assert granted_s(1, 0, math.inf, math.inf) == 0.0
-
-
-def test_a_ttft_by_slowdown_has_a_floor_and_an_allowance():
-    assert reference_ttft_s(3, 0.5, floor_s=0.2, allowance_s=0.03) == pytest.approx(1.53)
-    assert reference_ttft_s(3, 0.01, floor_s=0.2, allowance_s=0.03) == 0.2
-    assert reference_ttft_s(5, 0.1) == 0.5
 
 
 def a_grade(met):

@@ -55,7 +55,7 @@ def test_a_run_ends_at_its_horizon_and_goes_on_from_there():
         kernel.schedule(at_s, Priority.PLAN, lambda at_s=at_s: seen.append(at_s))
     kernel.run(until_s=2.0)
     assert seen == [1.0, 2.0]
-    assert kernel.next_event_s == 3.0
+    assert len(kernel) == 1
     kernel.run()
     assert seen == [1.0, 2.0, 3.0]
 

@@ -112,5 +112,4 @@ def test_the_end_of_thinking_is_found_by_given_ids_only_without_a_tokenizer(buil
 def test_a_scheduler_without_the_queue_of_what_was_skipped_is_observed_all_the_same() -> None:
     newer = SimpleNamespace(waiting=[], running=[])
     assert view.waiting_queues(newer) == ((), [])
-    assert not view.has_work(newer)
     assert not view.promote(newer, make_request("r", prompt_tokens=4, max_tokens=1))

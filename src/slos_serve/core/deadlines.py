@@ -39,11 +39,6 @@ STAGES = ("prefill", "thinking", "answer")
 OUTCOMES = ("met", "missed", "declined", "rejected", "failed", "cancelled", "none")
 
 
-def reference_ttft_s(slowdown: float, reference_s: float, floor_s: float = 0.0, allowance_s: float = 0.0) -> float:
-    """Return a TTFT promise in seconds: a multiple of the unloaded prefill time, never under the floor."""
-    return max(floor_s, slowdown * reference_s + allowance_s)
-
-
 def granted_s(n: int, num_thinking_tokens: int, thinking_tpot_s: float, tpot_s: float) -> float:
     """Return the seconds that TPOT grants tokens 2..n; `inf` where a token among them has no TPOT."""
     if n - 1 <= num_thinking_tokens:

@@ -40,11 +40,6 @@ class Kernel:
     def __len__(self) -> int:
         return len(self._heap)
 
-    @property
-    def next_event_s(self) -> float:
-        """When the next event is due; `inf` if there is none."""
-        return self._heap[0][0] if self._heap else math.inf
-
     def schedule(self, at_s: float, priority: Priority, action: Callable[[], None]) -> None:
         """Run `action` at `at_s` seconds. `ValueError` for a time in the past or not finite."""
         if not (math.isfinite(at_s) and at_s >= self.now_s):

@@ -237,11 +237,6 @@ def waiting_queues(scheduler: Any) -> tuple[RequestQueue | tuple[()], RequestQue
     return getattr(scheduler, "skipped_waiting", ()), scheduler.waiting
 
 
-def has_work(scheduler: Any) -> bool:
-    """Tell whether something runs or could be admitted."""
-    return bool(scheduler.running) or any(not is_blocked(r) for queue in waiting_queues(scheduler) for r in queue)
-
-
 def how_it_ended(request: Request, num_output_tokens: int) -> str:
     """Return finished, cancelled or failed.
 
