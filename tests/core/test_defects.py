@@ -114,7 +114,7 @@ def test_5_context_read_by_decodes_counts():
 
 def test_5_no_column_tells_the_planner_how_long_an_output_will_be():
     columns = {name for name in REQUEST_DTYPE.names if "output" in name}
-    assert columns == {"max_output_tokens", "num_output_tokens", "predicted_output_tokens"}
+    assert columns == {"max_output_tokens", "num_output_tokens", "predicted_output_tokens", "drawn_output_tokens"}
 
 
 def test_5_best_effort_prompts_are_cut_to_what_the_promised_leave():

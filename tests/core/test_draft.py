@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import MODELS, add_decode, make_limits, make_state
+from states import MODELS, STEPPED, add_decode, make_limits, make_request, make_state
 from test_batching import machine_of
 
 from slos_serve.core import draft
+from slos_serve.core.columns import Columns
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import RequestTable, Tier
@@ -86,6 +87,14 @@ def test_where_a_step_is_dear_drafts_are_used_and_shrink_with_load():
     assert few > many >= 1
 
 
+def test_while_no_prompt_waits_a_loose_tier_goes_as_far_as_a_tight_one_where_tokens_are_cheap():
+    machine = machine_of(token_budget=8192.0)
+    rows = [(0.03, 0.7, 4), (0.1, 0.7, 4)]
+    waiting, idle = (choose(rows, machine, 5, waiting=waits).tolist() for waits in (True, False))
+    assert waiting[1] < waiting[0]
+    assert idle[1] == idle[0] > 1
+
+
 def test_a_length_in_use_stays_until_another_is_clearly_better():
     machine = machine_of(token_budget=8192.0)
     rows = [(0.05, 0.7, 10)]
@@ -120,3 +129,21 @@ def test_a_plan_drafts_in_decodes_with_the_measured_acceptance():
 def test_an_acceptance_outside_its_range_is_taken_to_its_edge(bad):
     drafts = plan_drafts(acceptance={"chat": bad})
     assert all(0 <= length <= 4 for length in drafts.values())
+
+
+def test_a_prompt_that_finds_no_memory_does_not_make_drafts_shorter():
+    table = RequestTable()
+    for i in range(3):
+        add_decode(table, f"r{i}", tpot_s=0.05, prompt=1600, predicted=60)
+    table.add(make_request("waits", prompt=4000, ttft_s=9.0, tpot_s=0.05), predicted_output_tokens=60)
+    held = int(table.rows["num_kv_blocks"].sum())
+    drafts = {}
+    for blocks in (held + 30, 20_000):
+        limits = make_limits(max_draft_length=4, num_kv_blocks=blocks)
+        state = make_state(
+            table, limits=limits, num_free_kv_blocks=blocks - held, acceptance={"chat": 0.7}, model=STEPPED
+        )
+        columns = Columns(state, 8.0)
+        assert columns.prompts_wait(np.arange(4)) == (blocks == 20_000)
+        drafts[blocks] = int(columns.verify[0])
+    assert drafts[held + 30] >= drafts[20_000]

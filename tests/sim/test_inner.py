@@ -35,7 +35,7 @@ def engine_of(rows):
     engine = Engine(LIMITS)
     for i, (runs, prompt, outputs, computed, blocks) in enumerate(rows):
         request = sim(f"r{i}", prompt, 30).request
-        engine.add(request, predicted_output_tokens=30.0, cached_tokens=0, session_id="")
+        engine.add(request, cached_tokens=0, session_id="")
         row = engine.table.rows[i]
         row["num_output_tokens"], row["num_computed_tokens"] = outputs, computed
         if runs:

@@ -54,6 +54,28 @@ OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks 
 
 
 @jit
+def planned_rests(rows: Rows) -> FloatArray:
+    """Return the output tokens that each row is planned to produce still, at least 1.
+
+    Lengths add up, in memory and in steps: of many outputs the long ones meet short ones. So what is promised or runs
+    is planned with the length drawn for it, which together are spread as lengths are, and with a share of what the high
+    quantile is above it: all of it for one alone, less among many, as the standard error of a sum.
+    """
+    rests: FloatArray = np.maximum(rows["predicted_output_tokens"] - rows["num_output_tokens"], 1.0)
+    total = squares = 0.0
+    for i in range(len(rows)):
+        if rows["tier"][i] == PROMISED or rows["status"][i] == RUNNING:
+            total += rests[i]
+            squares += rests[i] * rests[i]
+    share = math.sqrt(squares) / total if total > 0.0 else 1.0
+    for i in range(len(rows)):
+        if rows["tier"][i] == PROMISED or rows["status"][i] == RUNNING:
+            rests[i] -= (1.0 - share) * (rows["predicted_output_tokens"][i] - rows["drawn_output_tokens"][i])
+        rests[i] = max(rests[i], 1.0)
+    return rests
+
+
+@jit
 def derive(
     rows: Rows, now_s: float, guard_s: float, fixed_s: float, block_size: int, lines: FloatArray, margin_decode: float
 ) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
@@ -66,6 +88,7 @@ def derive(
     granted, sums = np.empty(count), np.zeros(3)
     num_promised = num_late = 0
     late_read = 0.0
+    rests = planned_rests(rows)
     for i in range(count):
         computed, produced, tier = rows["num_computed_tokens"][i], rows["num_output_tokens"][i], rows["tier"][i]
         running, missed = rows["status"][i] == RUNNING, rows["missed"][i] != 0
@@ -90,7 +113,7 @@ def derive(
         table[GAP, i] = gap
         table[VERIFY, i] = table[GAIN, i] = 1.0
         table[STEPS, i] = 0.0
-        table[OUTPUT_LEFT, i] = max(1.0, rows["predicted_output_tokens"][i] - produced)
+        table[OUTPUT_LEFT, i] = rests[i]
         table[HELD, i] = held
         table[START, i] = start
         table[VALUE, i] = rows["weight"][i]
@@ -241,11 +264,16 @@ class Columns:
         tpots, class_of, counts, group = _groups(index, self.tpot, self.rows["class_index"], self.is_promised)
         verify = draft.lengths(
             tpots, acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
-            context_tokens=read, current=current[class_of], waiting=bool((self.left[index] > 0).any()),
+            context_tokens=read, current=current[class_of], waiting=self.prompts_wait(index),
         )  # fmt: skip
         gains = np.array([draft.expected_tokens(a, s) for a, s in zip(acceptance[class_of], verify, strict=True)])
         self.verify[index] = verify[group]
         self.gain[index] = gains[group]
+
+    def prompts_wait(self, index: IntArray) -> bool:
+        """Tell whether any prompt of the rows at `index` could go on: it has its KV blocks, or finds them."""
+        fits = self.running[index] | (self.start[index] <= self.machine.free_blocks)
+        return bool(((self.left[index] > 0) & fits).any())
 
     def demand(self, index: IntArray, held: FloatArray) -> Demand:
         """Return the demand of the given rows, in that order."""

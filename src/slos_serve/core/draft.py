@@ -6,8 +6,9 @@ needs one batch per Acc(s) * TPOT seconds, so longer drafts allow longer batches
 
 For every period that some tier and length would allow, each other tier takes the shortest length that
 keeps up with it. While prompts wait, the period whose prefill rate is highest wins: every draft token is
-priced as a token that prefills could have had. While none waits, the one with the most output tokens per
-second does: what is ahead of schedule, or has ended, makes room for prompts to come.
+priced as a token that prefills could have had. While none waits (or none that finds free memory), the one with the
+most output tokens per second does, and every tier may also go as far as the leading one: what is ahead of schedule,
+or has ended, makes room for prompts to come.
 Expected, not guaranteed: accepted tokens come in bursts, so plans hold against cumulative deadlines.
 """
 
@@ -96,10 +97,15 @@ def _best_lengths(lines, margin, budget, tpot, gains, counts, context, max_verif
                     break
             if not possible:
                 continue
-            score = _score(lines, margin, budget, period, verify, gains, counts, context, step_offset, waiting)
-            if score - best_score > 1e-9 * abs(score):
-                best_score = score
-                best[:] = verify
+            for together in range(1 if waiting else 2):
+                if together:
+                    for g in range(groups):
+                        if counts[g] > 0.0 and math.isfinite(tpot[g]):
+                            verify[g] = max(verify[g], s)
+                score = _score(lines, margin, budget, period, verify, gains, counts, context, step_offset, waiting)
+                if score - best_score > 1e-9 * abs(score):
+                    best_score = score
+                    best[:] = verify
     return best, best_score
 
 

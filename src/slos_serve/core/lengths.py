@@ -14,6 +14,10 @@ point mass at the request's own max_output_tokens.
 A running request that has produced c tokens is longer than c, so its quantile is the conditional one,
 F^-1(1 - (1 - q) * (1 - F(c))), which cannot fall as c grows. Where the data end, an outlier would jump
 to its limit at once; it is held to `MAX_GROWTH` times the larger of c and the unconditional quantile.
+
+What is said about one request is a high quantile. What many take together, in memory and in steps, is far less than
+the sum of those: each also draws a length, the quantile of its `turn`. Turns are spread evenly, so the lengths drawn
+for many are spread as lengths are, some short and some long, and so are the times at which their memory comes back.
 """
 
 from __future__ import annotations
@@ -74,6 +78,14 @@ def _log_normal(median: float, sigma: float) -> FloatArray:
     logs = [math.log(edge / median) / sigma if edge > 0 else -math.inf for edge in _EDGE_LIST[:-1]]
     below = [0.5 * math.erfc(-z / math.sqrt(2.0)) for z in logs]
     return np.diff(np.array([*below, 1.0]))
+
+
+def turn(seq: int, produced: int) -> float:
+    """Return the quantile that is drawn for the request numbered `seq` once it has `produced` tokens.
+
+    Multiples of irrational numbers: over requests and draws they fill (0, 1) evenly.
+    """
+    return 0.01 + 0.98 * ((seq * 0.6180339887498949 + produced * 0.7548776662466927) % 1.0)
 
 
 class LengthModel:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from slos_serve.core import demand as columns
+from slos_serve.core.columns import planned_rests
 from slos_serve.core.demand import Demand, Machine
 from slos_serve.core.due import next_due_s, pace_s
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
@@ -204,7 +205,7 @@ def snapshot_of(
     promised = alive & (rows["tier"] == Tier.PROMISED)
     undecided = alive & (rows["tier"] == Tier.PENDING) & (produced == 0)
     granted = np.where(running & ~decoding, np.maximum(held, start), held)
-    output_left = np.maximum(1.0, rows["predicted_output_tokens"] - produced)
+    output_left = planned_rests(rows)
     by_class = np.array([state.acceptance.get(name, 0.0) for name in state.requests.classes] or [0.0])
     acceptance = np.clip(by_class, 0.0, 0.99)[rows["class_index"]]
 

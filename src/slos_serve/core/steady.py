@@ -48,7 +48,9 @@ def _count(rows, order, ends_s, guard_s, fixed_s, block_size, free, machine, max
         for i in range(len(rows)):
             # what is late may be graded as missed, and what outruns its predicted length is predicted again
             outputs = rows["num_output_tokens"][i] + 1
-            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= rows["predicted_output_tokens"][i]:
+            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= min(
+                rows["predicted_output_tokens"][i], rows["drawn_output_tokens"][i]
+            ):
                 return k + 1
             computed = rows["num_computed_tokens"][i] + 1
             blocks = max(-(-computed // block_size), rows["num_kv_blocks"][i])

@@ -139,7 +139,8 @@ REQUEST_DTYPE = np.dtype(
         ("num_kv_blocks", np.int64),  # held now
         ("first_token_s", np.float64),  # inf before it
         ("last_token_s", np.float64),
-        ("predicted_output_tokens", np.float64),  # a quantile, never the truth
+        ("predicted_output_tokens", np.float64),  # a high quantile, never the truth
+        ("drawn_output_tokens", np.float64),  # a quantile as low or high as its turn has it; see `lengths`
     ]
 )
 
@@ -177,8 +178,18 @@ class RequestTable:
         """Return the rows of requests, -1 where one is not live."""
         return np.fromiter(map(self._index.get, request_ids, repeat(-1)), np.int64, len(request_ids))
 
-    def add(self, request: Request, *, tier: Tier = Tier.PENDING, predicted_output_tokens: float = 256.0) -> int:
-        """Append a waiting request and return its row. `ValueError` on a duplicate id."""
+    def add(
+        self,
+        request: Request,
+        *,
+        tier: Tier = Tier.PENDING,
+        predicted_output_tokens: float = 256.0,
+        drawn_output_tokens: float | None = None,
+    ) -> int:
+        """Append a waiting request and return its row; the length drawn defaults to the prediction.
+
+        `ValueError` on a duplicate id.
+        """
         if request.request_id in self._index:
             raise ValueError(f"request {request.request_id!r} is already live")
         if len(self.request_ids) == len(self._store):
@@ -213,7 +224,9 @@ class RequestTable:
         row["is_thinking"] = int(request.thinks)
         row["first_token_s"] = math.inf
         row["last_token_s"] = math.inf
+        drawn = predicted_output_tokens if drawn_output_tokens is None else drawn_output_tokens
         row["predicted_output_tokens"] = min(predicted_output_tokens, float(request.max_output_tokens))
+        row["drawn_output_tokens"] = min(drawn, float(request.max_output_tokens))
         self._next_seq += 1
         self.request_ids.append(request.request_id)
         self._index[request.request_id] = index

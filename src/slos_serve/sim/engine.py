@@ -57,9 +57,9 @@ class Engine:
         self._room[inner.FREE_BLOCKS] = self.pool.num_free
         return self._room
 
-    def add(self, request: Request, *, predicted_output_tokens: float, cached_tokens: int, session_id: str) -> int:
+    def add(self, request: Request, *, cached_tokens: int, session_id: str) -> int:
         """Queue a request and return its row; a session's prefix counts as far as it is still cached."""
-        index = self.table.add(request, predicted_output_tokens=predicted_output_tokens)
+        index = self.table.add(request)
         if session_id and cached_tokens:
             cached_tokens = min(cached_tokens, self.pool.cached_tokens(session_id))
             self._prefix_of[request.request_id] = session_id

@@ -216,7 +216,7 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
         rows["missed"][row] = 1
     if after >= true_output:
         return FINISHED
-    return OUTRUN if after >= rows["predicted_output_tokens"][row] else 0
+    return OUTRUN if after >= min(rows["predicted_output_tokens"][row], rows["drawn_output_tokens"][row]) else 0
 
 
 @jit

@@ -174,7 +174,6 @@ class Replica:
             return
         index = self.engine.add(
             request,
-            predicted_output_tokens=self.streams.predict(sim),
             cached_tokens=sim.num_cached_tokens,
             session_id=sim.session_id,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slos_serve.core.lengths import turn
 from slos_serve.sim import inner
 from slos_serve.sim.records import Record, SimRequest
 
@@ -40,8 +41,10 @@ class StreamOptions:
     known_lengths: bool = False
 
 
-def predicted_length(lengths: LengthModel, sim: SimRequest, options: StreamOptions, produced: int = 0) -> float:
-    """Return the output length that a planner or a router is told, in tokens."""
+def predicted_length(
+    lengths: LengthModel, sim: SimRequest, options: StreamOptions, produced: int = 0, quantile: float | None = None
+) -> float:
+    """Return the output length that a planner or a router is told, in tokens; at the options' quantile unless told."""
     if options.known_lengths:
         return float(sim.num_output_tokens)
     request = sim.request
@@ -50,7 +53,7 @@ def predicted_length(lengths: LengthModel, sim: SimRequest, options: StreamOptio
         request.num_prompt_tokens,
         request.max_output_tokens,
         produced=produced,
-        quantile=options.length_quantile,
+        quantile=options.length_quantile if quantile is None else quantile,
     )
     if options.length_error == 1.0:
         return tokens
@@ -72,10 +75,6 @@ class Streams:
         self._drafted: dict[str, list[float]] = {}  # accepted and tested draft tokens by class
         self._measured: dict[str, float] = {}
 
-    def predict(self, sim: SimRequest, produced: int = 0) -> float:
-        """Return the output length that the planner is told."""
-        return predicted_length(self.lengths, sim, self.options, produced)
-
     def add(self, sim: SimRequest, index: int, record: Record | None = None) -> None:
         """Follow a request that has just got row `index`, the last one; `record` is its past elsewhere."""
         if index == len(self.live):
@@ -84,6 +83,17 @@ class Streams:
         self.live[index] = (*record.grader.state, sim.num_output_tokens, sim.num_thinking_tokens)
         self.table.rows["missed"][index] = record.grader.missed
         self.records.append(record)
+        self._predict(index)
+
+    def _predict(self, index: int, produced: int | None = None) -> float:
+        """Write what the planner is told of the output length; return up to where it holds."""
+        row, sim = self.table.rows[index], self.records[index].sim
+        if produced is None:
+            produced = int(row["num_output_tokens"])
+        predicted = predicted_length(self.lengths, sim, self.options, produced)
+        drawn = predicted_length(self.lengths, sim, self.options, produced, turn(int(row["seq"]), produced))
+        row["predicted_output_tokens"], row["drawn_output_tokens"] = predicted, drawn
+        return min(predicted, drawn)
 
     def remove(self, index: int) -> Record:
         """Forget a request, here and in the table, and mirror how the table fills the hole."""
@@ -122,12 +132,12 @@ class Streams:
 
     def _predict_again(self, index: int) -> None:
         """Predict at each token that reached the prediction before it."""
-        row, sim = self.table.rows[index], self.records[index].sim
-        produced, predicted, at = int(row["num_output_tokens"]), float(row["predicted_output_tokens"]), 0
-        while produced >= predicted and at < produced:
-            at = max(math.ceil(predicted), at + 1)
-            predicted = self.predict(sim, at)
-        row["predicted_output_tokens"] = predicted
+        row = self.table.rows[index]
+        produced, at = int(row["num_output_tokens"]), 0
+        holds = float(min(row["predicted_output_tokens"], row["drawn_output_tokens"]))
+        while produced >= holds and at < produced:
+            at = max(math.ceil(holds), at + 1)
+            holds = self._predict(index, at)
 
     def measured_acceptance(self) -> dict[str, float]:
         """Return accepted over tested draft tokens by class, starting from the configured figure."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from slos_serve.config import SloConfig
 from slos_serve.core.deadlines import StreamGrader
-from slos_serve.core.lengths import LengthModel
+from slos_serve.core.lengths import LengthModel, turn
 from slos_serve.core.types import Request as CoreRequest
 from slos_serve.core.types import RequestTable, Slo, Status, Tier
 from slos_serve.vllm_plugin import view
@@ -239,13 +239,16 @@ class Tracker:
         limit = max(int(request.max_tokens), hidden if isinstance(hidden, int) else 0)
         return min(limit, int(self.scheduler.max_model_len) - int(request.num_prompt_tokens))
 
-    def _predict(self, live: Live, produced: int) -> float:
-        request = live.request
+    def _predict(self, live: Live, index: int, produced: int) -> None:
+        """Write what is known of the output length into a row."""
+        request, row = live.request, self.table.rows[index]
         limit = max(1, self._max_output_tokens(request))
-        return self.lengths.predict(live.slo_class, request.num_prompt_tokens, limit, produced)
+        known = live.slo_class, int(request.num_prompt_tokens), limit, produced
+        row["predicted_output_tokens"] = self.lengths.predict(*known)
+        row["drawn_output_tokens"] = self.lengths.predict(*known, quantile=turn(int(row["seq"]), produced))
 
     def _add_row(self, live: Live) -> None:
-        self.table.add(self._core_request(live), predicted_output_tokens=self._predict(live, live.num_output_tokens))
+        self._predict(live, self.table.add(self._core_request(live)), live.num_output_tokens)
         self._rows_live.append(live)
         self._rows_requests.append(live.request)
         live.has_row = True
@@ -311,10 +314,10 @@ class Tracker:
         rows["num_output_tokens"] = produced
         rows["num_kv_blocks"] = -(-computed // self._block_size)
         self.running, self.computed, self.total = running, computed, rows["num_prompt_tokens"] + produced
-        predicted = rows["predicted_output_tokens"]
-        over = np.flatnonzero((produced >= predicted) & (produced < rows["max_output_tokens"]))
+        holds = np.minimum(rows["predicted_output_tokens"], rows["drawn_output_tokens"])
+        over = np.flatnonzero((produced >= holds) & (produced < rows["max_output_tokens"]))
         for index in over.tolist():
-            predicted[index] = self._predict(self._rows_live[index], int(produced[index]))
+            self._predict(self._rows_live[index], index, int(produced[index]))
         if self._lookups or self._steps % REFRESH_EVERY == 0:
             self._look_up(running)
 
