@@ -9,7 +9,7 @@ from slos_serve.cli import main
 from slos_serve.core.summary import GradedRequest
 from slos_serve.core.types import Slo
 from slos_serve.sim.capacity import Answer, Curve, Outcome, index_of, rate_at
-from slos_serve.sim.capacity_detail import summary
+from slos_serve.sim.capacity_detail import burst_runs, summary
 from slos_serve.sim.capacity_report import scaling, tabs
 from slos_serve.sim.capacity_study import QUICK, Study
 from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, number, scenario_entry
@@ -177,6 +177,18 @@ def test_a_closer_look_tells_which_prompts_miss_and_how_late_the_declined_come()
     assert (found["promised"], found["kept"], found["declined"]) == (5, 5, 3)
     assert found["declined_ttft_p99"] == pytest.approx(8.0, abs=0.05)
     assert summary([(grade(5, "missed"), None)])["declined_ttft_p99"] is None
+
+
+def test_a_burst_is_shown_over_one_time_for_systems_of_one_gpu_and_of_several(data):
+    values = {"systems": ("slos-serve-ar", "distserve"), "hardware": ("published",), "data": str(data)}
+    study = Study(scenarios=("coding",), effort=QUICK, **values)
+    settings = {name: dict(SYSTEMS[name].default) for name in study.systems}
+    entry = {"capacity_rps": dict.fromkeys(study.systems, 0.5), "settings": settings}
+    entry |= {"best_baseline": "distserve", "best_baseline_spec": "distserve"}
+    runs = burst_runs(entry, study, study.sites[0], "coding")
+    assert list(runs) == ["slos-serve-ar", "distserve (2 times the GPUs and rate, time stretched)"]
+    ours, theirs = ([row["arrival_s"] for row in rows] for rows in runs.values())
+    assert theirs == pytest.approx(ours)
 
 
 def curve(capacity_rps, *, windows=4):

@@ -56,7 +56,7 @@ def attainment_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) ->
         for row in grid:
             row[0].set_ylabel("attainment of the worst class, %")
         figure.tight_layout(rect=(0, 0.07 if rows > 1 else 0.14, 1, 1))
-        _legend(figure, colours)
+        _legend(figure, _swatches(figure.axes[0], colours))
         return figure
 
 
@@ -103,7 +103,7 @@ def capacity_figure(scenarios: Mapping[str, Entry], systems: Sequence[str]) -> A
         axes.set_ylabel("capacity / best without drafts")
         axes.set_title("Capacity per GPU at 90 % of every class")
         figure.tight_layout(rect=(0, 0.08, 1, 1))
-        _legend(figure, colours)
+        _legend(figure, _swatches(figure.axes[0], colours))
         return figure
 
 
@@ -120,15 +120,15 @@ def ablation_figure(scenarios: Mapping[str, Entry], parts: Sequence[str], whole:
                 if ours and without is not None:
                     places.append(group + (i - (len(parts) - 1) / 2) * width)
                     heights.append(without / ours)
-            bars = axes.bar(places, heights, width, color=colours[part], label=part)
+            bars = axes.bar(places, heights, width, color=colours[part])
             axes.bar_label(bars, fmt="{:.2f}", fontsize=7, padding=2)
         axes.axhline(1, color=OURS, linewidth=1.5)
         axes.set_xticks(range(len(scenarios)), list(scenarios))
         axes.grid(visible=False, axis="x")
         axes.set_ylabel(f"capacity / {whole}")
         axes.set_title("What each part is worth (1 = with everything)")
-        axes.legend(fontsize=8)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        _legend(figure, _swatches(axes, {part: colours[part] for part in parts}))
         return figure
 
 
@@ -163,9 +163,9 @@ def burst_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, width_s: fl
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
             axes.set_title(title)
-        first.legend(fontsize=8, loc="upper left")
         last.set_xlabel("time of arrival, s")
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        _legend(figure, first.get_lines()[:-1])
         return figure
 
 
@@ -200,7 +200,7 @@ def scaling_figure(scenarios: Mapping[str, Mapping[str, Mapping[int, float | Non
             axes.set_title(name)
         panels[0][0].set_ylabel("capacity / that of one")
         figure.tight_layout(rect=(0, 0.1, 1, 1))
-        _legend(figure, colours)
+        _legend(figure, _swatches(figure.axes[0], colours))
         return figure
 
 
@@ -232,13 +232,15 @@ def feasible_figure(model: PerfModel, *, acceptance: float, tiers_s: Sequence[fl
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylabel("time per token, ms")
         axes.set_title(f"What can be promised: batch size and draft length (acceptance {acceptance:g})")
-        axes.legend(fontsize=8, loc="upper left", ncols=2)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.08, 1, 1))
+        _legend(figure, axes.get_lines()[: len(DRAFTS)])
         return figure
 
 
-def _legend(figure: Any, colours: Mapping[str, str]) -> None:
+def _swatches(axes: Any, colours: Mapping[str, str]) -> list[Any]:
+    return [axes.plot([], [], color=colour, linewidth=4, label=name)[0] for name, colour in colours.items()]
+
+
+def _legend(figure: Any, handles: Sequence[Any]) -> None:
     """Put one legend under all panels."""
-    axes = figure.axes[0]
-    handles = [axes.plot([], [], color=colour, linewidth=4, label=name)[0] for name, colour in colours.items()]
     figure.legend(handles=handles, loc="lower center", ncols=min(6, len(handles)), fontsize=8)
