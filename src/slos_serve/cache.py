@@ -1,4 +1,4 @@
-"""Where files live that can be made again: converted models and measured profiles."""
+"""Where files live that can be made again, and how files and folders come into being whole."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def cache_folder(*parts: str) -> Path:
     folder = root.joinpath("slos-serve", *parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def complete_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; it becomes `target`, whose folder is made, at once when the block ends, or never."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        draft = Path(folder, target.name)
+        yield draft
+        draft.replace(target)
 
 
 @contextlib.contextmanager

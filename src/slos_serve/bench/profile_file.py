@@ -7,16 +7,17 @@ with: a slowdown SLO is a multiple of `Profile.reference_s(prompt_tokens)`.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.fit import FitReport, StepSample
-from slos_serve.core.perf import PerfModel
+import numpy as np
+
+from slos_serve.cache import complete_file
+from slos_serve.core.fit import FitReport, StepSample, predicted_s
+from slos_serve.core.perf import TERMS, PerfModel
 from slos_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,17 +105,8 @@ def profile_document(report: FitReport, *, key: Mapping[str, Any] | str, max_num
 
 def write_json(document: object, path: Path) -> None:
     """Write a JSON file at once: a reader sees the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with complete_file(path) as draft:
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:
@@ -145,14 +137,5 @@ def plot_fit(model: PerfModel, samples: list[StepSample], path: Path) -> None:
     """Draw predicted against measured step times."""
     from slos_serve.bench.plots import fit_figure  # noqa: PLC0415
 
-    predicted = [
-        model.seconds(
-            s.num_tokens,
-            s.num_requests,
-            context_tokens=s.context_tokens,
-            draft_steps=s.draft_steps,
-            attention_pairs=s.attention_pairs,
-        )
-        for s in samples
-    ]
-    fit_figure(predicted, [s.seconds for s in samples], [s.has_prefill > 0 for s in samples], path)
+    predicted = predicted_s(model, np.array([(*s[: len(TERMS) - 1], 1.0) for s in samples]))
+    fit_figure(predicted.tolist(), [s.seconds for s in samples], [s.has_prefill > 0 for s in samples], path)

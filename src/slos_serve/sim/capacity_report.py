@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve import figures, pages
+from slos_serve.cache import complete_file
 from slos_serve.errors import MissingExtraError
 from slos_serve.sim import capacity_plots as plots
 from slos_serve.sim.capacity_detail import burst_runs
@@ -82,9 +83,8 @@ def draw(hardware: Mapping[str, Any], study: Study, site: Site, folder: Path) ->
 def write_tables(document: Mapping[str, Any], folder: Path) -> None:
     """Write report.json and report.md, each at once."""
     for name, text in (("report.json", json.dumps(document, indent=2)), ("report.md", as_text(document))):
-        draft = folder / f".{name}"
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(folder / name)
+        with complete_file(folder / name) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
 
 
 def drawings(hardware: Mapping[str, Any], study: Study, site: Site) -> Iterator[tuple[str, str, Any]]:

@@ -8,7 +8,6 @@ lengths, so that it holds whatever a server does to line endings; a file that di
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import urllib.error
 import urllib.request
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slos_serve.cache import complete_file
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.sim.trace_files import read_csv, read_mooncake
 from slos_serve.sim.traces import Trace, write_trace
@@ -139,16 +139,8 @@ def fetch(
             )
         if _is_jsonl(source):
             trace = trace.spread_ties()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".csv.gz", dir=target.parent)
-    os.close(handle)
-    try:
-        write_trace(trace, Path(draft))
-        Path(draft).chmod(0o644)
-        Path(draft).replace(target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with complete_file(target) as draft:
+        write_trace(trace, draft)
     return target
 
 
