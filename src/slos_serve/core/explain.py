@@ -184,14 +184,7 @@ def _alone_s(state: ReplicaState, request_id: str) -> float | None:
     if row["num_output_tokens"] > 0:
         return None
     done = int(row["num_computed_tokens"]) or int(row["num_cached_tokens"])
-    whole, budget = int(row["num_prompt_tokens"]), state.limits.max_num_batched_tokens
-    model = state.perf_model
-    total = 0.0
-    while done < whole:
-        chunk = min(budget, whole - done)
-        total += model.seconds(chunk, attention_pairs=chunk * (done + chunk / 2))
-        done += chunk
-    return total
+    return state.perf_model.prefill_seconds(int(row["num_prompt_tokens"]), state.limits.max_num_batched_tokens, done)
 
 
 def _with_table(state: ReplicaState, change: Callable[[RequestTable], object]) -> ReplicaState:

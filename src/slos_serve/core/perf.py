@@ -148,9 +148,9 @@ class PerfModel:
             batch_seconds(self.as_array(), num_tokens, num_requests, context_tokens, draft_steps, attention_pairs)
         )
 
-    def prefill_seconds(self, prompt_tokens: int, max_num_batched_tokens: int) -> float:
-        """Return the unloaded, uncached prefill time of a prompt, cut at the engine's token budget."""
-        total, done = 0.0, 0
+    def prefill_seconds(self, prompt_tokens: int, max_num_batched_tokens: int, done: int = 0) -> float:
+        """Return the unloaded prefill time of a prompt behind its first `done` tokens, cut at the engine's budget."""
+        total = 0.0
         while done < prompt_tokens:
             chunk = min(max_num_batched_tokens, prompt_tokens - done)
             total += self.seconds(chunk, attention_pairs=chunk * (done + chunk / 2))
