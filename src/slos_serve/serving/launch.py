@@ -14,9 +14,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 
+from slos_serve.bench.engines import handling
 from slos_serve.errors import SlosServeError
 
 PROBE_HEADER = "x-slos-serve-probe"
@@ -47,20 +49,14 @@ def start(command: Sequence[str], env: Mapping[str, str], *, stdout_to_stderr: b
     )
 
 
-@contextlib.contextmanager
-def forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def forwarding(child: subprocess.Popen[bytes]) -> AbstractContextManager[None]:
     """Pass the signals that ask us to end on to the child."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handling(FORWARDED, forward)
 
 
 def end(child: subprocess.Popen[bytes], *, patience_s: float = 30.0) -> None:
