@@ -22,9 +22,11 @@ class Watched:
     def __init__(self, planner):
         self.planner = planner
         self.lines = []
+        self.added_s = {}
 
     def plan(self, state):
         before = state.to_json()
+        self.added_s = {**dict.fromkeys(state.requests.request_ids, state.now_s), **self.added_s}
         plan = self.planner.plan(state)
         scheduled = {e.request_id: e.num_tokens + e.draft_length for e in plan.batch.entries}
         self.lines.append({"kind": "plan", "t": state.now_s, "state": before, "plan": plan.to_json()})
@@ -32,7 +34,7 @@ class Watched:
         return plan
 
 
-def load(count=80, rate=4.0, seed=0):
+def load(count=80, rate=4.0, seed=0, transit_s=0.0):
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(1 / rate, count))
     prompts, outputs = rng.integers(10, 300, count).tolist(), rng.integers(2, 40, count).tolist()
@@ -47,6 +49,7 @@ def load(count=80, rate=4.0, seed=0):
                 slo_class=kinds[i % 2][0],
                 ttft_s=kinds[i % 2][1],
                 tpot_s=kinds[i % 2][2],
+                transit_s=transit_s,
             )
             for i in range(count)
         ],
@@ -54,13 +57,16 @@ def load(count=80, rate=4.0, seed=0):
     )
 
 
-def write_record(path, *, plans=False, steered=False, rate=4.0, **engine):
+def write_record(path, *, plans=False, steered=False, rate=4.0, noise_sigma=0.0, transit_s=0.0, **engine):
     """Serve a load with vLLM's order (or ours, where plans or steering are asked for) and write it down."""
     ours = plans or steered
     planner = Watched(SloPlanner() if ours else VllmPlanner(token_budget=512))
     steps = []
-    served = load(rate=rate)
-    result = run_workload(served, planner, HARDWARE, options=ReplicaOptions(makes_promises=ours), on_step=steps.append)
+    served = load(rate=rate, transit_s=transit_s)
+    options = ReplicaOptions(makes_promises=ours, noise_sigma=noise_sigma)
+    result = run_workload(served, planner, HARDWARE, options=options, on_step=steps.append)
+    for step in steps:
+        step["t"] += step["seconds"]  # a server writes when they end
     by_key = {(one.arrival_s, one.num_prompt_tokens): one for one in result.graded}
     lines = [
         {
@@ -88,6 +94,7 @@ def write_record(path, *, plans=False, steered=False, rate=4.0, **engine):
                 "slo_id": None,
                 "t": end.finish_s,
                 "arrival_s": request.arrival_s,
+                "added_s": planner.added_s[request.request_id],
                 "first_token_s": request.arrival_s + end.ttft_s,
                 "said": {"slo_class": request.slo_class},
                 "slo_class": request.slo_class,

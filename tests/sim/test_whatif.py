@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from tests.sim.records_made import CONFIG, write_record
 
 from slos_serve import cli
 from slos_serve.errors import ConfigError
 from slos_serve.sim.cmd_whatif import what_if
-from slos_serve.sim.observed import Observed
+from slos_serve.sim.observed import Observed, Pace
 from slos_serve.sim.recording import read_recording
 
 BUSY = 9.0
@@ -32,6 +33,37 @@ def test_a_record_of_the_simulator_itself_replays_within_the_tolerance_and_is_pr
     shares = document["projection"]
     assert shares["chat"]["vllm"] < 0.9  # or there would be nothing to gain
     assert shares["chat"]["enforced"] > shares["chat"]["vllm"]
+
+
+def test_a_machine_whose_steps_vary_is_replayed_as_it_was_and_not_as_it_might_have_been(tmp_path):
+    path = write_record(tmp_path / "record.jsonl", rate=BUSY, noise_sigma=0.4)
+    recording = read_recording(path)
+    observed = Observed.of(recording)
+    graded = observed.run(observed.workload(), enforced=False, seed=0)
+    start = min(line["arrival_s"] for line in recording.requests)
+    lines = {round(line["arrival_s"] - start, 6): line for line in recording.requests}
+    assert 0.05 < sum(line["outcome"] == "met" for line in lines.values()) / len(lines) < 0.95
+    pairs = [(one, lines[round(one.arrival_s, 6)]) for one in graded]
+    assert sum(one.outcome != line["outcome"] for one, line in pairs) <= 1
+    assert max(abs(one.ttft_s - line["ttft_ms"] / 1e3) for one, line in pairs) < 0.02
+
+
+def test_requests_reach_the_engine_as_late_as_they_did(tmp_path):
+    path = write_record(tmp_path / "record.jsonl", rate=1.0, transit_s=0.03)
+    observed = Observed.of(read_recording(path))
+    transits = [one.transit_s for one in observed.workload().arrivals]
+    assert transits == pytest.approx([0.03] * len(transits), abs=0.006)
+    change(path, lambda line: line.pop("added_s", None))
+    assert not any(one.transit_s for one in Observed.of(read_recording(path)).workload().arrivals)
+
+
+def test_the_pace_of_a_step_holds_while_it_ran_and_the_average_elsewhere():
+    pace = Pace.of(np.array([1.0, 2.0, 5.0]), np.array([1.0, 1.0, 2.0]), np.array([1.0, 0.5, 2.5]))
+    assert pace(0.0, 1.0) == pytest.approx(1.0)
+    assert pace(1.0, 0.25) == pytest.approx(0.5)
+    assert pace(0.5, 1.0) == pytest.approx(1.5)  # half of it at the first step's pace, half at the second's
+    assert pace(2.0, 1.0) == pytest.approx(1.0)  # nothing ran then: 4 seconds of work in 4
+    assert pace(100.0, 3.0) == pytest.approx(3.0)
 
 
 def test_the_same_seed_projects_the_same(tmp_path):

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("record", metavar="RECORD", type=Path, help="a file that serve --record wrote")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes to project (default: the recorded ones)")
-    parser.add_argument("--runs", metavar="N", type=int, default=3, help="runs to average, each with its own noise (3)")
+    parser.add_argument("--runs", metavar="N", type=int, default=3, help="runs to average where drafts are drawn (3)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the first run (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 

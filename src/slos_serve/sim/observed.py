@@ -1,9 +1,10 @@
 """A recorded run on the virtual clock: the same requests, the steps as long as they were measured.
 
-The engine of the replay is fitted to the record's own steps. How much slower than that fit the machine was at
-each second of the record is kept, because what else a machine does comes in phases; what remains is noise. Limits
-are the recorded ones, and the scheduler is what ran: vLLM's order where plans were only made, the SLO planner where
-they were carried out. What cannot be replayed is refused by name, never approximated in silence.
+The engine of the replay is fitted to the record's own steps. How much faster or slower than that fit the machine was
+at each moment of the record is kept: what happened is known, so nothing is drawn again. Requests reach the engine as
+long after their arrival as they did. Limits are the recorded ones, and the scheduler is what ran: vLLM's order where
+plans were only made, the SLO planner where they were carried out. What cannot be replayed is refused by name, never
+approximated in silence.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from slos_serve.sim.recording import Recording
 
 UNGRADED = ("cancelled", "failed", "none")
-MAX_NOISE = 0.5
 MIN_STEPS = 200
+FOREVER_S = 1e7
+IDLE_GAP_S = 1e-3  # from the end of a step to the start of the next one: longer, and the engine had nothing to do
+INSET_S = 3e-3  # how far from the ends of a step a request is taken to come, where it may have come at any time of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class Observed:
 
     recording: Recording
     hardware: Hardware
-    slowness: Slowness
+    pace: Pace
     is_enforced: bool
     attainment: Mapping[str, float]
     num_by_class: Mapping[str, int]
@@ -68,14 +71,14 @@ class Observed:
         if len(enforced) > 1:
             value = f"{enforced[True]} of {len(graded)} requests enforced"
             raise ConfigError(where=where, key="mode", value=value, expected="one mode for the whole record")
-        hardware, slowness = _hardware(recording)
+        hardware, pace = _hardware(recording)
         num = Counter(line["slo_class"] for line in graded)
         met = Counter(line["slo_class"] for line in graded if line["outcome"] == "met")
         own = sum(any(f"slo_{name}" in line["said"] for name in OVERRIDES) for line in graded)
         return cls(
             recording=recording,
             hardware=hardware,
-            slowness=slowness,
+            pace=pace,
             is_enforced=enforced[True] > 0,
             attainment={name: met[name] / count for name, count in sorted(num.items())},
             num_by_class=dict(sorted(num.items())),
@@ -89,7 +92,12 @@ class Observed:
         """
         lines = _requests(self.recording)
         start = min(line["arrival_s"] for line in lines)
-        arrivals = [self._request(line, start, config) for line in lines if line["num_output_tokens"]]
+        transits = _transits(self.recording, lines)
+        arrivals = [
+            self._request(line, start, transit_s, config)
+            for line, transit_s in zip(lines, transits, strict=True)
+            if line["num_output_tokens"]
+        ]
         span = max(sim.request.arrival_s for sim in arrivals)
         classes = (config or SloConfig.from_json(self.recording.engine["config"])).classes.values()
         hints = {one.name: float(one.output_tokens_hint) for one in classes if one.output_tokens_hint}
@@ -101,7 +109,7 @@ class Observed:
             hints=hints,
         )
 
-    def _request(self, line: Mapping[str, Any], start: float, config: SloConfig | None) -> SimRequest:
+    def _request(self, line: Mapping[str, Any], start: float, transit_s: float, config: SloConfig | None) -> SimRequest:
         slo, weight, label, thinks = Slo(**line["slo"]), line["weight"], line["slo_class"], line["thinks"]
         if config is not None and line["outcome"] not in UNGRADED:
             said = {name.removeprefix("slo_"): value for name, value in line["said"].items()}
@@ -125,6 +133,7 @@ class Observed:
             num_output_tokens=line["num_output_tokens"],
             num_thinking_tokens=min(line["num_thinking_tokens"], line["num_output_tokens"]) if thinks else 0,
             num_cached_tokens=min(line["num_cached_tokens"], line["num_prompt_tokens"]),
+            transit_s=transit_s,
         )
 
     def reference_s(self, prompt_tokens: int) -> float:
@@ -146,8 +155,7 @@ class Observed:
         limits = self.recording.engine["limits"]
         options = ReplicaOptions(
             async_lag=bool(self.recording.engine.get("is_async")),
-            noise_sigma=self.slowness.noise_sigma,
-            slowness=self.slowness,
+            pace=self.pace,
             makes_promises=enforced,
             acceptance=_acceptance(self.recording),
         )
@@ -163,29 +171,30 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slowness:
-    """Measured over predicted step time, by second of the run; what spreads around it is `noise_sigma`."""
+class Pace:
+    """How far the machine had come at each moment of a record: `work_s` seconds of predicted step time by `times_s`."""
 
-    factors: FloatArray
-    noise_sigma: float
+    times_s: FloatArray
+    work_s: FloatArray
 
     @classmethod
-    def of(cls, ended_s: FloatArray, measured_s: FloatArray, predicted: FloatArray) -> Slowness:
-        """Average steps over the seconds that they ran in; seconds without a step take the average of all."""
-        num = max(1, int(np.ceil(ended_s.max())) + 1)
-        spent, due = np.zeros(num), np.zeros(num)
-        for end, seconds, expected in zip(ended_s.tolist(), measured_s.tolist(), predicted.tolist(), strict=True):
-            for second in range(max(0, int(end - seconds)), int(max(end, 0.0)) + 1):
-                inside = max(0.0, min(end, second + 1.0) - max(end - seconds, second))
-                spent[second] += inside
-                due[second] += expected * inside / seconds
-        factors = np.where(due > 0, spent / np.maximum(due, 1e-12), measured_s.sum() / predicted.sum())
-        around = measured_s / (predicted * factors[np.clip((ended_s - measured_s).astype(int), 0, num - 1)])
-        return cls(factors=factors, noise_sigma=float(min(np.std(np.log(around)), MAX_NOISE)))
+    def of(cls, ended_s: FloatArray, measured_s: FloatArray, predicted: FloatArray) -> Pace:
+        """Take the pace of each step while it ran, and the average between steps and after them."""
+        average = predicted.sum() / measured_s.sum()
+        ends = np.maximum.accumulate(ended_s)
+        begins = np.maximum(ends - measured_s, np.concatenate([[-math.inf], ends[:-1]]))
+        idle = begins - np.concatenate([begins[:1], ends[:-1]])
+        work = np.cumsum(np.stack([idle * average, (ends - begins) * predicted / measured_s], axis=1))
+        times = np.stack([begins, ends], axis=1).ravel()
+        return cls(
+            times_s=np.concatenate([times, times[-1:] + FOREVER_S]),
+            work_s=np.concatenate([work, work[-1:] + FOREVER_S * average]),
+        )
 
-    def __call__(self, time_s: float) -> float:
-        """Return the factor on the time of a step that starts then; after the record, its last one."""
-        return float(self.factors[min(max(int(time_s), 0), len(self.factors) - 1)])
+    def __call__(self, now_s: float, seconds: float) -> float:
+        """Return how long a step takes that starts then and is predicted to take `seconds`."""
+        done = np.interp(now_s, self.times_s, self.work_s)
+        return float(np.interp(done + seconds, self.work_s, self.times_s)) - now_s
 
 
 def attainment(graded: Sequence[GradedRequest]) -> dict[str, float]:
@@ -205,8 +214,8 @@ def _requests(recording: Recording) -> list[dict[str, Any]]:
     return sorted((line for line in recording.requests if line["t"] >= first), key=lambda line: line["arrival_s"])
 
 
-def _hardware(recording: Recording) -> tuple[Hardware, Slowness]:
-    """Return the engine that the record's steps describe, and how it was slower or faster by time."""
+def _hardware(recording: Recording) -> tuple[Hardware, Pace]:
+    """Return the engine that the record's steps describe, and its pace by time."""
     lines = _requests(recording)
     first, last = min(line["arrival_s"] for line in lines), max(line["t"] for line in lines)
     steps = [step for step in recording.steps if first <= step["t"] <= last]
@@ -230,7 +239,27 @@ def _hardware(recording: Recording) -> tuple[Hardware, Slowness]:
         raise ConfigError(where=str(recording.path), key="steps", value=len(steps), expected=expected) from error
     terms = np.array([[*sample[:5], 1.0] for sample in samples])
     ended = np.array([step["t"] for step in steps]) - first
-    return hardware, Slowness.of(ended, np.array([sample.seconds for sample in samples]), predicted_s(model, terms))
+    return hardware, Pace.of(ended, np.array([sample.seconds for sample in samples]), predicted_s(model, terms))
+
+
+def _transits(recording: Recording, lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the seconds from each request's arrival until the engine had it; 0 where the record does not say.
+
+    A busy engine takes requests only between steps: one came during the step before, as soon after its arrival as
+    requests reach an idle engine.
+    """
+    if not recording.steps or any("added_s" not in line for line in lines):
+        return [0.0] * len(lines)
+    ends = np.array([step["t"] for step in recording.steps])
+    begins = ends - np.array([step["seconds"] for step in recording.steps])
+    arrivals, added = (np.array([line[key] for line in lines]) for key in ("arrival_s", "added_s"))
+    after = np.searchsorted(ends, added, side="right")  # the first step that can hold the request
+    before = np.maximum(after - 1, 0)
+    is_idle = (after == 0) | (added - ends[before] > IDLE_GAP_S)
+    usual = float(np.median((added - arrivals)[is_idle])) if is_idle.any() else float((added - arrivals).min())
+    earliest = np.where(is_idle, added, np.maximum(arrivals, begins[before]))
+    inset = np.minimum(INSET_S, (added - earliest) / 2)
+    return list((np.clip(arrivals + usual, earliest + inset, added - inset) - arrivals).tolist())
 
 
 def _acceptance(recording: Recording) -> dict[str, float]:

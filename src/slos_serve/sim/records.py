@@ -15,7 +15,8 @@ class SimRequest:
     """A request with the truth that no planner sees. Token counts.
 
     `num_thinking_tokens` are the first of `num_output_tokens`. `num_cached_tokens`: prefix the cache
-    could hold; with a `session_id` it must still be there. `session_id` "" keeps nothing for later.
+    could hold; with a `session_id` it must still be there. `session_id` "" keeps nothing for later. `transit_s`:
+    seconds from arrival until the engine has it.
     """
 
     request: Request
@@ -23,6 +24,7 @@ class SimRequest:
     num_thinking_tokens: int = 0
     num_cached_tokens: int = 0
     session_id: str = ""
+    transit_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_output_tokens <= self.request.max_output_tokens:

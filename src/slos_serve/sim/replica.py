@@ -67,15 +67,15 @@ class Coast:
 class ReplicaOptions(StreamOptions):
     """How the simulated engine differs from an ideal one, beside what `StreamOptions` says.
 
-    `noise_sigma`: lognormal spread of step times, mean 1. `slowness`: a factor on them by the time that a step
-    starts (replays). `drafter_step_s`: seconds each drafter step
+    `noise_sigma`: lognormal spread of step times, mean 1. `pace`: how long a step takes that starts at a time, from
+    its seconds on the hardware (replays). `drafter_step_s`: seconds each drafter step
     adds to what the hardware model says. `learns_times`: the planner's model is corrected online.
     `makes_promises`: the system gives verdicts. `drops_declined`: what gets a "no" is turned away, not served.
     """
 
     async_lag: bool = False
     noise_sigma: float = 0.0
-    slowness: Callable[[float], float] | None = None
+    pace: Callable[[float, float], float] | None = None
     drafter_step_s: float = 0.0
     learns_times: bool = True
     makes_promises: bool = False
@@ -140,11 +140,7 @@ class Replica:
         self._lines[:, 3] += self.options.drafter_step_s
         self._correction = OnlineCorrection(plan_model or true_model)
         self._coasts = not (
-            self.options.async_lag
-            or self.options.noise_sigma
-            or self.options.slowness
-            or hooks.step
-            or hooks.first_token
+            self.options.async_lag or self.options.noise_sigma or self.options.pace or hooks.step or hooks.first_token
         )
         # A planner that can tell how often a plan of its own is made again.
         self._count_steps: Callable[[ReplicaState, Plan, FloatArray], int] | None = getattr(
@@ -419,8 +415,8 @@ class Replica:
         tokens += step.gone_tokens
         count = len(step.rows)
         seconds = batch_seconds(self._lines, tokens, count, context, drafts, pairs)
-        if self.options.slowness is not None:
-            seconds *= self.options.slowness(self.kernel.now_s)
+        if self.options.pace is not None:
+            seconds = self.options.pace(self.kernel.now_s, seconds)
         sigma = self.options.noise_sigma
         if sigma:
             seconds *= math.exp(sigma * self._noise_rng.standard_normal() - 0.5 * sigma * sigma)

@@ -125,7 +125,7 @@ def run_workload(
             arrive(following)
 
     def arrive(sim: SimRequest) -> None:
-        kernel.schedule(sim.request.arrival_s, Priority.ARRIVAL, lambda: front.submit(sim))
+        kernel.schedule(sim.request.arrival_s + sim.transit_s, Priority.ARRIVAL, lambda: front.submit(sim))
 
     def make_replica(name: str, number: int, hooks: Hooks) -> Replica:
         return Replica(

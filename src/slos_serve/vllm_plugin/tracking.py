@@ -46,6 +46,7 @@ class Live:
     request: Request
     args: Mapping[str, Any]
     arrival_s: float
+    added_s: float  # when the engine took it up
     slo: Slo = field(default_factory=Slo)
     slo_class: str = "best-effort"
     weight: float = 1.0
@@ -151,7 +152,8 @@ class Tracker:
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
         args = {key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)}
-        live = Live(request=request, args=args, arrival_s=self._arrival(request, args))
+        added_s = self.clock.now()
+        live = Live(request=request, args=args, arrival_s=self._arrival(request, args), added_s=added_s)
         self.live[request.request_id] = live
         self.resolve(live)
         if not live.is_resolved:
@@ -166,7 +168,6 @@ class Tracker:
         return live
 
     def _arrival(self, request: Request, args: Mapping[str, Any]) -> float:
-        self.clock.now()
         stamp = args.get("slo_arrival_s")
         if isinstance(stamp, int | float) and math.isfinite(stamp) and 0 < request.arrival_time - stamp < 60:
             return self.clock.place(float(stamp))
