@@ -10,9 +10,7 @@ and measured acceptance. True lengths and true times stay in here.
 A replica may be one of many: `hooks` tell whoever routes to it what it plans, and its requests can be
 withdrawn, handed over after their first token, or lost in a crash.
 
-Where a plan says that it repeats, or the planner says how often, the replica coasts: the ends of its steps are
-worked out at once, and let out when the last of them ends or when something is to change, in the middle of a step
-or between two.
+Steps that run one batch again and again need not be taken one by one: see `coasting`.
 
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
 scheduling: arrivals and accepted drafts are seen one step late, and a request that ends meanwhile is
@@ -23,7 +21,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +32,7 @@ from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.types import ReplicaState, Tier
 from slos_serve.sim import inner
+from slos_serve.sim.coasting import Coasting
 from slos_serve.sim.engine import Engine
 from slos_serve.sim.invariants import InvariantError, check_table
 from slos_serve.sim.kernel import Kernel, Priority
@@ -45,22 +43,12 @@ if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
     from slos_serve.core.perf import PerfModel
     from slos_serve.core.summary import GradedRequest
-    from slos_serve.core.types import IntArray, Limits, Plan, Planner
-    from slos_serve.sim.engine import FloatArray, Step
+    from slos_serve.core.types import Limits, Plan, Planner
+    from slos_serve.sim.engine import Step
 
 POLL_S = 1e-3  # how soon the engine asks again after an empty plan
 STARVED_S = 60.0  # empty plans for longer than this are a planner's fault
 CHECK_EVERY_STEPS = 64
-
-
-@dataclass(slots=True)
-class Coast:
-    """Steps that run one batch again and again: rows of the table, and ends and durations in seconds."""
-
-    plan: Plan
-    rows: IntArray
-    ends: FloatArray
-    seconds: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,20 +124,14 @@ class Replica:
         self.tokens_computed = 0
         self._noise_rng, draft_rng = rng.spawn(2)
         self.streams = Streams(self.table, lengths, draft_rng, self.options)
-        self._lines = true_model.as_array()
-        self._lines[:, 3] += self.options.drafter_step_s
-        self._correction = OnlineCorrection(plan_model or true_model)
-        self._coasts = not (
-            self.options.async_lag or self.options.noise_sigma or self.options.pace or hooks.step or hooks.first_token
-        )
-        # A planner that can tell how often a plan of its own is made again.
-        self._count_steps: Callable[[ReplicaState, Plan, FloatArray], int] | None = getattr(
-            planner, "count_steps", None
-        )
-        self._told_s = math.inf  # until then nobody need be told of a plan that goes on
+        self.lines = true_model.as_array()
+        self.lines[:, 3] += self.options.drafter_step_s
+        self.coasting = Coasting(self)
         # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
-        self._learns = self.options.learns_times and not (self._coasts and getattr(planner, "ignores_times", False))
-        self._coast: Coast | None = None
+        is_unread = self.coasting.is_possible and getattr(planner, "ignores_times", False)
+        self._base_model = plan_model or true_model
+        self.correction = OnlineCorrection(self._base_model) if self.options.learns_times and not is_unread else None
+        self._told_s = math.inf  # until then nobody need be told of a plan that goes on
         self._next_check = 0
         self._busy = False
         self._next_plan: Plan | None = None
@@ -159,11 +141,11 @@ class Replica:
     @property
     def plan_model(self) -> PerfModel:
         """The performance model the planner is given now."""
-        return self._correction.model if self._learns else self._correction.base
+        return self._base_model if self.correction is None else self.correction.model
 
     def submit(self, sim: SimRequest, record: Record | None = None) -> None:
         """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
-        self._end_coast()
+        self.coasting.cut_short()
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
             self.hooks.end(sim, Record(sim).fail())
@@ -183,14 +165,14 @@ class Replica:
 
     def withdraw(self, request_id: str) -> Record:
         """Take a request back, whatever it holds."""
-        self.settle()
+        self.coasting.settle()
         index = self.table.index(request_id)
         self.engine.withdraw(index, session_id=self.streams.records[index].sim.session_id)
         return self.streams.remove(index)
 
     def abandon(self) -> list[Record]:
         """Let go of every live request and return them in order of arrival here."""
-        self.settle()
+        self.coasting.settle()
         order = np.argsort(self.table.rows["seq"], kind="stable").tolist()
         return [self.withdraw(request_id) for request_id in [self.table.request_ids[i] for i in order]]
 
@@ -201,8 +183,8 @@ class Replica:
 
     def change_speed(self, factor: float) -> None:
         """Make every further step take `factor` times as long as now."""
-        self.settle()
-        self._lines = self._lines * factor
+        self.coasting.settle()
+        self.lines = self.lines * factor
 
     def state(self, now_s: float) -> ReplicaState:
         """Return what the planner sees."""
@@ -266,10 +248,10 @@ class Replica:
             check_table(self.table, self.engine.pool, self.limits, now_s)
             self._next_check = self.num_steps + CHECK_EVERY_STEPS
         plan, self._next_plan = self._next_plan or self._plan(now_s), None
-        if not (self._coasts and self._set_off(plan)):
-            self._run(plan)
+        if not self.coasting.set_off(plan, self._told_s):
+            self.run(plan)
 
-    def _run(self, plan: Plan, end_s: float | None = None) -> None:
+    def run(self, plan: Plan, end_s: float | None = None) -> None:
         """Start a step, which ends at `end_s` where that is known; wait where nothing can run."""
         now_s = self.kernel.now_s
         step = self.engine.start(plan.batch)
@@ -287,90 +269,8 @@ class Replica:
             self._record = {"step": self.num_steps, "t": now_s, **sample._asdict(), "planned_s": None}
             self._record["predicted_s"] = plan.batch.predicted_s
         if self.options.async_lag:
-            self._next_plan = self._plan(now_s + self._expected_s(sample))
-
-    def _set_off(self, plan: Plan) -> bool:
-        """Work out when the steps of a plan that goes on will end; tell whether it is worth it."""
-        counts = self._count_steps is not None and self._may_go_on(plan)
-        if not (plan.repeats or counts):
-            return False
-        rows = self.table.find(plan.batch.request_ids)
-        ends, seconds = self.streams.foresee(rows, self._lines, self.engine.room(), self.kernel.now_s)
-        until_s = self._told_s
-        if counts:
-            until_s = min(until_s, self.ageing.next_look_s)
-            ends = ends[: self._correction.num_steady] if self._learns else ends
-        ends = ends[: bisect_left(ends, until_s) + 1]
-        if counts and len(ends) > 1:
-            assert self._count_steps is not None
-            ends = ends[: self._count_steps(self.state(self.kernel.now_s), plan, ends)]
-        if len(ends) < 2:
-            return False
-        seconds = seconds[: len(ends)]
-        self._coast_on(Coast(plan, rows, ends, seconds))
-        return True
-
-    def _may_go_on(self, plan: Plan) -> bool:
-        """Tell whether a plan is worth asking about: all hold promises of their own and compute one token."""
-        batch, aged = plan.batch, self.ageing.chosen
-        return (
-            len(batch.request_ids) == len(self.table)
-            and not (self.limits.max_draft_length or plan.at_risk)
-            and not (batch.num_tokens != 1).any()
-            and bool((self.table.rows["tier"] == Tier.PROMISED).all())
-            and (aged is None or aged not in self.table)
-        )
-
-    def _coast_on(self, coast: Coast) -> None:
-        self._coast = coast
-        self.kernel.schedule(float(coast.ends[-1]), Priority.STEP_END, lambda: self._arrive(coast))
-
-    def _end_coast(self) -> None:
-        """Let the step under way be the last one of a coast."""
-        coast = self._coast
-        if coast is None:
-            return
-        done = bisect_right(coast.ends, self.kernel.now_s)
-        between = done > 0 and coast.ends[done - 1] == self.kernel.now_s
-        if between or self.engine.pool.num_cached:  # whose prefixes steps that are done may have taken
-            self.settle()
-        elif done + 1 < len(coast.ends):
-            self._coast_on(Coast(coast.plan, coast.rows, coast.ends[: done + 1], coast.seconds[: done + 1]))
-
-    def _arrive(self, coast: Coast) -> None:
-        """Let out all steps of a coast that nothing has come between."""
-        if self._coast is coast:
-            self._coast = None
-            self._let_out(coast, len(coast.ends))
-            self._go_on()
-
-    def settle(self) -> None:
-        """Bring what a coast has done so far into the table; a step under way ends when it was to end."""
-        coast, self._coast = self._coast, None
-        if coast is None:
-            return
-        done = min(bisect_right(coast.ends, self.kernel.now_s), len(coast.ends) - 1)
-        self._let_out(coast, done)
-        if done and coast.ends[done - 1] == self.kernel.now_s:
-            self._go_on()
-        else:
-            self._run(coast.plan, float(coast.ends[done]))
-
-    def _let_out(self, coast: Coast, done: int) -> None:
-        """Let out the first steps of a coast; finish requests."""
-        if not done:
-            return
-        count = len(coast.rows)
-        self.num_steps += done
-        self.tokens_computed += done * count
-        context = int(self.table.rows["num_computed_tokens"][coast.rows].sum())
-        num_blocks, ended = self.streams.coast(coast.rows, self.limits.block_size, coast.ends[:done])
-        self.engine.take(num_blocks)
-        if self._learns:
-            for k, seconds in enumerate(coast.seconds[:done].tolist()):
-                self._correction.observe(StepSample(count, count, context + k * count, 0, 0.0, 0, seconds))
-        for index in ended:
-            self._finish(index)
+            expected_s = float(batch_seconds(self.plan_model.as_array(), *sample[:5]))
+            self._next_plan = self._plan(now_s + expected_s)
 
     def _wait(self, now_s: float) -> None:
         """Ask again soon, as an engine does that was told to run nothing."""
@@ -386,22 +286,23 @@ class Replica:
             return
         self.is_mid_step = False
         for index in self.streams.emit(step, self.kernel.now_s):
-            self._finish(index)
+            self.finish(index)
         if self.hooks.first_token is not None:
             started = np.flatnonzero(self.table.rows["num_output_tokens"])
             for request_id in [self.table.request_ids[i] for i in started.tolist()]:
                 self.hooks.first_token(self.withdraw(request_id))
-        if self._learns:
-            self._correction.observe(sample)
+        if self.correction is not None:
+            self.correction.observe(sample)
         if self.hooks.step is not None:
             self.hooks.step(self._record)
-        self._go_on()
+        self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Plan the next step when everything that happens now has happened."""
         self.kernel.soon(Priority.PLAN, self._plan_and_run)
 
-    def _finish(self, index: int) -> None:
+    def finish(self, index: int) -> None:
+        """Take a request whose last token is out from its row, and grade it."""
         blocks = int(self.table.rows["num_kv_blocks"][index])
         record = self.streams.remove(index)
         sim, request = record.sim, record.sim.request
@@ -414,20 +315,10 @@ class Replica:
         tokens, context, drafts, pairs, num_prefill = step.totals[: inner.NUM_NEW]
         tokens += step.gone_tokens
         count = len(step.rows)
-        seconds = batch_seconds(self._lines, tokens, count, context, drafts, pairs)
+        seconds = batch_seconds(self.lines, tokens, count, context, drafts, pairs)
         if self.options.pace is not None:
             seconds = self.options.pace(self.kernel.now_s, seconds)
         sigma = self.options.noise_sigma
         if sigma:
             seconds *= math.exp(sigma * self._noise_rng.standard_normal() - 0.5 * sigma * sigma)
         return StepSample(int(tokens), count, int(context), int(drafts), pairs, int(num_prefill > 0), float(seconds))
-
-    def _expected_s(self, step: StepSample) -> float:
-        """Return how long the planner's model thinks a step takes."""
-        return self.plan_model.seconds(
-            step.num_tokens,
-            step.num_requests,
-            context_tokens=step.context_tokens,
-            draft_steps=step.draft_steps,
-            attention_pairs=step.attention_pairs,
-        )

@@ -165,7 +165,7 @@ def run_workload(
 
 def _check(cluster: Cluster, now_s: float) -> None:
     for replica in cluster.replicas:
-        replica.settle()
+        replica.coasting.settle()
         check_table(replica.table, replica.engine.pool, replica.limits, now_s)
     check_apart(cluster.live_ids())
 
