@@ -283,6 +283,22 @@ def test_blocks_granted_to_a_prompt_under_way_are_not_eaten_by_decodes():
         assert {"r0", "r1"} <= set(plan.batch.request_ids)
 
 
+def test_a_prompt_under_way_without_a_promise_gives_its_seat_up_where_everyone_is_in_the_plan():
+    table = RequestTable()
+    for i in range(5):
+        add_decode(table, f"r{i}")
+    for name, prompt, computed, ttft_s in (("late", 224, 160, 20.0), ("soon", 80, 0, 0.5)):
+        index = table.add(make_request(name, prompt=prompt, ttft_s=ttft_s, tpot_s=0.1))
+        table.rows["num_computed_tokens"][index] = computed
+        table.rows["num_kv_blocks"][index] = computed // 16
+        table.rows["status"][index] = Status.RUNNING if computed else Status.WAITING
+    state = make_state(table, limits=make_limits(max_num_seqs=6, max_num_batched_tokens=85))
+    plan = SloPlanner().plan(state)
+    check_plan(state, plan)
+    assert list(plan.batch.preempted) == ["late"]
+    assert "soon" in plan.batch.request_ids
+
+
 @pytest.mark.parametrize("context", [0, 4000])
 def test_a_deadline_nearer_than_a_step_does_not_stop_the_engine(context):
     for due_s in np.linspace(0.0005, 0.06, 120):

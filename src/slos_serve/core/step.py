@@ -84,7 +84,7 @@ class Stepping(Columns):
             # Decodes that outran their predicted lengths took what a prompt was granted: it waits for others to end.
             prompts = prompts[:-1]
         preempted = NOBODY
-        if len(order) < len(self.rows):
+        if len(order) < len(self.rows) or gives_way.any():
             preempted = self.make_room(order, index, counts, crowded_out)
             window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
