@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import math
+from functools import partial
 
+import numpy as np
 import pytest
 
 from slos_serve import cli
+from slos_serve.bench.acceptance import alternate, repeat
 from slos_serve.serving import checks, verb
 from slos_serve.serving.platforms import Engine
 from slos_serve.serving.verification import (
@@ -141,10 +145,61 @@ def test_a_decode_batch_size_that_falls_out_of_the_graphs_is_found():
     assert checks.graph_sizes(even, has_graphs=False).status == SKIPPED
 
 
-def test_throughput_is_compared_at_its_best_and_outputs_by_what_vllm_itself_keeps():
-    assert checks.throughput([90, 97], [100, 80], quick=False).status == PASS
-    assert checks.throughput([90, 92], [100, 80], quick=False).status == "fail"
-    assert checks.throughput([90, 92], [100, 80], quick=True).status == PASS
+class Machine:
+    """Two servers on a machine that slows down by `drift` from burst to burst and does other things in between."""
+
+    def __init__(self, share, *, drift=0.0, noise=0.0, seed=0):
+        self.share, self.drift, self.noise = share, drift, noise
+        self.rng, self.num_bursts, self.seeds = np.random.default_rng(seed), 0, {"ours": [], "stock": []}
+
+    def burst(self, name, seed):
+        self.seeds[name].append(seed)
+        self.num_bursts += 1
+        first = 0.1 if len(self.seeds[name]) == 1 else 1.0
+        held_up = 1 + self.rng.exponential(self.noise) if self.noise else 1.0
+        rate = 200.0 * (1 - self.drift) ** self.num_bursts * first / held_up
+        return rate * (self.share if name == "ours" else 1.0)
+
+    def verify(self, *, quick=True, num_blocks=12):
+        decided = partial(checks.is_decided, quick=quick)
+        bursts = [partial(self.burst, name) for name in ("ours", "stock")]
+        return checks.throughput(alternate(*bursts, num_blocks=num_blocks, is_decided=decided), quick=quick)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_busy_machine_that_slows_down_fails_an_engine_with_overhead_and_no_other(seed):
+    assert Machine(0.98, drift=0.05, noise=0.15, seed=seed).verify().status == PASS
+    assert Machine(0.75, drift=0.05, noise=0.15, seed=seed).verify().status == "fail"
+
+
+def test_throughputs_are_compared_in_turns_on_the_same_prompts_after_a_burst_that_does_not_count():
+    machine = Machine(0.96, drift=0.1)
+    found = machine.verify()
+    assert found.values["ratio"] == pytest.approx(0.96)
+    assert machine.seeds["ours"] == sorted(set(machine.seeds["ours"]))
+    assert sorted(machine.seeds["stock"]) == sorted(machine.seeds["ours"])
+    assert len(found.values["ours"]) == 5  # all blocks say the same
+
+
+def test_blocks_go_on_until_they_agree_or_are_enough():
+    rates = iter([1.0, 1.0, *[1.0, 1.0, 1.0, 1.0, 0.81, 1.0, 1.0, 0.81] * 6])
+    pairs = alternate(
+        lambda _: next(rates), lambda _: next(rates), num_blocks=7, is_decided=partial(checks.is_decided, quick=True)
+    )
+    assert [round(ours / stock, 2) for ours, stock in pairs] == [1.0, 0.81, 1.0, 0.81, 1.0, 0.81, 1.0]
+    assert "undecided" not in checks.throughput(pairs, quick=True).detail  # it passed, at its median
+    found = checks.throughput(pairs[:6] + pairs[1:2], quick=True)
+    assert (found.status, found.values["high"]) == ("fail", 1.0)
+    assert "undecided" in found.detail
+
+
+def test_throughput_is_judged_by_the_median_of_ratios_and_outputs_by_what_vllm_itself_keeps():
+    assert repeat(float) == [float(seed) for seed in range(1, 11)]
+    assert checks.throughput([(97, 100), (60, 100), (96, 100)], quick=False).status == PASS
+    assert checks.throughput([(92, 100), (200, 100), (92, 100)], quick=False).status == "fail"
+    assert checks.throughput([(92, 100), (200, 100), (92, 100)], quick=True).status == PASS
+    assert checks.ratio_of([(1, 1), (2, 1), (3, 1), (4, 1), (5, 1)]) == (3, 1, 5)
+    assert checks.ratio_of([(1, 1), (2, 1)]) == (1.5, 0, math.inf)
     assert checks.outputs(["a", "b"], ["a", "b"], ["a", "b"]).status == PASS
     assert checks.outputs(["a", "x"], ["a", "b"], ["a", "b"]).status == "fail"
     assert checks.outputs(["a", "x"], ["a", "b"], ["y", "b"]).status == PASS

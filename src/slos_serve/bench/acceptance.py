@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,24 +21,30 @@ TOPICS = ("rain", "bread", "the sea", "a long train journey", "maps", "honey bee
 PROMPT_TOKENS = (32, 160)
 RELAXED = Slo(ttft_s=5.0, tpot_s=0.5)  # a moderate load: promises that any engine worth verifying can give
 TEXT_TOKENS = 32
-BURSTS = 3
+MIN_BLOCKS = 5
+
+Burst = Callable[[int], float]  # from a seed to output tokens per second
+Pairs = list[tuple[float, float]]  # tokens per second of ours and of vLLM alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is asked. `num_requests` of `output_tokens` come at once, or over `load_s` seconds."""
+    """How much is asked. `num_requests` of `output_tokens` come at once, or over `load_s` seconds.
+
+    At most `num_blocks` blocks of four bursts compare throughputs.
+    """
 
     num_texts: int
     num_requests: int
     output_tokens: int
     load_s: float
+    num_blocks: int
 
 
 @dataclass(slots=True, kw_only=True)
 class Evidence:
-    """What one server showed: output tokens per second by burst; greedy texts, one by one and all at once."""
+    """What one server showed: greedy texts, one by one and all at once."""
 
-    throughput: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     batched: list[str] = field(default_factory=list)
 
@@ -50,24 +57,52 @@ def serve_promises(url: str, size: Size, *, seed: int, api_key: str | None = Non
     return entry(grade_run(requests, results), system="slos-serve", scenario="verify", span_s=size.load_s)
 
 
-def measure(url: str, size: Size, *, seed: int, slo: Mapping[str, Any] | None, api_key: str | None = None) -> Evidence:
-    """Measure throughput without SLOs, and take greedy texts with the `slo` object in the body."""
+def alternate(ours: Burst, stock: Burst, *, num_blocks: int, is_decided: Callable[[Pairs], bool]) -> Pairs:
+    """Compare two servers that are both up: ours - stock - stock - ours, until that is decided or over.
+
+    What else the machine does, and how that drifts over a block, meets both alike. The first burst of each, which
+    may compile or fill caches, is not counted; no prompt comes twice to one server.
+    """
+    for burst in (ours, stock):
+        burst(0)
+    pairs: Pairs = []
+    while len(pairs) < num_blocks and (len(pairs) < MIN_BLOCKS or not is_decided(pairs)):
+        first, second = 2 * len(pairs) + 1, 2 * len(pairs) + 2
+        rates = [ours(first), stock(first), stock(second), ours(second)]
+        pairs.append((math.sqrt(rates[0] * rates[3]), math.sqrt(rates[1] * rates[2])))
+    return pairs
+
+
+def repeat(burst: Burst) -> list[float]:
+    """Measure one server alone; its first burst is not counted."""
+    return [burst(seed) for seed in range(2 * MIN_BLOCKS + 1)][1:]
+
+
+def burst_of(url: str, size: Size, *, seed: int, api_key: str | None = None) -> Burst:
+    """Return what offers requests without SLOs, all at once, and says how fast they were served."""
     model = asyncio.run(discover_model(url, api_key=api_key))
-    evidence = Evidence()
-    for burst in range(1, BURSTS + 1):
-        requests = _requests(size, seed + burst, spread_s=0.0, slo=Slo())
+
+    def burst(number: int) -> float:
+        requests = _requests(size, seed + number, spread_s=0.0, slo=Slo())
         started = time.perf_counter()
         results = asyncio.run(offer(url, model, requests, slo_form="none", api_key=api_key))
+        took_s = time.perf_counter() - started
         failed = next((result.error for result in results if result.error), None)
         if failed:
             raise TargetError(f"{url}: a request failed: {failed}")
-        evidence.throughput.append(size.num_requests * size.output_tokens / (time.perf_counter() - started))
+        return size.num_requests * size.output_tokens / took_s
+
+    return burst
+
+
+def take_texts(url: str, size: Size, *, slo: Mapping[str, Any] | None, api_key: str | None = None) -> Evidence:
+    """Take greedy texts with the `slo` object in the body."""
     prompts = [f"Write a few sentences about {TOPICS[i % len(TOPICS)]}." for i in range(size.num_texts)]
 
     def text(prompt: str) -> str:
         return complete(url, prompt, slo=slo, tokens=TEXT_TOKENS, api_key=api_key)
 
-    evidence.texts = [text(prompt) for prompt in prompts]
+    evidence = Evidence(texts=[text(prompt) for prompt in prompts])
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         evidence.batched = list(pool.map(text, prompts))
     return evidence

@@ -1,7 +1,8 @@
 """`slos-serve verify`: an acceptance run on the user's own engine, against vLLM alone.
 
-With `--model` it starts our server and then vLLM alone, one after the other, with the same flags. With `--target` it
-asks a server that runs; what needs vLLM alone beside it is left out unless `--stock` names one.
+With `--model` it starts our server and vLLM alone with the same flags: side by side on a CPU with memory for both, so
+that they can be compared in turns, else one after the other. With `--target` it asks a server that runs; what needs
+vLLM alone beside it is left out unless `--stock` names one.
 """
 
 from __future__ import annotations
@@ -11,21 +12,36 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slos_serve.bench.acceptance import Evidence, Size, complete, measure, serve_promises
+from slos_serve.bench.acceptance import (
+    Evidence,
+    Pairs,
+    Size,
+    alternate,
+    burst_of,
+    complete,
+    repeat,
+    serve_promises,
+    take_texts,
+)
 from slos_serve.bench.ask import get_json
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import checks
 from slos_serve.serving.verification import FAIL, PASS, Check, document_of, verification_path
 
+if TYPE_CHECKING:
+    from slos_serve.bench.engines import Engine, Fleet
+
 HELP = "Verify this engine against vLLM alone: what enforcing on a GPU asks for."
 TAKES_UNKNOWN = True
 START_S = 1800.0
+SPARE = 1.5  # free memory, in what our server took, that a second one may be started with
 STEERED = {"class": "chat"}
-SIZE = Size(num_texts=8, num_requests=24, output_tokens=64, load_s=15.0)
-QUICK = Size(num_texts=6, num_requests=12, output_tokens=32, load_s=8.0)
+SIZE = Size(num_texts=8, num_requests=24, output_tokens=64, load_s=15.0, num_blocks=16)
+QUICK = Size(num_texts=6, num_requests=12, output_tokens=32, load_s=8.0, num_blocks=12)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +107,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
     from slos_serve.bench.progress import Progress  # noqa: PLC0415
     from slos_serve.serving import verb  # noqa: PLC0415
     from slos_serve.serving.arguments import EngineArguments  # noqa: PLC0415
+    from slos_serve.serving.platforms import available_memory  # noqa: PLC0415
 
     engine = verb.find_engine()
     verb.check_model(args.model)
@@ -106,6 +123,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
         folder = Path(name)
         record, profile = folder / "run.jsonl", folder / "profile.json"
         forced = ["--additional-config", json.dumps({"slo": {"mode": "enforce"}})]
+        free_before = available_memory()
         ours = fleet.start(
             "slos-serve", args.model, [*forced, "--record", str(record), *_profiled(args, profile), *args.extra]
         )
@@ -114,9 +132,19 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
         with Progress("serving with promises"):
             load = serve_promises(ours.url, size, seed=args.seed)
         ours.check()
-        with Progress("serving without promises"):
-            mine = measure(ours.url, size, seed=args.seed, slo=STEERED)
+        free = available_memory()
+        fits = engine.is_cpu and free > SPARE * (free_before - free)
+        if fits:
+            stock = _start_stock(fleet, args)
+            with Progress("serving without promises, in turns with vLLM alone"):
+                pairs = _in_turns(ours.url, stock.url, size, args)
+        else:
+            with Progress("serving without promises"):
+                alone = repeat(burst_of(ours.url, size, seed=args.seed))
+        mine = take_texts(ours.url, size, slo=STEERED)
         snapshot = _status(ours.url, None)
+        if fits:
+            theirs = take_texts(stock.url, size, slo=None)
         fleet.stop()
         has_graphs = not engine.is_cpu and not flags.has("enforce-eager")
         has_drafter = flags.has("speculative-config")
@@ -127,12 +155,29 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
             found.append(checks.skipped("async", "asynchronous scheduling is switched off by a flag"))
         else:
             found.append(_other_scheduling(fleet, args, forced))
-        with Progress("starting vLLM alone"):
-            stock = fleet.start("vllm", args.model, ["--no-slo", *args.extra])
-            fleet.wait([stock], timeout_s=START_S)
-        with Progress("serving on vLLM alone"):
-            theirs = measure(stock.url, size, seed=args.seed, slo=None)
-    return [*found, *_against(mine, theirs, quick=args.quick)], key, engine.version
+        if not fits:
+            stock = _start_stock(fleet, args)
+            with Progress("serving on vLLM alone"):
+                pairs = list(zip(alone, repeat(burst_of(stock.url, size, seed=args.seed)), strict=True))
+                theirs = take_texts(stock.url, size, slo=None)
+    return [*found, *_against(pairs, mine, theirs, quick=args.quick)], key, engine.version
+
+
+def _start_stock(fleet: Fleet, args: argparse.Namespace) -> Engine:
+    """Start vLLM alone and wait for it."""
+    from slos_serve.bench.progress import Progress  # noqa: PLC0415
+
+    stock = fleet.start("vllm", args.model, ["--no-slo", *args.extra])
+    with Progress("starting vLLM alone"):
+        fleet.wait([stock], timeout_s=START_S)
+    return stock
+
+
+def _in_turns(ours: str, stock: str, size: Size, args: argparse.Namespace) -> Pairs:
+    """Compare the throughputs of two servers that are up."""
+    bursts = [burst_of(url, size, seed=args.seed, api_key=args.api_key) for url in (ours, stock)]
+    decided = partial(checks.is_decided, quick=args.quick)
+    return alternate(*bursts, num_blocks=size.num_blocks, is_decided=decided)
 
 
 def _profiled(args: argparse.Namespace, profile: Path) -> list[str]:
@@ -177,11 +222,8 @@ def _of_record(
     return [*found, checks.graph_sizes(steps, has_graphs=has_graphs), checks.drafts(steps, has_drafter=has_drafter)]
 
 
-def _against(ours: Evidence, stock: Evidence, *, quick: bool) -> list[Check]:
-    return [
-        checks.throughput(ours.throughput, stock.throughput, quick=quick),
-        checks.outputs(ours.texts, stock.texts, stock.batched),
-    ]
+def _against(pairs: Pairs, ours: Evidence, stock: Evidence, *, quick: bool) -> list[Check]:
+    return [checks.throughput(pairs, quick=quick), checks.outputs(ours.texts, stock.texts, stock.batched)]
 
 
 # -- a server that runs -----------------------------------------------------------------------------
@@ -192,13 +234,13 @@ def verify_target(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any]
     size = QUICK if args.quick else SIZE
     _status(args.target, args.api_key)
     load = serve_promises(args.target, size, seed=args.seed, api_key=args.api_key)
-    mine = measure(args.target, size, seed=args.seed, slo=STEERED, api_key=args.api_key)
+    pairs = _in_turns(args.target, args.stock, size, args) if args.stock else []
+    mine = take_texts(args.target, size, slo=STEERED, api_key=args.api_key)
     snapshot = _status(args.target, args.api_key)
     found = _of_record(snapshot, None, load)
     if args.stock:
-        found += _against(
-            mine, measure(args.stock, size, seed=args.seed, slo=None, api_key=args.api_key), quick=args.quick
-        )
+        theirs = take_texts(args.stock, size, slo=None, api_key=args.api_key)
+        found += _against(pairs, mine, theirs, quick=args.quick)
     else:
         found += [checks.skipped(name, "needs vLLM alone: --stock URL") for name in ("throughput", "outputs")]
     key = (snapshot.get("profile") or {}).get("key")
