@@ -194,24 +194,15 @@ class RequestTable:
             raise ValueError(f"request {request.request_id!r} is already live")
         if len(self.request_ids) == len(self._store):
             self._store = np.concatenate([self._store, np.zeros(len(self._store), REQUEST_DTYPE)])
-        if request.slo_class not in self.classes:
-            self.classes.append(request.slo_class)
-        slo, arrival = request.slo, request.arrival_s
-        index = len(self.request_ids)
+        index = self._index[request.request_id] = len(self.request_ids)
+        self.request_ids.append(request.request_id)
+        self.set_promises(request, tier)
         row = self._store[index]
         row["seq"] = self._next_seq
-        row["class_index"] = self.classes.index(request.slo_class)
-        row["arrival_s"] = arrival
+        row["arrival_s"] = request.arrival_s
         row["num_prompt_tokens"] = request.num_prompt_tokens
         row["max_output_tokens"] = request.max_output_tokens
-        row["ttft_deadline_s"] = math.inf if slo.ttft_s is None else arrival + slo.ttft_s
-        row["tpot_s"] = math.inf if slo.tpot_s is None else slo.tpot_s
-        row["thinking_tpot_s"] = math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s
-        row["e2e_deadline_s"] = math.inf if slo.e2e_s is None else arrival + slo.e2e_s
-        row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
-        row["weight"] = request.weight
         row["status"] = Status.WAITING
-        row["tier"] = Tier.BEST_EFFORT if slo.is_empty else tier
         for name in (
             "missed",
             "num_computed_tokens",
@@ -221,16 +212,29 @@ class RequestTable:
             "num_kv_blocks",
         ):
             row[name] = 0
-        row["is_thinking"] = int(request.thinks)
         row["first_token_s"] = math.inf
         row["last_token_s"] = math.inf
         drawn = predicted_output_tokens if drawn_output_tokens is None else drawn_output_tokens
         row["predicted_output_tokens"] = min(predicted_output_tokens, float(request.max_output_tokens))
         row["drawn_output_tokens"] = min(drawn, float(request.max_output_tokens))
         self._next_seq += 1
-        self.request_ids.append(request.request_id)
-        self._index[request.request_id] = index
         return index
+
+    def set_promises(self, request: Request, tier: Tier = Tier.PENDING) -> None:
+        """Write what a live request asks for and its class, anew where they changed; its place in every order stays."""
+        if request.slo_class not in self.classes:
+            self.classes.append(request.slo_class)
+        slo, arrival = request.slo, request.arrival_s
+        row = self._store[self._index[request.request_id]]
+        row["class_index"] = self.classes.index(request.slo_class)
+        row["ttft_deadline_s"] = math.inf if slo.ttft_s is None else arrival + slo.ttft_s
+        row["tpot_s"] = math.inf if slo.tpot_s is None else slo.tpot_s
+        row["thinking_tpot_s"] = math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s
+        row["e2e_deadline_s"] = math.inf if slo.e2e_s is None else arrival + slo.e2e_s
+        row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
+        row["weight"] = request.weight
+        row["is_thinking"] = int(request.thinks)
+        row["tier"] = Tier.BEST_EFFORT if slo.is_empty else tier
 
     def remove(self, request_id: str) -> None:
         """Forget a request; `KeyError` if it is not live."""

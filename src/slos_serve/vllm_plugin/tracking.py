@@ -216,7 +216,7 @@ class Tracker:
                 resolved.append(live)
             if live.has_row:
                 self.num_with_slo += not live.planned_slo.is_empty
-                self._rewrite_row(live)
+                self.table.set_promises(self._core_request(live))
         self._unresolved.clear()
         return resolved
 
@@ -255,22 +255,6 @@ class Tracker:
         live.has_row = True
         self.num_with_slo += not live.planned_slo.is_empty
         self._lookups.append(live.request_id)
-
-    def _rewrite_row(self, live: Live) -> None:
-        """Write promises that became known late into the row, keeping its place in every order."""
-        index, slo = self.table.index(live.request_id), live.planned_slo
-        row = self.table.rows[index]
-        if live.slo_class not in self.table.classes:
-            self.table.classes.append(live.slo_class)
-        row["class_index"] = self.table.classes.index(live.slo_class)
-        row["ttft_deadline_s"] = math.inf if slo.ttft_s is None else live.arrival_s + slo.ttft_s
-        row["tpot_s"] = math.inf if slo.tpot_s is None else slo.tpot_s
-        row["thinking_tpot_s"] = math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s
-        row["e2e_deadline_s"] = math.inf if slo.e2e_s is None else live.arrival_s + slo.e2e_s
-        row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
-        row["weight"] = live.weight
-        row["is_thinking"] = int(live.is_thinking)
-        row["tier"] = Tier.BEST_EFFORT if slo.is_empty else Tier.PENDING
 
     # -- departure --------------------------------------------------------------------------------
 
@@ -373,7 +357,7 @@ class Tracker:
             before, live.is_set_aside = live.planned_slo, aside
             if live.has_row:
                 self.num_with_slo += before.is_empty - live.planned_slo.is_empty
-                self._rewrite_row(live)
+                self.table.set_promises(self._core_request(live))
                 if live.num_output_tokens:  # it began without a promise
                     self.table.rows["tier"][self.table.index(live.request_id)] = Tier.BEST_EFFORT
 
