@@ -330,7 +330,7 @@ class SloRuntime:
         shape = batch_shape(self.tracker, output)
         predicted = self.learner.predict(shape)
         if self._steering is not None:
-            self._compare(output, self._steering)
+            self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
         begins = self._pipeline.starts_at(self.clock.now())
         finished = time.perf_counter()
         self._pipeline.add(
@@ -344,21 +344,6 @@ class SloRuntime:
                 overhead_s=self._overhead + finished - started,
             )
         )
-
-    def _compare(self, output: SchedulerOutput, steering: Steering) -> None:
-        """Count how the engine's batch differs from the planned one."""
-        expected, found = steering.expected, output.num_scheduled_tokens
-        if expected == found:
-            return
-        caps = steering.caps
-        for request_id, tokens in expected.items():
-            scheduled = found.get(request_id, 0)
-            if not tokens <= scheduled <= caps[request_id]:
-                self.divergences["missing" if not scheduled else "short" if scheduled < tokens else "long"] += 1
-        stock = self.tracker.stock
-        for request_id in found:
-            if request_id not in expected and request_id not in stock:
-                self.divergences["extra"] += 1
 
     # -- after a step -----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ vLLM preempted or set aside are put where vLLM would have put them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
@@ -197,6 +197,17 @@ class Steering:
             scheduler.waiting.prepend_request(request)
         if not throttled or self._was_bound:  # else vLLM has left its mark alone
             scheduler.prefill_capacity_bound = bool(scheduler.waiting)
+
+    def divergences(self, found: Mapping[str, int]) -> Iterator[str]:
+        """Say of each request whose share was not the planned one how: missing, short, long, or extra."""
+        if found == self.expected:
+            return
+        for request_id, tokens in self.expected.items():
+            scheduled = found.get(request_id, 0)
+            if not tokens <= scheduled <= self.caps[request_id]:
+                yield "missing" if not scheduled else "short" if scheduled < tokens else "long"
+        for _ in found.keys() - self.caps.keys():
+            yield "extra"
 
     def _take_out(self, admitted: Sequence[Request], aside: Sequence[Request]) -> None:
         scheduler = self.scheduler
