@@ -15,7 +15,7 @@ from cluster_terminal import say
 from slos_serve.bench.client import offer
 from slos_serve.bench.grade import entry, grade_run
 
-CALM, BUSY = 0.15, 0.5  # of what one replica can serve alone on the machine: two that start share it
+CALM, BUSY, AFTER = 0.15, 0.5, 0.05  # of what one replica can serve alone on the machine: two that start share it
 CALM_S, BUSY_S, AFTER_S = 10.0, 150.0, 120.0
 SCALING = {"min_replicas": 1, "initial_replicas": 1, "upscale_delay_s": 2.0, "downscale_delay_s": 15.0,
            "metrics_interval_s": 1.0, "look_back_period_s": 3.0}  # fmt: skip
@@ -46,12 +46,12 @@ class Watcher(threading.Thread):
 
 
 def autoscaling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Offer little, much, and little again; return one row for each part of the load."""
+    """Offer little, much, and less; return one row for each part of the load."""
     scaled = measure(options)
     most = options.replicas
     capacity = capacity_rps(scaled, 1)
     busy_s = options.seconds or BUSY_S
-    parts = (("calm", CALM, CALM_S), ("busy", BUSY, busy_s), ("after", CALM, AFTER_S))
+    parts = (("calm", CALM, CALM_S), ("busy", BUSY, busy_s), ("after", AFTER, AFTER_S))
     rows = []
     with Bed(options) as bed:
         say(f"starting one replica, at most {most}")
