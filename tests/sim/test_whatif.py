@@ -48,6 +48,30 @@ def test_a_machine_whose_steps_vary_is_replayed_as_it_was_and_not_as_it_might_ha
     assert max(abs(one.ttft_s - line["ttft_ms"] / 1e3) for one, line in pairs) < 0.02
 
 
+def test_an_engine_that_was_held_up_between_two_steps_is_held_up_in_the_replay(tmp_path):
+    path = write_record(tmp_path / "record.jsonl", rate=BUSY)
+    steps = read_recording(path).steps
+    held_up_s = steps[len(steps) // 2]["t"]
+
+    def hold_up(line):
+        for key in ("t", "arrival_s", "added_s"):
+            if line.get(key, 0.0) > held_up_s:
+                line[key] += 1.0
+
+    change(path, hold_up)
+    recording = read_recording(path)
+    observed = Observed.of(recording)
+    start = min(line["arrival_s"] for line in recording.requests)
+    ends = {round(line["arrival_s"] - start, 6): line["t"] - start for line in recording.requests}
+    across = [at for at, end in ends.items() if at + 1.0 < held_up_s + 1.0 - start < end]
+    assert across
+    graded = observed.run(observed.workload(), enforced=False, seed=0)
+    late = {end: one.finish_s - end for one in graded for end in [ends[round(one.arrival_s, 6)]]}
+    just_before = late.pop(held_up_s - start, None)
+    assert just_before is None or just_before == pytest.approx(1.0, abs=0.05)  # it comes out just after
+    assert max(abs(seconds) for seconds in late.values()) < 0.05
+
+
 def test_requests_reach_the_engine_as_late_as_they_did(tmp_path):
     path = write_record(tmp_path / "record.jsonl", rate=1.0, transit_s=0.03)
     observed = Observed.of(read_recording(path))

@@ -31,7 +31,7 @@ from slos_serve.sim.workload import Workload
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.summary import GradedRequest
-    from slos_serve.core.types import Planner
+    from slos_serve.core.types import IntArray, Planner
     from slos_serve.sim.recording import Recording
 
 UNGRADED = ("cancelled", "failed", "none")
@@ -238,8 +238,22 @@ def _hardware(recording: Recording) -> tuple[Hardware, Pace]:
         expected = f"steps that can be fitted and the engine's limits ({error})"
         raise ConfigError(where=str(recording.path), key="steps", value=len(steps), expected=expected) from error
     terms = np.array([[*sample[:5], 1.0] for sample in samples])
-    ended = np.array([step["t"] for step in steps]) - first
-    return hardware, Pace.of(ended, np.array([sample.seconds for sample in samples]), predicted_s(model, terms))
+    ended = np.array([step["t"] for step in steps])
+    measured = np.array([sample.seconds for sample in samples])
+    if not any(line.get("enforced") for line in lines):
+        # vLLM's order never waits: where it had work and the next step began late, the step before is taken to last.
+        gap = np.maximum(ended[1:] - measured[1:] - ended[:-1], 0.0) * (_num_live(lines, ended[:-1]) > 0)
+        ended[:-1] += gap
+        measured[:-1] += gap
+    return hardware, Pace.of(ended - first, measured, predicted_s(model, terms))
+
+
+def _num_live(lines: Sequence[Mapping[str, Any]], times_s: FloatArray) -> IntArray:
+    """Return how many requests the engine had right after each time."""
+    added = np.sort([line.get("added_s", line["arrival_s"]) for line in lines])
+    ended = np.sort([line["t"] for line in lines])
+    count: IntArray = np.searchsorted(added, times_s, side="right") - np.searchsorted(ended, times_s, side="right")
+    return count
 
 
 def _transits(recording: Recording, lines: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -254,12 +268,15 @@ def _transits(recording: Recording, lines: Sequence[Mapping[str, Any]]) -> list[
     begins = ends - np.array([step["seconds"] for step in recording.steps])
     arrivals, added = (np.array([line[key] for line in lines]) for key in ("arrival_s", "added_s"))
     after = np.searchsorted(ends, added, side="right")  # the first step that can hold the request
-    before = np.maximum(after - 1, 0)
-    is_idle = (after == 0) | (added - ends[before] > IDLE_GAP_S)
+    before, after = np.maximum(after - 1, 0), np.minimum(after, len(ends) - 1)
+    is_idle = (begins[after] - ends[before] > IDLE_GAP_S) & (_num_live(lines, ends[before]) == 0)
+    is_idle |= before == after
     usual = float(np.median((added - arrivals)[is_idle])) if is_idle.any() else float((added - arrivals).min())
     earliest = np.where(is_idle, added, np.maximum(arrivals, begins[before]))
-    inset = np.minimum(INSET_S, (added - earliest) / 2)
-    return list((np.clip(arrivals + usual, earliest + inset, added - inset) - arrivals).tolist())
+    latest = np.where(is_idle, added, np.maximum(ends[before], begins[after]))
+    inset = np.clip((latest - earliest) / 2, 0.0, INSET_S)
+    known = np.clip(arrivals + usual, earliest + inset, latest - inset)
+    return list(np.maximum(known - arrivals, 0.0).tolist())
 
 
 def _acceptance(recording: Recording) -> dict[str, float]:
