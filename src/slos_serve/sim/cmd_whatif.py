@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def what_if(observed: Observed, config: SloConfig | None, *, seeds: Sequence[int]) -> dict[str, Any]:
     """Return the comparison with reality and, where it holds, the projection."""
+    seeds = seeds if observed.has_drafts else seeds[:1]  # nothing else is drawn
     replayed = _mean(observed, observed.workload(), enforced=observed.is_enforced, seeds=seeds)
     replay = {
         name: {

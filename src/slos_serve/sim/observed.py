@@ -141,6 +141,11 @@ class Observed:
         model, budget = self.recording.reference()
         return model.prefill_seconds(prompt_tokens, budget)
 
+    @property
+    def has_drafts(self) -> bool:
+        """Tell whether drafts are verified, whose acceptance is drawn."""
+        return bool(self.recording.engine["limits"].get("max_draft_length"))
+
     def planner(self, *, enforced: bool) -> Planner:
         """Return what decides: the recorded planner, or vLLM's own order."""
         limits = self.recording.engine["limits"]
