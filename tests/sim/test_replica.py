@@ -463,6 +463,17 @@ def test_steps_that_a_planner_foretells_are_those_it_plans_one_by_one(rows, kv_b
     assert few <= many
 
 
+def test_a_prompt_of_one_token_is_no_decode_to_foretell():
+    """Beside decodes it, too, computes one token; but it starts in that step."""
+    load = workload(sim("a", 40, 60), sim("b", 1, 30, at_s=0.5), sim("c", 17, 40, at_s=0.9))
+
+    def document(**more):
+        result = run(load, SloPlanner(), options=ReplicaOptions(makes_promises=True), plan_clock=lambda: 0.0, **more)
+        return result.graded, result.simulated_s, result.replica.num_steps, result.replica.tokens_computed
+
+    assert document() == document(on_step=lambda _: None)
+
+
 def test_a_planner_that_foretells_its_steps_is_asked_less_often():
     load = workload(*[sim(f"r{i}", 50, 100, at_s=0.05 * i) for i in range(4)])
     result = run(load, SloPlanner(), options=ReplicaOptions(makes_promises=True), plan_clock=lambda: 0.0)

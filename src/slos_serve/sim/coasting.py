@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slos_serve.core.fit import StepSample
-from slos_serve.core.types import ReplicaState, Tier
+from slos_serve.core.types import ReplicaState, Status, Tier
 from slos_serve.sim.kernel import Priority
 
 if TYPE_CHECKING:
@@ -82,14 +82,18 @@ class Coasting:
         return True
 
     def _may_go_on(self, plan: Plan) -> bool:
-        """Tell whether a plan is worth asking about: all hold promises of their own and compute one token."""
+        """Tell whether a plan is worth asking about: all hold promises of their own and decode, one token each."""
         replica, batch = self._replica, plan.batch
         table, aged = replica.table, replica.ageing.chosen
-        return (
-            len(batch.request_ids) == len(table)
-            and not (replica.limits.max_draft_length or plan.at_risk)
-            and not (batch.num_tokens != 1).any()
-            and bool((table.rows["tier"] == Tier.PROMISED).all())
+        if len(batch.request_ids) != len(table) or replica.limits.max_draft_length or plan.at_risk:
+            return False
+        rows = table.rows
+        decoding = (rows["num_output_tokens"] > 0) & (
+            rows["num_computed_tokens"] == rows["num_prompt_tokens"] + rows["num_output_tokens"] - 1
+        )
+        return bool(
+            (decoding & (rows["tier"] == Tier.PROMISED)).all()
+            and (rows["status"] == Status.RUNNING).all()
             and (aged is None or aged not in table)
         )
 
