@@ -157,6 +157,7 @@ def random_state(seed, *, num_requests=24, model="stepped", blocks=20_000, seqs=
         held = int(table.rows["num_kv_blocks"][index])
         free -= need if held else 0
         running += held > 0
+    table.rows["drawn_output_tokens"] = np.random.default_rng([seed, 1]).uniform(1, 400, num_requests)
     limits = make_limits(num_kv_blocks=blocks, max_num_seqs=seqs, max_num_batched_tokens=budget)
     return make_state(table, now_s=now, model=MODELS[model], limits=limits)
 

@@ -45,6 +45,14 @@ def test_the_excess_of_many_shrinks_with_the_root_of_their_number(num):
     assert planned_rests(table_of(num).rows) == pytest.approx(np.full(num, 380.0 + 600.0 / num**0.5))
 
 
+def test_best_effort_work_that_runs_changes_nothing_for_what_is_promised():
+    table = table_of(4)
+    alone = planned_rests(table.rows)
+    for i in range(30):
+        add_decode(table, f"b{i}", predicted=1000.0, ttft_s=None, tpot_s=None, tier=Tier.BEST_EFFORT)
+    assert planned_rests(table.rows)[:4] == pytest.approx(alone)
+
+
 def test_who_is_not_promised_and_holds_nothing_is_planned_with_its_high_quantile():
     table = table_of(4)
     table.add(make_request("new"), predicted_output_tokens=200.0)

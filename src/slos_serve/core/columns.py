@@ -59,12 +59,13 @@ def planned_rests(rows: Rows) -> FloatArray:
 
     Lengths add up, in memory and in steps: of many outputs the long ones meet short ones. So what is promised or runs
     is planned with the length drawn for it, which together are spread as lengths are, and with a share of what the high
-    quantile is above it: all of it for one alone, less among many, as the standard error of a sum.
+    quantile is above it: all of it for one alone, less among many, as the standard error of a sum. Best-effort work
+    gives way, so it is none of the many.
     """
     rests: FloatArray = np.maximum(rows["predicted_output_tokens"] - rows["num_output_tokens"], 1.0)
     total = squares = 0.0
     for i in range(len(rows)):
-        if rows["tier"][i] == PROMISED or rows["status"][i] == RUNNING:
+        if rows["tier"][i] == PROMISED or (rows["status"][i] == RUNNING and rows["tier"][i] != BEST_EFFORT):
             total += rests[i]
             squares += rests[i] * rests[i]
     share = math.sqrt(squares) / total if total > 0.0 else 1.0
