@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.sim.worlds import MODEL, hardware, sim, workload
 
 from slos_serve.core.baselines import EdfPlanner, PriorityPlanner, SarathiPlanner, VllmPlanner, WholePromptPlanner
+from slos_serve.core.lengths import turn
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import BatchPlan, Plan, Status, Verdict
 from slos_serve.sim import replica
@@ -240,6 +241,24 @@ def test_predictions_stay_ahead_of_what_was_produced():
         columns = document["columns"]
         if columns["seq"]:
             assert columns["predicted_output_tokens"][0] > columns["num_output_tokens"][0]
+
+
+def test_lengths_are_drawn_for_what_is_out_when_a_step_with_drafts_ends():
+    """As the plug-in draws them, which sees a request between two steps only."""
+    names = "abcdef"
+    planner = Scripted(([(name, 20) for name in names], ()), *[([(name, 1, 4) for name in names], ())] * 30)
+    load = workload(*[sim(name, 20, 300) for name in names], history=[("chat", 20, 5 * i) for i in range(1, 60)])
+    run(load, planner, options=ReplicaOptions(acceptance={"chat": 0.8}))
+    model, drawn = load.length_model(), [-1.0] * len(names)
+    num_draws = 0
+    for _, document in planner.seen[:30]:
+        columns = document["columns"]
+        for i, (seq, produced) in enumerate(zip(columns["seq"], columns["num_output_tokens"], strict=True)):
+            if columns["drawn_output_tokens"][i] != drawn[i]:
+                drawn[i] = columns["drawn_output_tokens"][i]
+                assert drawn[i] == model.predict("chat", 20, 1000, produced=produced, quantile=turn(seq, produced))
+                num_draws += 1
+    assert num_draws > len(names)
 
 
 def test_a_planner_that_never_runs_anything_is_found_out():

@@ -7,7 +7,7 @@ outrun their predicted length.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -110,7 +110,7 @@ class Streams:
         """Let a step's tokens out at `now_s`; return the rows that have ended, the highest first."""
         accepted = self._accept(step, now_s)
         flags = inner.emit_rows(step.rows, step.batch, accepted, self.table.rows, self.live, now_s)
-        return self._ended(step.rows, flags)
+        return self._ended(step.rows, flags, self._predict)
 
     def foresee(self, chosen: IntArray, lines: FloatArray, room: IntArray, now_s: float) -> tuple[FloatArray, ...]:
         """Return ends and durations of the steps of a batch of decodes until one of them ends; see `inner.foresee`."""
@@ -119,19 +119,19 @@ class Streams:
     def coast(self, chosen: IntArray, block_size: int, ends: FloatArray) -> tuple[int, list[int]]:
         """Run a batch of decodes to each of `ends`; return KV blocks taken, and rows as `emit` does."""
         num_blocks, flags = inner.coast(chosen, self.table.rows, self.live, block_size, ends)
-        return num_blocks, self._ended(chosen, flags)
+        return num_blocks, self._ended(chosen, flags, self._predict_by_token)
 
-    def _ended(self, chosen: IntArray, flags: IntArray) -> list[int]:
+    def _ended(self, chosen: IntArray, flags: IntArray, predict: Callable[[int], object]) -> list[int]:
         """Predict again what outran its prediction; return what has ended."""
         if not flags.any():
             return []
         if not self.options.known_lengths:
             for index in chosen[flags == inner.OUTRUN].tolist():
-                self._predict_again(index)
+                predict(index)
         return sorted(chosen[flags & inner.FINISHED > 0].tolist(), reverse=True)
 
-    def _predict_again(self, index: int) -> None:
-        """Predict at each token that reached the prediction before it."""
+    def _predict_by_token(self, index: int) -> None:
+        """Predict at each token that reached the prediction before it, as single steps do."""
         row = self.table.rows[index]
         produced, at = int(row["num_output_tokens"]), 0
         holds = float(min(row["predicted_output_tokens"], row["drawn_output_tokens"]))
