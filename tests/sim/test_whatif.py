@@ -90,6 +90,12 @@ def test_the_pace_of_a_step_holds_while_it_ran_and_the_average_elsewhere():
     assert pace(100.0, 3.0) == pytest.approx(3.0)
 
 
+def test_a_step_of_no_time_or_of_unknown_size_leaves_the_pace_as_it_is():
+    pace = Pace.of(np.array([1.0, 2.0]), np.array([1.0, 1.0]), np.array([1.0, 0.5]))
+    odd = Pace.of(np.array([1.0, 1.0, 1.5, 2.0]), np.array([1.0, 0.0, 0.5, 1.0]), np.array([1.0, 0.1, np.nan, 0.5]))
+    assert [odd(at, 1.0) for at in (0.0, 0.5, 1.0, 9.0)] == [pace(at, 1.0) for at in (0.0, 0.5, 1.0, 9.0)]
+
+
 def test_the_same_seed_projects_the_same(tmp_path):
     observed = Observed.of(read_recording(write_record(tmp_path / "record.jsonl", rate=BUSY)))
     assert what_if(observed, None, seeds=[3]) == what_if(observed, None, seeds=[3])

@@ -184,7 +184,12 @@ class Pace:
 
     @classmethod
     def of(cls, ended_s: FloatArray, measured_s: FloatArray, predicted: FloatArray) -> Pace:
-        """Take the pace of each step while it ran, and the average between steps and after them."""
+        """Take the pace of each step while it ran, and the average between steps and after them.
+
+        What no model can be fitted to, a step of no time or of unknown size, is left out here too.
+        """
+        usable = (measured_s > 0) & np.isfinite(predicted)
+        ended_s, measured_s, predicted = ended_s[usable], measured_s[usable], predicted[usable]
         average = predicted.sum() / measured_s.sum()
         ends = np.maximum.accumulate(ended_s)
         begins = np.maximum(ends - measured_s, np.concatenate([[-math.inf], ends[:-1]]))
