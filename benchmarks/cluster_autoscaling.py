@@ -15,8 +15,8 @@ from cluster_terminal import say
 from slos_serve.bench.client import offer
 from slos_serve.bench.grade import entry, grade_run
 
-CALM, BUSY, AFTER = 0.15, 0.5, 0.05  # of what one replica can serve alone on the machine: two that start share it
-CALM_S, BUSY_S, AFTER_S = 10.0, 150.0, 120.0
+CALM, BUSY, AFTER = 0.15, 0.9, 0.05  # of what one replica can serve alone on the machine: two that start share it
+CALM_S, BUSY_S, AFTER_S = 10.0, 120.0, 120.0
 SCALING = {"min_replicas": 1, "initial_replicas": 1, "upscale_delay_s": 2.0, "downscale_delay_s": 15.0,
            "metrics_interval_s": 1.0, "look_back_period_s": 3.0}  # fmt: skip
 
