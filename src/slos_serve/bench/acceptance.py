@@ -61,7 +61,7 @@ def alternate(ours: Burst, stock: Burst, *, num_blocks: int, is_decided: Callabl
     """Compare two servers that are both up: ours - stock - stock - ours, until that is decided or over.
 
     What else the machine does, and how that drifts over a block, meets both alike. The first burst of each, which
-    may compile or fill caches, is not counted; no prompt comes twice to one server.
+    may compile or fill caches, is not counted; no prompt of one that is counted came to that server before.
     """
     for burst in (ours, stock):
         burst(0)

@@ -54,6 +54,12 @@ OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks 
 
 
 @jit
+def foretold(rows: Rows, i: int) -> float:
+    """Return the output tokens up to which what is predicted and drawn for row `i` holds: then both are made anew."""
+    return min(float(rows["predicted_output_tokens"][i]), float(rows["drawn_output_tokens"][i]))
+
+
+@jit
 def planned_rests(rows: Rows) -> FloatArray:
     """Return the output tokens that each row is planned to produce still, at least 1.
 

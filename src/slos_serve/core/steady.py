@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.batching import compose
-from slos_serve.core.columns import IS_LIVE, derive, growth_of, pick
+from slos_serve.core.columns import IS_LIVE, derive, foretold, growth_of, pick
 from slos_serve.core.demand import KEPT, NUM_TOTALS, Machine
 from slos_serve.core.due import row_due
 from slos_serve.core.jit import jit
@@ -48,9 +48,7 @@ def _count(rows, order, ends_s, guard_s, fixed_s, block_size, free, machine, max
         for i in range(len(rows)):
             # what is late may be graded as missed, and what outruns its predicted length is predicted again
             outputs = rows["num_output_tokens"][i] + 1
-            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= min(
-                rows["predicted_output_tokens"][i], rows["drawn_output_tokens"][i]
-            ):
+            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= foretold(rows, i):
                 return k + 1
             computed = rows["num_computed_tokens"][i] + 1
             blocks = max(-(-computed // block_size), rows["num_kv_blocks"][i])

@@ -178,18 +178,8 @@ class RequestTable:
         """Return the rows of requests, -1 where one is not live."""
         return np.fromiter(map(self._index.get, request_ids, repeat(-1)), np.int64, len(request_ids))
 
-    def add(
-        self,
-        request: Request,
-        *,
-        tier: Tier = Tier.PENDING,
-        predicted_output_tokens: float = 256.0,
-        drawn_output_tokens: float | None = None,
-    ) -> int:
-        """Append a waiting request and return its row; the length drawn defaults to the prediction.
-
-        `ValueError` on a duplicate id.
-        """
+    def add(self, request: Request, *, tier: Tier = Tier.PENDING, predicted_output_tokens: float = 256.0) -> int:
+        """Append a waiting request and return its row; drawn is what is predicted. `ValueError` on a duplicate id."""
         if request.request_id in self._index:
             raise ValueError(f"request {request.request_id!r} is already live")
         if len(self.request_ids) == len(self._store):
@@ -214,9 +204,8 @@ class RequestTable:
             row[name] = 0
         row["first_token_s"] = math.inf
         row["last_token_s"] = math.inf
-        drawn = predicted_output_tokens if drawn_output_tokens is None else drawn_output_tokens
-        row["predicted_output_tokens"] = min(predicted_output_tokens, float(request.max_output_tokens))
-        row["drawn_output_tokens"] = min(drawn, float(request.max_output_tokens))
+        predicted = min(predicted_output_tokens, float(request.max_output_tokens))
+        row["predicted_output_tokens"] = row["drawn_output_tokens"] = predicted
         self._next_seq += 1
         return index
 

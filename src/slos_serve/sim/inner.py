@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from slos_serve.core.columns import foretold
 from slos_serve.core.deadlines import CHECK_EVERY, TOLERANCE_S, granted_s
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import batch_seconds
@@ -216,7 +217,7 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
         rows["missed"][row] = 1
     if after >= true_output:
         return FINISHED
-    return OUTRUN if after >= min(rows["predicted_output_tokens"][row], rows["drawn_output_tokens"][row]) else 0
+    return OUTRUN if after >= foretold(rows, row) else 0
 
 
 @jit

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slos_serve.core.columns import foretold
 from slos_serve.core.lengths import turn
 from slos_serve.sim import inner
 from slos_serve.sim.records import Record, SimRequest
@@ -85,15 +86,14 @@ class Streams:
         self.records.append(record)
         self._predict(index)
 
-    def _predict(self, index: int, produced: int | None = None) -> float:
-        """Write what the planner is told of the output length; return up to where it holds."""
+    def _predict(self, index: int, produced: int | None = None) -> None:
+        """Write what the planner is told of the output length."""
         row, sim = self.table.rows[index], self.records[index].sim
         if produced is None:
             produced = int(row["num_output_tokens"])
         predicted = predicted_length(self.lengths, sim, self.options, produced)
         drawn = predicted_length(self.lengths, sim, self.options, produced, turn(int(row["seq"]), produced))
         row["predicted_output_tokens"], row["drawn_output_tokens"] = predicted, drawn
-        return min(predicted, drawn)
 
     def remove(self, index: int) -> Record:
         """Forget a request, here and in the table, and mirror how the table fills the hole."""
@@ -121,7 +121,7 @@ class Streams:
         num_blocks, flags = inner.coast(chosen, self.table.rows, self.live, block_size, ends)
         return num_blocks, self._ended(chosen, flags, self._predict_by_token)
 
-    def _ended(self, chosen: IntArray, flags: IntArray, predict: Callable[[int], object]) -> list[int]:
+    def _ended(self, chosen: IntArray, flags: IntArray, predict: Callable[[int], None]) -> list[int]:
         """Predict again what outran its prediction; return what has ended."""
         if not flags.any():
             return []
@@ -132,12 +132,11 @@ class Streams:
 
     def _predict_by_token(self, index: int) -> None:
         """Predict at each token that reached the prediction before it, as single steps do."""
-        row = self.table.rows[index]
-        produced, at = int(row["num_output_tokens"]), 0
-        holds = float(min(row["predicted_output_tokens"], row["drawn_output_tokens"]))
-        while produced >= holds and at < produced:
-            at = max(math.ceil(holds), at + 1)
-            holds = self._predict(index, at)
+        rows, at = self.table.rows, 0
+        produced = int(rows["num_output_tokens"][index])
+        while produced >= (told := foretold(rows, index)) and at < produced:
+            at = max(math.ceil(told), at + 1)
+            self._predict(index, at)
 
     def measured_acceptance(self) -> dict[str, float]:
         """Return accepted over tested draft tokens by class, starting from the configured figure."""
