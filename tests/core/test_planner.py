@@ -261,6 +261,49 @@ def test_beside_promised_work_a_prompt_ends_only_with_a_promise(left, beside, ex
     assert {entry.request_id: entry.num_tokens for entry in plan.batch.entries}.get("waits") == expected
 
 
+@pytest.mark.parametrize(("declined", "longest"), [(False, math.inf), (True, 1.5)])
+def test_where_promises_are_declined_best_effort_work_lengthens_only_brief_steps(declined, longest):
+    table = RequestTable()
+    add_decode(table, "promised", ahead_s=2.0)
+    table.add(make_request("bulk", prompt=3000))
+    if declined:
+        add_decode(table, "declined", tier=Tier.BEST_EFFORT)
+    plan = SloPlanner().plan(make_state(table))
+    tokens = {entry.request_id: entry.num_tokens for entry in plan.batch.entries}
+    one_s = STEPPED.seconds(1.0)
+    assert tokens["promised"] == 1
+    assert tokens["bulk"] >= 100
+    assert plan.batch.predicted_s * STEPPED.margin_prefill <= longest * one_s + 1e-9
+    assert declined or plan.batch.predicted_s > 2 * one_s
+
+
+def test_a_promise_whose_first_token_is_late_holds_no_other_back_and_comes_before_best_effort_work():
+    table = RequestTable()
+    late = table.add(make_request("late", arrival_s=0.0, prompt=3000, ttft_s=1.0, tpot_s=0.1), tier=Tier.PROMISED)
+    add_decode(table, "declined", now_s=2.0, tier=Tier.BEST_EFFORT)
+    add_decode(table, "promised", now_s=2.0, ahead_s=2.0)
+    table.add(make_request("bulk", arrival_s=-9.0, prompt=3000))
+    table.add(make_request("new", arrival_s=2.0, prompt=50, ttft_s=0.5, tpot_s=0.1))
+    assert table.rows["missed"][late] == 0  # no token has said so
+    plan = SloPlanner().plan(make_state(table, now_s=2.0))
+    assert {v.request_id: v.promised for v in plan.verdicts} == {"new": True}
+    assert plan.at_risk == ()
+    tokens = {entry.request_id: entry.num_tokens for entry in plan.batch.entries}
+    assert tokens["late"] > 100
+    assert "bulk" not in tokens
+
+
+def test_a_broken_promise_gives_up_its_blocks_after_best_effort_work():
+    table = RequestTable()
+    add_decode(table, "bulk", prompt=1600, ttft_s=None, tpot_s=None, tier=Tier.BEST_EFFORT)
+    broken = add_decode(table, "broken", prompt=1600)  # newer
+    table.rows["missed"][broken] = 1
+    held = int(table.rows["num_kv_blocks"].sum())
+    table.add(make_request("new", prompt=1000, ttft_s=1.0, tpot_s=0.1))
+    plan = SloPlanner().plan(make_state(table, limits=make_limits(num_kv_blocks=held + 10)))
+    assert plan.batch.preempted == ["bulk"]
+
+
 def test_a_prompt_of_one_token_is_served_like_any_other():
     table = RequestTable()
     table.add(make_request("tiny", prompt=1, most=1, ttft_s=0.5, tpot_s=0.1))

@@ -10,7 +10,6 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from slos_serve.core import draft
 from slos_serve.core.demand import (
@@ -33,23 +32,23 @@ from slos_serve.core.demand import (
     Demand,
     Machine,
 )
-from slos_serve.core.due import row_due, row_pace
+from slos_serve.core.due import PROMISED, is_late, row_due, row_pace
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import IntArray, ReplicaState, Rows
+    from slos_serve.core.types import BoolArray, IntArray, ReplicaState, Rows
 
-BoolArray = npt.NDArray[np.bool_]
 
 RUNNING = int(Status.RUNNING)
-PENDING, PROMISED, BEST_EFFORT = int(Tier.PENDING), int(Tier.PROMISED), int(Tier.BEST_EFFORT)
+PENDING, BEST_EFFORT = int(Tier.PENDING), int(Tier.BEST_EFFORT)
 MAX_ACCEPTANCE = 0.99
 MIN_TPOT_S = 1e-6
 
-IS_RUNNING, IS_PENDING, IS_PROMISED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE = range(6)  # rows of the flags
-NUM_FLAGS = 6
+# rows of the flags
+IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE = range(8)
+NUM_FLAGS = 8
 OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks of the others, context of live decodes
 
 
@@ -98,7 +97,7 @@ def derive(
     rests = planned_rests(rows)
     for i in range(count):
         computed, produced, tier = rows["num_computed_tokens"][i], rows["num_output_tokens"][i], rows["tier"][i]
-        running, missed = rows["status"][i] == RUNNING, rows["missed"][i] != 0
+        running = rows["status"][i] == RUNNING
         total = rows["num_prompt_tokens"][i] + produced
         done = rows["num_cached_tokens"][i] if computed == 0 else computed
         remaining = max(1, total - done)
@@ -106,7 +105,8 @@ def derive(
         held, start = float(rows["num_kv_blocks"][i]), math.ceil((total + 1) / block_size)
         due = row_due(rows, i, fixed_s) - now_s - guard_s
         tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
-        alive = (math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)) and not missed
+        has_slo = math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)
+        alive = has_slo and not is_late(rows, i, now_s)
         promised = alive and tier == PROMISED
         candidate = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and due > 0.0))
         live = decoding and promised
@@ -128,6 +128,8 @@ def derive(
         flags[IS_RUNNING, i] = running
         flags[IS_PENDING, i] = tier == PENDING
         flags[IS_PROMISED, i] = promised
+        flags[IS_BROKEN, i] = tier == PROMISED and not alive
+        flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo
         flags[IS_CANDIDATE, i] = candidate
         flags[IS_LIVE, i] = live
         # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
@@ -239,7 +241,7 @@ class Columns:
         self.verify, self.gain, self.start = self.table[VERIFY], self.table[GAIN], self.table[START]
         self.produced = rows["num_output_tokens"]
         self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
-        self.undecided = flags[IS_UNDECIDED]
+        self.broken, self.declined, self.undecided = flags[IS_BROKEN], flags[IS_DECLINED], flags[IS_UNDECIDED]
         self.promised: IntArray = self.is_promised.nonzero()[0]
         self.candidates: IntArray = flags[IS_CANDIDATE].nonzero()[0]
         self.machine = Machine(

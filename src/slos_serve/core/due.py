@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.jit import jit
+from slos_serve.core.types import Tier
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
-    from slos_serve.core.types import Rows
+    from slos_serve.core.types import BoolArray, Rows
+
+PROMISED = int(Tier.PROMISED)
 
 
 @jit
@@ -94,3 +97,22 @@ def next_due_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
     for i in range(len(rows)):
         dues[i] = row_due(rows, i, min_token_s)
     return dues
+
+
+@jit
+def is_late(rows: Rows, i: int, now_s: float) -> bool:
+    """Tell whether the SLO of row `i` can no longer be met: a token was late, or the promised first one is."""
+    if rows["missed"][i] != 0:
+        return True
+    # No token has told the grader yet. What has no promise is told "deadline-passed" instead.
+    waits = rows["tier"][i] == PROMISED and rows["num_output_tokens"][i] == 0
+    return bool(waits and rows["ttft_deadline_s"][i] < now_s)
+
+
+@jit
+def late(rows: Rows, now_s: float) -> BoolArray:
+    """Tell of each row whether its SLO can no longer be met. Shape (len(rows),)."""
+    out = np.empty(len(rows), np.bool_)
+    for i in range(len(rows)):
+        out[i] = is_late(rows, i, now_s)
+    return out

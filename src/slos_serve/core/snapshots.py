@@ -22,7 +22,7 @@ import numpy as np
 from slos_serve.core import demand as columns
 from slos_serve.core.columns import planned_rests
 from slos_serve.core.demand import Demand, Machine
-from slos_serve.core.due import next_due_s, pace_s
+from slos_serve.core.due import late, next_due_s, pace_s
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
 from slos_serve.core.programme import merge_tiers
 from slos_serve.core.types import Limits, Status, Tier
@@ -201,7 +201,7 @@ def snapshot_of(
     due = next_due_s(rows, fixed_s) - limits.guard_s
     tpot = np.maximum(pace_s(rows, fixed_s), MIN_TPOT_S)
     has_slo = np.isfinite(due) | np.isfinite(tpot) | np.isfinite(rows["max_gap_s"])
-    alive = has_slo & (rows["missed"] == 0)
+    alive = has_slo & ~late(rows, state.now_s)
     promised = alive & (rows["tier"] == Tier.PROMISED)
     undecided = alive & (rows["tier"] == Tier.PENDING) & (produced == 0)
     granted = np.where(running & ~decoding, np.maximum(held, start), held)

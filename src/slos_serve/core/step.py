@@ -2,6 +2,10 @@
 
 Best-effort requests give up their blocks and seats, newest first. Where even the promised do not all fit, because
 outputs outran their predicted lengths, the cheapest of them give way too.
+
+What is left may run until a promise needs the engine. Where promises have been declined that is too long: every
+request that comes meanwhile waits for the end of the step. Then work without a promise lengthens only brief steps;
+what was promised and became late, or is at risk, is finished first.
 """
 
 from __future__ import annotations
@@ -29,10 +33,14 @@ from slos_serve.core.trial import simulate
 from slos_serve.core.types import BatchPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.types import IntArray, ReplicaState
 
 NOBODY: IntArray = np.zeros(0, np.int64)
+# Where promises are declined, best-effort work lengthens a step beside promised work to so many times its fixed cost.
+CROWDED_FIXED_MULTIPLE = 1.5
 
 
 class Stepping(Columns):
@@ -88,16 +96,18 @@ class Stepping(Columns):
             preempted = self.make_room(order, index, counts, crowded_out)
             window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
-            rest = self.others(order, preempted, at_risk)
-            composed = totals.copy()
-            filled, more = self.fill(rest, index, counts, preempted, until, totals)
+            brief = until
+            if len(order) and self.declined.any():
+                brief = min(until, max(end, now + CROWDED_FIXED_MULTIPLE * self.fixed_s))
+            first, rest = self.others(order, preempted, at_risk)
+            composed, composed_totals = (index, counts), totals.copy()
+            index, counts = self.fill([(first, until), (rest, brief)], *composed, preempted, totals)
             later = batching.batch_end(machine, totals, now)
             checked = kept and len(order) > 0 and later > end + EPS_S
             if checked and not self.goes_on(demand, tokens, later, eager=eager):
                 # What the promised will need later may only use the room that costs no time.
-                totals = composed
-                filled, more = self.fill(rest, index, counts, preempted, end, totals)
-            index, counts = np.concatenate([index, filled]), np.concatenate([counts, more])
+                totals = composed_totals
+                index, counts = self.fill([(first, end), (rest, end)], *composed, preempted, totals)
         drafts = np.where(self.left[index] > 0, 0, self.verify[index] - 1)
         predicted = batch_seconds(machine.lines, *totals[:HAS_PREFILL]) if totals[TOKENS] else 0.0
         return BatchPlan(
@@ -112,7 +122,8 @@ class Stepping(Columns):
         """Return the running rows that give up blocks or seats: those outside `order`, newest first.
 
         Room is needed for `index` and for the next token of every other running request: where all wait
-        for a block that another holds, nobody ends. What waits in `order` without a promise gives way last.
+        for a block that another holds, nobody ends. What waits in `order` without a promise, and what was promised and
+        is late, gives way last.
         """
         others = self.running.copy()
         others[order[self.is_promised[order]]] = False
@@ -129,7 +140,8 @@ class Stepping(Columns):
             int(self.running.sum()) - len(crowded_out) + starting - self.state.limits.max_num_seqs if starting else 0
         )
         taken = crowded_out.tolist()
-        for k in np.lexsort((-self.rows["seq"][rows], in_order[rows], self.is_promised[rows])).tolist():
+        last = (-self.rows["seq"][rows], in_order[rows], self.broken[rows], self.is_promised[rows])
+        for k in np.lexsort(last).tolist():
             if missing <= 0 and seats <= 0:
                 break
             taken.append(int(rows[k]))
@@ -141,45 +153,53 @@ class Stepping(Columns):
         """Tell whether all promises still hold after a batch of these `tokens` that ends at `end`."""
         return simulate(self.machine, demand, self.now, self.effort, eager=eager, head=(tokens, end)).kept
 
-    def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> IntArray:
-        """Return the rows outside `order` that may run in what it leaves: at risk, undecided, then best-effort."""
+    def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the rows outside `order` that may run in what it leaves.
+
+        First what was promised and is at risk or late, then the undecided and best-effort work.
+        """
         rows = self.rows
         mask = ~(self.undecided & (self.left == 1))
         mask[order] = False
         mask[preempted] = False
+        owed = self.broken.copy()
+        owed[at_risk] = True
         rest = np.flatnonzero(mask)
-        rank = np.where(self.pending[rest], 1, 2)
-        rank[np.isin(rest, at_risk)] = 0
+        rank = np.where(owed[rest], 0, np.where(self.pending[rest], 1, 2))
         urgency = np.where(rank == 2, rows["arrival_s"][rest], np.minimum(self.deadline, self.due)[rest])
         ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
-        return ordered
+        num_owed = int((rank == 0).sum())
+        return ordered[:num_owed], ordered[num_owed:]
 
     def fill(
         self,
-        rest: IntArray,
+        parts: Sequence[tuple[IntArray, float]],
         index: IntArray,
         counts: FloatArray,
         preempted: IntArray,
-        until: float,
         totals: FloatArray,
     ) -> tuple[IntArray, FloatArray]:
-        """Return which of `rest` run beside the batch of `index` until `until`, and their token counts."""
+        """Return the batch of `index` and whom of each part of rows may run beside it until that part's time."""
         state = self.state
-        free_blocks = state.num_free_kv_blocks + float(self.held[preempted].sum()) - self.fresh_blocks(index, counts)
-        starting = int((~self.running[index]).sum())
-        seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
-        tokens = np.zeros(len(rest))
-        demand = self.demand(rest, self.held)
-        demand[LEFT] -= self.undecided[rest]
-        batching.fill(
-            self.machine,
-            demand,
-            seats,
-            free_blocks,
-            float(self.running.sum()),
-            until - self.now,
-            tokens,
-            totals,
-        )
-        used = tokens > 0
-        return rest[used], tokens[used]
+        for rest, until in parts:
+            if not len(rest):
+                continue
+            free_blocks = state.num_free_kv_blocks + float(self.held[preempted].sum())
+            starting = int((~self.running[index]).sum())
+            seats = state.limits.max_num_seqs - int(self.running.sum()) + len(preempted) - starting
+            tokens = np.zeros(len(rest))
+            demand = self.demand(rest, self.held)
+            demand[LEFT] -= self.undecided[rest]
+            batching.fill(
+                self.machine,
+                demand,
+                seats,
+                free_blocks - self.fresh_blocks(index, counts),
+                float(self.running.sum()),
+                until - self.now,
+                tokens,
+                totals,
+            )
+            used = tokens > 0
+            index, counts = np.concatenate([index, rest[used]]), np.concatenate([counts, tokens[used]])
+        return index, counts

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.void]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Status(IntEnum):
