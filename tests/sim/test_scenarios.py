@@ -5,6 +5,7 @@ import pytest
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.errors import ConfigError
+from slos_serve.sim import scenarios
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.run import run_workload
 from slos_serve.sim.scenarios import SCENARIOS, Offer, find_scenario
@@ -86,6 +87,16 @@ def test_tool_rounds_wait_for_the_one_before_and_the_last_one_is_paced_as_an_ans
 def test_reasoning_thinks_first(data):
     workload = find_scenario("reasoning").offer(offer(data))
     assert all(sim.request.thinks and sim.num_thinking_tokens > 0 for sim in workload.arrivals)
+
+
+def test_a_long_window_of_reasoning_has_its_lengths_again_and_none_of_the_history(data, monkeypatch):
+    monkeypatch.setattr(scenarios, "MAX_REASONING", 20)
+    reasoning = find_scenario("reasoning")
+    short, long = (lengths(reasoning.offer(offer(data, max_requests=count))) for count in (20, 50))
+    shapes = [(prompt, output) for prompt, output, _ in long]
+    assert [(prompt, output) for prompt, output, _ in short] == shapes[:20] == shapes[20:40]
+    assert not set(shapes) & {(p, o) for _, p, o in reasoning.offer(offer(data, max_requests=50)).history}
+    assert reasoning.num_requests("h100-8b-derived") > reasoning.num_requests(reasoning.published)
 
 
 def test_history_comes_from_outside_the_window(data):

@@ -73,13 +73,14 @@ class Study:
 
     def cell(self, site: Site, scenario: str, system: str, **changes: Any) -> Cell:
         """Return a run of one search."""
-        enough = find_scenario(scenario).enough_requests
+        hardware = hardware_of(scenario, site.hardware)
+        enough = find_scenario(scenario).num_requests(hardware)
         if self.is_quick or system == CLAIRVOYANT:
             enough //= QUICK_SHARE
         values = {
             "scenario": scenario,
             "system": system,
-            "hardware": hardware_of(scenario, site.hardware),
+            "hardware": hardware,
             "replicas": site.replicas,
             "router": site.router,
             "data": self.data,

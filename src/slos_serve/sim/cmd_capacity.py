@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--higher-goals", action="store_true", help="search at 95 and 99 %% too (default: what the rates run tell)"
     )
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
-    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (150 to 400, with --quick half)")
+    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (200 to 1000, quick half)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--slo-scale", metavar="F", type=float, default=1.0, help="multiply every promise (1)")

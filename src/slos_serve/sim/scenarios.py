@@ -37,7 +37,7 @@ CONV, CODE = "traces/azure2023_conv.csv.gz", "traces/azure2023_code.csv.gz"
 ARXIV, REASONING = "lengths/arxiv_summarization_4k_llama2.csv.gz", "lengths/reasoning_s1k.csv.gz"
 CONV_LEAD_S = 77.3  # the conversation trace starts this long before the coding trace
 WINDOW_S = 300.0
-MAX_REASONING = 300  # requests, of 1,000 that are there
+MAX_REASONING = 300  # requests of a window, of 1,000 that are there; a longer one has the same lengths again
 SUMMARIZATION_SHARE = 0.1  # of the requests of `mixed`
 
 # (start, duration) in seconds, apart from each other; every one holds 160 requests or more.
@@ -119,6 +119,7 @@ class Scenario:
 
     `has_rounds`: requests wait for earlier ones. `enough_requests`: how many of a window a capacity search
     runs: enough for several times the life of a request at the rates in question.
+    `enough_measured`: the same with the measured constants, where that takes more.
     `published`, `measured`: the hardware file that stands for the scenario in each set of constants.
     """
 
@@ -128,8 +129,13 @@ class Scenario:
     has_rounds: bool = False
     max_context: int = 8192
     enough_requests: int = 200
+    enough_measured: int = 0
     published: str = "a100-40g-opt-6.7b-published"
     measured: str = "a100-80g-7b-measured"
+
+    def num_requests(self, hardware: str) -> int:
+        """Return how many requests of a window a capacity search runs on the hardware of this name."""
+        return max(self.enough_requests, self.enough_measured if hardware == self.measured else 0)
 
     def max_model_len(self, hardware: Hardware) -> int:
         """Return the context length of this scenario on this hardware."""
@@ -257,16 +263,13 @@ def _mixed(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
 
 
 def _reasoning(offer: Offer, factory: RequestFactory, longest: int) -> Workload:
-    times = offer.read(CONV).window(*offer.window(CONV_WINDOWS)).arrived_at_s[:MAX_REASONING]
-    count = len(times)
+    times = offer.read(CONV).window(*offer.window(CONV_WINDOWS)).arrived_at_s
+    times = times[: max(MAX_REASONING, offer.max_requests or 0)]
     lengths, _ = offer.lengths(REASONING).limited_to(longest)
     order = offer.rng().permutation(len(lengths))
-    chosen, others = (np.zeros(len(lengths), np.bool_) for _ in range(2))
-    chosen[order[:count]] = True
-    others[order[count:]] = True
-    drawn = lengths.select(chosen)
+    chosen, others = np.sort(order[:MAX_REASONING]), np.sort(order[MAX_REASONING:])
     return trace_workload(
-        drawn.with_arrivals(times[: len(drawn)]),
+        lengths.select(np.resize(chosen, len(times))).with_arrivals(times),
         factory,
         max_model_len=longest,
         default_class="reasoning",
@@ -312,6 +315,7 @@ SCENARIOS = {
             build=_reasoning,
             max_context=16384,
             enough_requests=300,
+            enough_measured=1000,  # an H100's memory alone takes a hundred
             published="a100-40g-r1-distill-7b-published",
             measured="h100-8b-derived",
         ),

@@ -98,8 +98,8 @@ class Trace:
         gaps = np.diff(self.arrived_at_s)
         return float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() > 0 else 0.0
 
-    def select(self, rows: npt.NDArray[np.bool_] | slice) -> Self:
-        """Return some of the rows, times and span unchanged; `ValueError` where none is left."""
+    def select(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64] | slice) -> Self:
+        """Return some of the rows (their numbers may repeat), times and span unchanged; `ValueError` for none."""
         kept = {name: getattr(self, name)[rows] for name in ("arrived_at_s", *COUNTS, *LABELS)}
         return replace(self, **kept)
 
