@@ -242,6 +242,23 @@ def test_a_capacity_below_every_rate_that_was_run_is_unknown_and_not_zero():
     assert scenario_entry({"vllm": Answer(settings="{}", curve=short)}, hardware="toy")["capacity_rps"]["vllm"] is None
 
 
+def test_the_share_of_the_bound_is_taken_on_the_windows_of_the_bound():
+    rates = range(index_of(2.0), index_of(8.0))
+
+    def curve(capacities):
+        found = Curve()
+        for index in rates:
+            met = [95 if rate_at(index) < capacity else 85 for capacity in capacities]
+            found.add(index, [Outcome(by_class={"chat": (count, 100, 0, 0)}) for count in met])
+        return Answer(settings="{}", curve=found)
+
+    entry = scenario_entry(
+        {"slos-serve": curve([4.0, 4.0, 3.0, 3.0]), "clairvoyant": curve([5.0, 5.0])}, hardware="toy"
+    )
+    assert entry["clairvoyant_rps"] == pytest.approx(5.0, rel=0.05)
+    assert entry["share_of_clairvoyant"] == pytest.approx(4.0 / 5.0, rel=0.02)
+
+
 def test_bounds_and_our_own_systems_are_no_opponents():
     assert is_baseline("vllm")
     assert not is_baseline("clairvoyant")

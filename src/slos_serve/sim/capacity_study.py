@@ -40,7 +40,7 @@ class Study:
 
     `replicas`: the first number is the table's; the others are sites of their own, for scaling, and so is each
     of `routers` (None: the system's own) wherever there are several replicas. The
-    clairvoyant bound is found on the first windows only, cut short: it costs a linear programme a run.
+    clairvoyant bound is found on the first windows only: it costs a linear programme a run.
     `reuse`: systems whose runs by earlier code stand.
     """
 
@@ -75,7 +75,7 @@ class Study:
         """Return a run of one search."""
         hardware = hardware_of(scenario, site.hardware)
         enough = find_scenario(scenario).num_requests(hardware)
-        if self.is_quick or system == CLAIRVOYANT:
+        if self.is_quick:
             enough //= QUICK_SHARE
         values = {
             "scenario": scenario,

@@ -81,13 +81,21 @@ def scenario_entry(answers: Answers, *, hardware: str) -> dict[str, Any]:
         entry[key] = left / right if right > 0 and left > 0 else None
         entry[f"{key}_interval"] = None if draws is None else list(interval(draws))
     bound = capacity_of(answers, CLAIRVOYANT)
-    ours_rps = capacity_of(answers, pairs["ratio"][0])
     entry["clairvoyant_rps"] = bound or None
-    entry["share_of_clairvoyant"] = ours_rps / bound if bound > 0 and ours_rps > 0 else None
+    entry["share_of_clairvoyant"] = _share(answers, pairs["ratio"][0], bound) if bound > 0 else None
     entry["attainment"] = {name: curve_rows(answer.curve) for name, answer in answers.items()}
     entry["num_windows"] = max((len(answer.curve.offered) for answer in answers.values()), default=0)
     entry["num_requests"] = max((int(answer.curve.offered.sum()) for answer in answers.values()), default=0)
     return entry
+
+
+def _share(answers: Answers, ours: str, bound_rps: float) -> float | None:
+    """Return our capacity on the windows of the bound, relative to it."""
+    if not capacity_of(answers, ours) > 0:
+        return None
+    curve, num_windows = answers[ours].curve, len(answers[CLAIRVOYANT].curve.offered)
+    weights = (np.arange(len(curve.offered)) < num_windows).astype(np.float64)
+    return float(curve.capacities(TARGETS[0], weights[None, :])[0]) / bound_rps
 
 
 def _spread(curve: Curve) -> list[float]:

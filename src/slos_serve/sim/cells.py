@@ -136,8 +136,7 @@ def bound(cell: Cell) -> Outcome:
     """Return the clairvoyant bound as an outcome: every class attains as much as the worst one may."""
     hardware = load_hardware(cell.hardware)
     workload = offered(cell, hardware, 1)
-    gain = sum(cell.acceptance**i for i in range(MAX_DRAFT_LENGTH + 1))
-    share = clairvoyant_attainment(workload, hardware, gain=gain)
+    share = clairvoyant_attainment(workload, hardware, acceptance=cell.acceptance, max_draft_length=MAX_DRAFT_LENGTH)
     counts = sorted(workload.num_by_class().items())
     return Outcome(by_class={name: (math.ceil(share * count - 1e-9), count, 0, 0) for name, count in counts})
 
