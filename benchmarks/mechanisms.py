@@ -127,9 +127,17 @@ class NoRecovery(planner._Planning):
 class NoFill(planner._Planning):
     """Room that promised work leaves in a batch stays empty."""
 
-    def fill(self, rest: Any, index: Any, *more: Any) -> Any:
+    def fill(self, parts: Any, index: Any, counts: Any, *more: Any) -> Any:
         """Add nobody to a batch that holds anything."""
-        return (rest[:0], np.zeros(0)) if index.size else super().fill(rest, index, *more)
+        return (index, counts) if index.size else super().fill(parts, index, counts, *more)
+
+
+class LongFill(planner._Planning):
+    """Room is filled as far as deadlines allow, declined promises or not."""
+
+    def fill(self, parts: Any, *more: Any) -> Any:
+        """Give everyone the time of those that come first."""
+        return super().fill([(rows, parts[0][1]) for rows, _ in parts], *more)
 
 
 class CarelessFill(planner._Planning):
@@ -149,6 +157,7 @@ VARIANTS: dict[str, Callable[[], SloPlanner]] = {
     "decodes never run ahead": lambda: Variant(NeverAhead),
     "decodes always run ahead": lambda: Variant(AlwaysAhead),
     "leftovers stay empty": lambda: Variant(NoFill),
+    "leftovers filled to the deadlines": lambda: Variant(LongFill),
     "leftovers filled unchecked": lambda: Variant(CarelessFill),
     "no recovery": lambda: Variant(NoRecovery),
     "drafts allowed": SloPlanner,
