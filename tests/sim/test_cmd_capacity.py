@@ -2,21 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from slos_serve.cli import main
 from slos_serve.core.summary import GradedRequest
 from slos_serve.core.types import Slo
 from slos_serve.sim.capacity import Answer, Curve, Outcome, index_of, rate_at
-from slos_serve.sim.capacity_detail import burst_runs, summary
+from slos_serve.sim.capacity_detail import burst_runs, first_share, graded, summary
 from slos_serve.sim.capacity_report import scaling, tabs
 from slos_serve.sim.capacity_study import QUICK, Study
 from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, number, scenario_entry
+from slos_serve.sim.cells import Cell
 from slos_serve.sim.cmd_capacity import read_replicas, read_systems
 from slos_serve.sim.hardware import load_hardware
-from slos_serve.sim.standins import SYNTHETIC
+from slos_serve.sim.standins import SYNTHETIC, write_stand_ins
 from slos_serve.sim.systems import SYSTEMS
+from slos_serve.sim.traces import read_trace, write_trace
 
 KEYS = {
     *("capacity_rps", "capacity_95_rps", "capacity_99_rps", "ratio", "ratio_interval", "ratio_spec"),
@@ -257,6 +261,18 @@ def test_the_share_of_the_bound_is_taken_on_the_windows_of_the_bound():
     )
     assert entry["clairvoyant_rps"] == pytest.approx(5.0, rel=0.05)
     assert entry["share_of_clairvoyant"] == pytest.approx(4.0 / 5.0, rel=0.02)
+
+
+def test_who_was_met_was_not_later_than_promised_even_where_many_come_at_once(tmp_path):
+    write_stand_ins(tmp_path)
+    path = tmp_path / "traces/azure2023_code.csv.gz"
+    trace = read_trace(path)
+    write_trace(replace(trace, arrived_at_s=np.floor(5 * trace.arrived_at_s) / 5), path)
+    system = {"system": "slos-serve", "hardware": "a100-80g-7b-measured"}
+    cell = Cell(scenario="coding", data=str(tmp_path), part="tune", window=0, rate_rps=2.0, max_requests=80, **system)
+    rows = graded(cell)
+    assert len({grade.arrival_s for grade, _ in rows}) < len(rows) == 80
+    assert all(first_share(grade, slo) <= 1 for grade, slo in rows if grade.outcome == "met")
 
 
 def test_bounds_and_our_own_systems_are_no_opponents():

@@ -86,6 +86,20 @@ def test_the_same_seed_gives_the_same_bytes_wall_time_aside(capsys, trace):
     assert json.dumps(first) == json.dumps(second)
 
 
+def test_several_systems_serve_the_same_requests(capsys, trace):
+    both = entry_of(capsys, "--trace", trace, "--system", "vllm,edf")
+    assert [entry["system"] for entry in both] == ["vllm", "edf"]
+    _, captured = simulate(capsys, "--trace", trace, "--system", "vllm,edf")
+    assert [line.split()[0] for line in captured.out.splitlines() if " on " in line] == ["vllm", "edf"]
+
+
+def test_what_is_longer_than_the_context_is_said(capsys, tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text("arrived_at_s,prompt_tokens,output_tokens\n0,100,5\n1,1000000,5\n")
+    _, captured = simulate(capsys, "--trace", str(path))
+    assert "1 more requests are longer than the context" in captured.out
+
+
 def test_without_arguments_the_shipped_trace_is_served(capsys):
     status, captured = simulate(capsys, "--system", "vllm")
     assert status == 0

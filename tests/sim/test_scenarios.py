@@ -10,6 +10,8 @@ from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.run import run_workload
 from slos_serve.sim.scenarios import SCENARIOS, Offer, find_scenario
 from slos_serve.sim.sessions import read_sessions, read_tool_times_s
+from slos_serve.sim.traces import Trace
+from slos_serve.sim.workload import RequestFactory, trace_workload
 
 HARDWARE = load_hardware("h100-8b-derived")
 
@@ -144,3 +146,15 @@ def test_what_is_too_long_is_counted_as_far_as_the_window_goes(data, name):
     full, cut = (scenario.offer(offer(data, hardware=small, max_requests=n)) for n in (None, 20))
     assert full.num_dropped > cut.num_dropped > 0
     assert cut.num_dropped / cut.num_requests == pytest.approx(full.num_dropped / full.num_requests, rel=0.7)
+
+
+def test_requests_that_come_at_once_are_counted_as_dropped_only_before_the_cut():
+    trace = Trace.build(
+        arrived_at_s=np.array([0.0, 1.0, 1.0, 1.0, 1.0]),
+        prompt_tokens=np.array([10, 9000, 10, 10, 9000]),
+        output_tokens=np.full(5, 5),
+    )
+    factory = RequestFactory(scenarios.SCENARIO_SLOS, HARDWARE.reference_s, 4096)
+    for count, dropped in ((1, 1), (2, 1), (3, 2), (None, 2)):
+        load = trace_workload(trace, factory, max_model_len=4096, default_class="chat", max_requests=count)
+        assert (load.num_requests, load.num_dropped) == (count or 3, dropped)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from slos_serve.cli import main
@@ -9,6 +10,7 @@ from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.scenarios import SCENARIOS, Offer, hardware_of
 from slos_serve.sim.standins import SYNTHETIC, data_folder, write_stand_ins
+from slos_serve.sim.traces import read_trace
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,12 @@ def test_the_same_bytes_come_out_each_time(folder, tmp_path):
     write_stand_ins(tmp_path)
     for file in folder.rglob("*.gz"):
         assert (tmp_path / file.relative_to(folder)).read_bytes() == file.read_bytes()
+
+
+def test_requests_come_one_at_a_time(folder):
+    for name in ("azure2023_code", "azure2023_conv"):
+        gaps = np.diff(read_trace(folder / f"traces/{name}.csv.gz").arrived_at_s)
+        assert np.quantile(gaps, 0.01) > 1e-4
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

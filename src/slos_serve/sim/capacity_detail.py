@@ -48,9 +48,15 @@ def graded(cell: Cell) -> Graded:
     """Run a cell; return its requests by arrival, with their promises; None for rounds that waited for others."""
     hardware = load_hardware(cell.hardware)
     workload = offered(cell, hardware, deploy(cell)[1].num_replicas)
-    slos = {sim.request.arrival_s: sim.request.slo for sim in workload.arrivals}
+    # requests of one class and length that come together are promised the same
+    requests = [sim.request for sim in workload.arrivals]
+    slos = {(one.arrival_s, one.slo_class, one.num_prompt_tokens): one.slo for one in requests}
     grades = sorted(simulate(cell).graded, key=lambda grade: grade.arrival_s)
-    return [(grade, slos.get(grade.arrival_s)) for grade in grades if grade.outcome not in {"none", "cancelled"}]
+    return [
+        (grade, slos.get((grade.arrival_s, grade.slo_class, grade.num_prompt_tokens)))
+        for grade in grades
+        if grade.outcome not in {"none", "cancelled"}
+    ]
 
 
 def look_closer(document: Mapping[str, Any], study: Study) -> None:

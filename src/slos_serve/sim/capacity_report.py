@@ -58,8 +58,8 @@ that holds under one set of constants only is no result.</p>
 """
 
 
-def write_report(document: Mapping[str, Any], study: Study, folder: Path) -> None:
-    """Write everything; without matplotlib no figures."""
+def write_report(document: Mapping[str, Any], study: Study, folder: Path) -> str:
+    """Write everything; without matplotlib no figures, and why that is comes back."""
     write_tables(document, folder)
     drawn: dict[str, list[tuple[str, str]]] = {}
     note = ""
@@ -70,6 +70,7 @@ def write_report(document: Mapping[str, Any], study: Study, folder: Path) -> Non
     except MissingExtraError as error:
         note = str(error)
     (folder / "report.html").write_text(page(document, drawn, note=note), encoding="utf-8")
+    return note
 
 
 def draw(hardware: Mapping[str, Any], study: Study, site: Site, folder: Path) -> Iterator[tuple[str, str]]:

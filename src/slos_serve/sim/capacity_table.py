@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.sim.capacity import TARGETS, Answer, Curve, FloatArray, interval, rate_at, ratio_draws
+from slos_serve.sim.capacity import LOWEST_RPS, TARGETS, Answer, Curve, FloatArray, interval, rate_at, ratio_draws
 from slos_serve.sim.cells import CLAIRVOYANT
 from slos_serve.sim.standins import SYNTHETIC
 from slos_serve.sim.systems import find_system
 
 OURS, OURS_AR = "slos-serve", "slos-serve-ar"
 RATIOS = ("ratio", "ratio_spec", "ratio_ar")
+CAPTION = (
+    "Capacity in requests per second and GPU (every class attains 90 %), ratios, and 95 % intervals",
+    "over windows; with fewer than three the rates that enclose a capacity.",
+)
 CAPACITY_KEYS = {0.90: "capacity_rps", 0.95: "capacity_95_rps", 0.99: "capacity_99_rps"}
 
 Answers = Mapping[str, Answer]
@@ -160,10 +164,9 @@ def as_text(document: Mapping[str, Any]) -> str:
         scenarios = hardware["scenarios"]
         systems = list(dict.fromkeys(system for entry in scenarios.values() for system in entry["capacity_rps"]))
         heads = ["scenario", *systems, "ratio", "to the best with drafts", "without drafts"]
-        lines += [f"### {name}", "", "Capacity in requests per second and GPU (every class attains 90 %); ratios with"]
-        lines += ["95 % intervals over windows.", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines += [f"### {name}", "", *CAPTION, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for scenario, entry in scenarios.items():
-            cells = [number(entry["capacity_rps"].get(system)) for system in systems]
+            cells = [_capacity(entry["capacity_rps"].get(system), entry["spread"].get(system)) for system in systems]
             cells += [with_interval(entry[key], entry[f"{key}_interval"]) for key in RATIOS]
             lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
             for target, key in list(CAPACITY_KEYS.items())[1:]:  # where the rates that were run tell them
@@ -203,6 +206,11 @@ def closer_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
         f"{100 * found['declined'] / found['num_requests']:.1f} %",
         "-" if late is None else f"{late:.3g} x",
     )
+
+
+def _capacity(rate_rps: float | None, spread: Sequence[float] | None) -> str:
+    """Return a capacity and its interval; where no rate passes, the lowest that was tried."""
+    return f"< {LOWEST_RPS:g}" if rate_rps == 0.0 else with_interval(rate_rps, spread)
 
 
 def number(value: float | None) -> str:

@@ -111,13 +111,13 @@ def run(args: argparse.Namespace) -> int:
             raise
     document = study.document(lanes)
     look_closer(document, study)
-    write_report(document, study, args.out)
+    note = write_report(document, study, args.out)
     if args.json:
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
         print(as_text(document))
-        print(f"\nReport: {args.out}/report.html, report.json and plots")
+        print(f"\nReport: {args.out}/report.html, report.json {f'(no plots: {note})' if note else 'and plots'}")
     return 1 if "errors" in document else 0
 
 

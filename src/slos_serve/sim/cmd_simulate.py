@@ -25,6 +25,7 @@ from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
 from slos_serve.sim.standins import SYNTHETIC, data_folder
 from slos_serve.sim.systems import SYSTEMS, System, find_system
+from slos_serve.sim.trace_files import COUNTS, LABELS, REQUIRED
 from slos_serve.sim.traces import SMALL_TRACE, read_trace
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 HELP = "serve a trace on a virtual clock and grade it by class"
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
 MAX_REPLICAS = 1024
+OPTIONAL_COLUMNS = [name for name in (*COUNTS, *LABELS) if name not in REQUIRED]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +43,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
     parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
     parser.add_argument(
-        "--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)"
+        "--trace",
+        metavar="FILE[@start:duration]",
+        help=f"a CSV file with the columns {', '.join(REQUIRED)}, if wanted {', '.join(OPTIONAL_COLUMNS)}; "
+        "or one of Azure's or Mooncake's (default: the small one shipped)",
     )
     parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
-    parser.add_argument("--system", metavar="NAME", default="slos-serve", help=f"one of {', '.join(SYSTEMS)}")
+    parser.add_argument(
+        "--system",
+        metavar="NAME[,NAME...]",
+        default="slos-serve",
+        help=f"of {', '.join(SYSTEMS)}; the same requests for each",
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -99,14 +109,14 @@ def run(args: argparse.Namespace) -> int:
     hardware = load_hardware(args.hardware)
     if args.kv_tokens is not None:
         hardware = hardware.with_kv_tokens(args.kv_tokens)
-    system = find_system(args.system)
+    systems = [find_system(name) for name in dict.fromkeys(args.system.split(","))]
     workload, max_model_len = build_workload(args, hardware)
-    entry = simulate(args, system, workload, hardware, max_model_len)
+    entries = [simulate(args, system, workload, hardware, max_model_len) for system in systems]
     if args.json:
-        json.dump(entry, sys.stdout, indent=2)
+        json.dump(entries if len(entries) > 1 else entries[0], sys.stdout, indent=2)
         print()
     else:
-        print(as_text(entry))
+        print("\n\n".join(as_text(entry) for entry in entries))
     return 0
 
 
@@ -253,17 +263,23 @@ def as_text(entry: dict[str, Any]) -> str:
         ttft, tpot = group["ttft_s"]["p99"], group["tpot_s"]["p99"]
         share = "-" if group["attainment"] is None else f"{100 * group['attainment']:.1f} %"
         kept = f"{group['kept']}/{group['promised']}" if group["promised"] else "-"
+        lost = group["failed"] + group["rejected"]
+        counts = f"{group['num_requests']:9}{share:>11}{kept:>13}{group['declined']:9}{lost:7}"
         latencies = [f"{1000 * value:.0f}" if value is not None else "-" for value in (ttft, tpot)]
-        return f"{name:16}{group['num_requests']:9}{share:>11}{kept:>13}{latencies[0]:>12}{latencies[1]:>12}"
+        return f"{name:16}{counts}{latencies[0]:>12}{latencies[1]:>12}"
 
     where = entry["hardware"]
     if entry["replicas"] > 1:
         where = f"{entry['replicas']} x {where} ({entry['router']})"
     lines = [
         f"{entry['system']} on {where}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
-        f"{'class':16}{'requests':>9}{'attained':>11}{'kept':>13}{'p99 TTFT ms':>12}{'p99 TPOT ms':>12}",
+        "class            requests   attained         kept declined failed p99 TTFT ms p99 TPOT ms",
         *(row(name, group) for name, group in entry["by_class"].items()),
         row("all", entry),
         f"{entry['num_steps']} steps, {entry['simulated_s']:.0f} s simulated in {entry['wall_s']:.1f} s",
     ]
+    if entry["promised"]:
+        lines.append("kept: of those promised; what was declined is served best-effort, and counts as a miss")
+    if entry["num_dropped"]:
+        lines.append(f"{entry['num_dropped']} more requests are longer than the context and were left out")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Stand-ins for the public traces, for who has none of them: same files, same columns, made-up numbers.
 
-Lengths are log-normal and gaps Gamma, with medians, spreads and bursts near those that the publishers'
+Lengths are log-normal, gaps Gamma or log-normal, with medians, spreads and bursts near those that the publishers'
 files show. They let every scenario run anywhere; they reproduce no published result, and every command
 that uses them says so. Made once, into the user's cache folder; same version, same bytes.
 """
@@ -22,13 +22,15 @@ from slos_serve.errors import ConfigError
 from slos_serve.sim.traces import IntArray, Trace, synthetic_arrivals, write_trace
 
 SYNTHETIC = "synthetic stand-ins"  # what results name as their data
-VERSION = 1  # one more with every change of the numbers below
+VERSION = 2  # one more with every change of the numbers below
 SPAN_S = 3500.0
+
+LOG_NORMAL, GAP_SIGMA = "log-normal", 1.8  # a Gamma distribution as spread out has many gaps of nothing
 
 #                     requests, gaps, prompt tokens: median, sigma, most; output tokens: median, sigma, most
 _ARRIVING = {
     "azure2023_conv": (19000, "gamma:1.1", (1020, 0.9, 14000), (129, 0.9, 1000)),
-    "azure2023_code": (9000, "gamma:4", (1469, 1.2, 7400), (13, 0.9, 1900)),
+    "azure2023_code": (9000, LOG_NORMAL, (1469, 1.2, 7400), (13, 0.9, 1900)),
 }
 _NUM_LENGTHS, _NUM_SESSIONS, _MAX_ROUNDS = 4000, 60, 8
 
@@ -65,7 +67,11 @@ def write_stand_ins(folder: Path) -> None:
         return np.clip(np.exp(rng.normal(np.log(median), sigma, count)).astype(np.int64), least, most)
 
     for name, (count, gaps, prompt, output) in _ARRIVING.items():
-        times = np.round(synthetic_arrivals(gaps, count / SPAN_S, count, rng), 6)
+        if gaps == LOG_NORMAL:
+            times = np.cumsum(rng.lognormal(0.0, GAP_SIGMA, count))
+            times = np.round(times * SPAN_S / times[-1], 6)
+        else:
+            times = np.round(synthetic_arrivals(gaps, count / SPAN_S, count, rng), 6)
         trace = Trace.build(
             arrived_at_s=times, prompt_tokens=drawn(*prompt, count, 16), output_tokens=drawn(*output, count)
         )

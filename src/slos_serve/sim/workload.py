@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from slos_serve.core.lengths import LengthModel
 from slos_serve.core.types import Request
 from slos_serve.sim.records import SimRequest
@@ -155,8 +157,9 @@ def trace_workload(
     """
     fitting, dropped = trace.limited_to(max_model_len)
     kept = first_of(fitting, max_requests)
-    if len(kept) < len(fitting):  # of those that would have arrived meanwhile
-        dropped = int((trace.arrived_at_s < kept.span_s).sum()) - len(kept)
+    if len(kept) < len(fitting):  # only those before the first that is cut off
+        fits = trace.prompt_tokens + trace.output_tokens <= max_model_len
+        dropped = int(np.flatnonzero(fits)[len(kept)]) - len(kept)
     if rate_rps is not None:
         kept = kept.at_rate(rate_rps)
     columns = (
