@@ -97,6 +97,17 @@ def test_errors_become_statuses_and_at_most_one_line(run, error, status):
     assert str(error) in err
 
 
+@pytest.mark.parametrize("stage", ["load", "run"])
+def test_an_interrupt_is_told_in_one_word_at_start_up_too(run, monkeypatch, stage):
+    if stage == "load":
+        monkeypatch.setattr(cli, "load", raising(KeyboardInterrupt()))
+    assert run("try", body=raising(KeyboardInterrupt())) == (130, "", "interrupted\n")
+
+
+def test_a_verb_that_has_told_of_its_interrupt_is_not_repeated(run):
+    assert run("try", body=lambda args: 130) == (130, "", "")
+
+
 def test_a_bug_is_not_hidden(run):
     with pytest.raises(ZeroDivisionError):
         run("try", body=lambda args: 1 / 0)

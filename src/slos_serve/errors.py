@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SlosServeError(Exception):
     """Base of every error this package raises on purpose."""
@@ -10,12 +13,19 @@ class SlosServeError(Exception):
 class ConfigError(SlosServeError, ValueError):
     """Name where a configuration went wrong: file, key, value and what was expected."""
 
-    def __init__(self, *, where: str, key: str, value: object, expected: str) -> None:
+    def __init__(self, *, where: str, key: str, value: object, expected: str, hint: str = "") -> None:
         self.where = where
         self.key = key
         self.value = value
         self.expected = expected
-        super().__init__(f"{where}: {key} = {value!r}: expected {expected}")
+        super().__init__(f"{where}: {key} = {value!r}: {hint}expected {expected}")
+
+
+def unknown_name(*, where: str, key: str, value: str, names: Iterable[str], expected: str = "") -> ConfigError:
+    """Return the error for a name that is none of `names`: the closest one, then what was expected, then all."""
+    known = list(names)
+    hint = "".join(f"did you mean {name}? " for name in get_close_matches(value, known, n=1))
+    return ConfigError(where=where, key=key, value=value, expected=f"{expected}one of {', '.join(known)}", hint=hint)
 
 
 class MissingExtraError(SlosServeError, ImportError):

@@ -292,7 +292,7 @@ def test_a_crowd_does_not_follow_a_replica_that_comes_back():
     "text", ["kill", "kill:0", "kill:x@3", "melt:0@3", "kill:0@3:4:5:6", "slow:0@-1", "kill:0@3:0"]
 )
 def test_a_fault_that_makes_no_sense_is_refused(text):
-    with pytest.raises(ConfigError, match="fault"):
+    with pytest.raises(ConfigError, match=r"^arguments: fault = '.*': expected kill\|.*, the others positive$"):
         parse_fault(text)
 
 
@@ -464,3 +464,24 @@ def test_acceptance_drifts_and_the_host_measures_where_to():
     options = ReplicaOptions(acceptance={"": 0.8}, acceptance_drift=-2.0)
     result = run(load, 1, planner=VllmPlanner(draft_length=3), options=options)
     assert result.replica.streams.measured_acceptance()["chat"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("system", "settings", "known"),
+    [
+        ("slos-serve", {"token_budget": 512}, "reserve"),
+        ("slos-serve-no-deferral", {"token_budget": 512}, "reserve"),
+        ("vllm", {"prefill": 2}, "chunk_limit"),
+        ("distserve", {"silos": {}}, "kv_bytes_per_token"),
+    ],
+)
+def test_a_setting_that_a_system_does_not_have_is_told_with_those_it_has(system, settings, known):
+    (key,) = settings
+    with pytest.raises(ConfigError, match=f"^{system}: {key} = .*: expected one of the settings .*{known}"):
+        SYSTEMS[system].deploy({**SYSTEMS[system].default, **settings})
+
+
+def test_every_setting_that_a_sweep_tries_is_known():
+    for system in SYSTEMS.values():
+        for chosen in (system.default, *system.grid):
+            assert set(chosen) <= set(system.setting_names())

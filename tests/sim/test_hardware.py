@@ -74,6 +74,16 @@ def test_an_unknown_name_lists_the_known_ones():
         load_hardware("tpu")
 
 
+def test_the_closest_name_comes_first():
+    with pytest.raises(ConfigError, match=r"'a100-80g-7b': did you mean a100-80g-7b-measured\? expected"):
+        load_hardware("a100-80g-7b")
+
+
+def test_a_file_that_does_not_exist_is_told_as_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.json': expected a JSON file that exists \(this one does not\)$"):
+        load_hardware(str(tmp_path / "absent.json"))
+
+
 def test_a_file_that_is_no_json_is_told(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("{")

@@ -87,11 +87,30 @@ def test_the_answer_names_replicas_headroom_and_burst(capsys, trace):
     assert entry["workload"]["rate_rps"] == pytest.approx(30)
     assert entry["replicas"] == entry["gpus"] >= 2
     assert entry["attainment"] == min(entry["attainment_by_class"].values()) >= 0.9
+    assert entry["attainment_one_fewer"] < 0.9
     assert entry["headroom_factor"] >= 1
     assert entry["burst"]["replicas"] >= entry["replicas"]
     assert entry["rate_per_gpu_rps"] == pytest.approx(30 / entry["gpus"])
     again = plan(capsys, "--trace", trace, "--rate", "30", "--system", "vllm", "--burst", "3", "--json")[1]
     assert again.out == captured.out
+
+
+def test_the_shipped_trace_is_told_by_its_name(capsys):
+    status, captured = plan(capsys, "--system", "vllm", "--rate", "0.5", "--max-requests", "20")
+    assert status == 0
+    assert "a100-80g-7b-measured: mixed_small at " in captured.out
+
+
+def test_one_replica_is_singular_and_has_none_fewer(capsys, trace):
+    status, captured = plan(capsys, "--trace", trace, "--rate", "1", "--system", "vllm")
+    assert status == 0
+    assert "  1 replica: 100.0% of the worst class\n" in captured.out
+
+
+def test_the_attainment_with_one_replica_fewer_is_told(capsys, trace):
+    status, captured = plan(capsys, "--trace", trace, "--rate", "30", "--system", "vllm")
+    assert status == 0
+    assert "(with one fewer " in captured.out
 
 
 def test_promises_that_no_number_of_replicas_keeps_are_told(capsys, trace, tmp_path):
@@ -119,6 +138,8 @@ def test_several_kinds_of_hardware_are_compared_by_gpus(capsys, trace):
         (["--burst", "0.5"], "burst"),
         (["--hardware", "abacus"], "abacus"),
         (["--system", "fifo"], "fifo"),
+        (["--system", "slos-srve-ar"], "did you mean slos-serve-ar? expected one of"),
+        (["--scenario", "chatbt"], "did you mean chatbot? expected one of"),
         (["--scenario", "chatbot", "--data", "/absent"], "data"),
         (["--trace", "absent.csv"], "absent.csv"),
         (["--rate", "-1"], "rate"),

@@ -112,6 +112,8 @@ def test_lengths_without_arrivals_take_synthetic_ones(tmp_path):
         ("arrived_at_s,prompt_tokens,output_tokens\nsoon,1,1\n", "a.csv:2: arrived_at_s = 'soon'"),
         ("arrived_at_s,prompt_tokens,output_tokens\n0,1\n", "a.csv:2: 2 values: expected 3"),
         ("arrived_at_s,prompt_tokens,prompt_tokens,output_tokens\n0,1,1,1\n", "every column name once"),
+        ("arrived_at_s;prompt_tokens;output_tokens\n0;1;1\n", "a.csv:1: .*separated by commas"),
+        ("arrived_at_s\tprompt_tokens\toutput_tokens\n0\t1\t1\n", "a.csv:1: .*separated by commas"),
     ],
 )
 def test_a_bad_csv_names_file_line_and_column(tmp_path, text, message):
@@ -123,8 +125,13 @@ def test_a_bad_csv_names_file_line_and_column(tmp_path, text, message):
     ("text", "message"),
     [
         ("\n", "no rows"),
-        ('{"timestamp": 0}\n', "m.jsonl:1: .*input_length"),
-        ("[1]\n", "m.jsonl:1: "),
+        ('{"timestamp": 0}\n', "m.jsonl:1: field 'input_length' is missing: found timestamp$"),
+        ("{}\n", "m.jsonl:1: field 'timestamp' is missing: found an empty object$"),
+        ("[1]\n", r"m.jsonl:1: '\[1\]': expected a JSON object with timestamp"),
+        ("{\n", "m.jsonl:1: '{': expected a JSON object with timestamp"),
+        ('{"timestamp": null, "input_length": 1, "output_length": 1}\n', "timestamp = None: expected a number$"),
+        ('{"timestamp": 0, "input_length": Infinity, "output_length": 1}\n', "input_length = inf: expected a number$"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": 3}\n', "m.jsonl:1: hash_ids: "),
         ('{"timestamp": 0, "input_length": -1, "output_length": 1}\n', "m.jsonl:1: input_length"),
         (
             (

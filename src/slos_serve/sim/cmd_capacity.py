@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             run_lanes(lanes, journal, jobs=args.jobs or os.cpu_count() or 1, progress=progress)
         except KeyboardInterrupt:
             bar.note(f"{len(journal)} runs are kept in {args.out}: the same command goes on from here")
-            raise
+            return 130
     document = study.document(lanes)
     look_closer(document, study)
     note = write_report(document, study, args.out)

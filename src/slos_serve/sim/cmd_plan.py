@@ -146,7 +146,8 @@ def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[
         return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
-    trace = busiest(read_trace(args.trace if args.trace is not None else SMALL_TRACE), args.max_requests)
+    trace = read_trace(args.trace) if args.trace is not None else replace(read_trace(SMALL_TRACE), source="mixed_small")
+    trace = busiest(trace, args.max_requests)
     factory = RequestFactory(config, hardware.reference_s, longest)
     workload = trace_workload(trace, factory, max_model_len=longest, default_class=args.slo_class, rate_rps=args.rate)
     return [workload], longest
@@ -190,7 +191,7 @@ def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workl
     count = fewest(passes, start=start, most=args.max_replicas)
     if count is None:
         best = deployment.attainment(workloads, args.max_replicas)
-        reason = f"{args.max_replicas} replicas attain {best:.1%}: some promises are too tight for this hardware"
+        reason = f"{replicas(args.max_replicas)} attain {best:.1%}: some promises are too tight for this hardware"
         return {"replicas": None, "gpus": None, "attainment": best, "reason": reason}
     outcomes = deployment.outcomes(workloads, count)
     names = sorted({name for one in outcomes for name in one.by_class})
@@ -202,6 +203,8 @@ def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workl
         "replicas": count,
         "gpus": count * gpus_each,
         "attainment": pooled(outcomes),
+        # `fewest` has run it: nothing is simulated for this.
+        "attainment_one_fewer": deployment.attainment(workloads, count - 1) if count > 1 else None,
         "attainment_by_class": by_class,
         "rate_per_gpu_rps": rate_rps / (count * gpus_each),
         "headroom_factor": highest_factor(
@@ -232,6 +235,11 @@ def burst(
     }
 
 
+def replicas(count: int) -> str:
+    """Return the count in words."""
+    return f"{count} replica" if count == 1 else f"{count} replicas"
+
+
 def as_text(document: dict[str, Any]) -> str:
     """Return the answer for people."""
     lines = []
@@ -245,12 +253,14 @@ def as_text(document: dict[str, Any]) -> str:
             lines.append(f"  cannot be served: {entry['reason']}")
             continue
         gpus = f", {entry['gpus']} GPUs" if entry["gpus"] != entry["replicas"] else ""
-        lines.append(f"  {entry['replicas']} replicas{gpus}: {entry['attainment']:.1%} of the worst class")
+        fewer = entry["attainment_one_fewer"]
+        aside = "" if fewer is None else f" (with one fewer {fewer:.1%})"
+        lines.append(f"  {replicas(entry['replicas'])}{gpus}: {entry['attainment']:.1%} of the worst class{aside}")
         target = f"{document['target_attainment']:.0%}"
         lines.append(f"  headroom: holds {target} up to {entry['headroom_factor']:.2f} x the rate")
         if entry["burst"]:
             one = entry["burst"]
-            more = "more than there may be" if one["replicas"] is None else f"{one['replicas']} replicas"
+            more = "more than there may be" if one["replicas"] is None else replicas(one["replicas"])
             lines.append(
                 f"  a burst of {one['factor']:g} x: {one['attainment']:.1%} with those; {more} to hold {target}"
             )

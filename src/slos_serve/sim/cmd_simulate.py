@@ -194,8 +194,11 @@ def simulate(
 ) -> dict[str, Any]:
     """Run and return the JSON document."""
     settings = parse_settings(system, args.set)
+    faults = tuple(parse_fault(text) for text in args.fault)
     try:
         planner, cluster = system.deploy(settings, num_replicas=args.replicas, router=args.router)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
     try:
@@ -204,7 +207,7 @@ def simulate(
             max_hops=args.hops,
             snapshot_period_s=args.snapshot_period,
             snapshot_lag_s=args.snapshot_lag,
-            faults=tuple(parse_fault(text) for text in args.fault),
+            faults=faults,
         )
     except ValueError as error:
         raise ConfigError(where="simulate", key="fault", value=args.fault, expected=str(error)) from error
@@ -218,7 +221,7 @@ def simulate(
         known_lengths=args.known_lengths,
         makes_promises=system.makes_promises,
     )
-    with said_if_slow(f"{system.name}: compiling its loops, once after an installation"):
+    with said_if_slow(f"{system.name}: compiling its loops, once after an installation: a minute or two"):
         warm_up(planner, hardware.limits(max_model_len=max_model_len))
     with _step_writer(args.record) as on_step, Bar(workload.name, workload.num_requests, counted="requests") as bar:
         start = time.perf_counter()

@@ -50,4 +50,5 @@ def parse_fault(text: str) -> Fault:
         names = ("duration_s", "factor")[: len(more)]
         return Fault(kind=kind, replica=int(replica), at_s=at_s, **dict(zip(names, more, strict=True)))
     except ValueError as error:
-        raise ConfigError(where="arguments", key="fault", value=text, expected=f"{FORM} ({error})") from error
+        expected = f"{FORM}; REPLICA and START 0 or more, the others positive"
+        raise ConfigError(where="arguments", key="fault", value=text, expected=expected) from error

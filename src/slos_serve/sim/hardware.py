@@ -25,7 +25,7 @@ from typing import Any
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Limits
-from slos_serve.errors import ConfigError
+from slos_serve.errors import ConfigError, unknown_name
 
 SCHEMA, PROFILE_SCHEMA = "slos-serve-hardware/1", "slos-serve-profile/1"
 DRAFTER_SHARE = 0.125  # of a decode step: OPT-125M beside OPT-6.7B in the SLOs-Serve paper's constants
@@ -104,8 +104,10 @@ def load_hardware(name_or_file: str) -> Hardware:
         return parse_hardware(json.loads(text), where=name_or_file)
     path = Path(name_or_file)
     if not path.is_file():
-        expected = f"a JSON file or one of {', '.join(names)}"
-        raise ConfigError(where="hardware", key="name", value=name_or_file, expected=expected)
+        if path.suffix == ".json" and not path.exists():
+            expected = "a JSON file that exists (this one does not)"
+            raise ConfigError(where="hardware", key="file", value=name_or_file, expected=expected)
+        raise unknown_name(where="hardware", key="name", value=name_or_file, names=names, expected="a JSON file or ")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

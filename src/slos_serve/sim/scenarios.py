@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.config import SloClass, SloConfig
-from slos_serve.errors import ConfigError
+from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.sim.sessions import tool_sessions
 from slos_serve.sim.traces import Trace, read_lengths, read_trace, synthetic_arrivals
 from slos_serve.sim.workload import History, RequestFactory, Workload, trace_workload
@@ -332,7 +332,7 @@ def hardware_of(scenario: str, name: str) -> str:
 
 
 def find_scenario(name: str) -> Scenario:
-    """Return a scenario by name; `ConfigError` lists the names."""
+    """Return a scenario by name; `ConfigError` says the closest name and lists all."""
     if name not in SCENARIOS:
-        raise ConfigError(where="arguments", key="scenario", value=name, expected=f"one of {', '.join(SCENARIOS)}")
+        raise unknown_name(where="arguments", key="scenario", value=name, names=SCENARIOS)
     return SCENARIOS[name]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core import baselines
-from slos_serve.errors import ConfigError
+from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.sim.cluster import DEFAULT_ROUTER, ClusterOptions
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ MAX_DRAFT_LENGTH = 6
 KV_BYTES_PER_S = 300e9
 # fp16 keys and values of a 7B multi-head model: 2 x 32 layers x 4,096 x 2 bytes; others may say `kv_bytes_per_token`.
 KV_BYTES_PER_TOKEN = 524_288
-LAYOUT_KEYS = ("prefill", "decode", "kv_bytes_per_token", "silos")
 
 Settings = Mapping[str, Any]
 
@@ -49,6 +49,13 @@ def _siloed(settings: Settings) -> ClusterOptions:
     """So many replicas for each class."""
     silos = settings["silos"]
     return ClusterOptions(num_replicas=sum(silos.values()), silos=silos, router="least-load")
+
+
+# Settings that say how replicas are laid out; the others are the planner's.
+LAYOUT_KEYS: Mapping[Callable[[Settings], ClusterOptions], tuple[str, ...]] = {
+    _disaggregated: ("prefill", "decode", "kv_bytes_per_token"),
+    _siloed: ("silos",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +87,14 @@ class System:
     ) -> tuple[Planner, ClusterOptions]:
         """Return the planner and the cluster of `num_replicas` units; a unit may be several replicas.
 
-        Rates are per GPU: of `ClusterOptions.num_replicas` times the hardware's GPUs.
+        Rates are per GPU: of `ClusterOptions.num_replicas` times the hardware's GPUs. `ConfigError` for a
+        setting that the system does not have.
         """
+        known = self.setting_names()
+        for key in settings:
+            if key not in known:
+                expected = f"one of the settings {', '.join(known)}" if known else "no setting: it has none"
+                raise ConfigError(where=self.name, key=key, value=settings[key], expected=expected)
         unit = self.layout(settings)
         name = self.router or router or (unit.router if num_replicas == 1 else self.default_router)
         cluster = replace(
@@ -91,8 +104,22 @@ class System:
             silos={key: count * num_replicas for key, count in unit.silos.items()},
             router=name,
         )
-        planner = self.build(**{key: value for key, value in settings.items() if key not in LAYOUT_KEYS})
+        planner = self.build(**{key: value for key, value in settings.items() if key not in self._layout_keys})
         return planner, cluster
+
+    def setting_names(self) -> list[str]:
+        """Return what `deploy` takes: the planner's settings, ours where it passes them on, and the layout's."""
+        names = {*self.default, *self._layout_keys}
+        for parameter in signature(self.build).parameters.values():
+            if parameter.kind is not Parameter.VAR_KEYWORD:
+                names.add(parameter.name)
+            else:
+                names.update(_our_settings())
+        return sorted(names)
+
+    @property
+    def _layout_keys(self) -> tuple[str, ...]:
+        return LAYOUT_KEYS.get(self.layout, ())
 
     @property
     def default_router(self) -> str:
@@ -106,6 +133,12 @@ def _budgets(budgets: Sequence[int] = BUDGETS, **more: Any) -> tuple[Settings, .
 
 def _drafts(budgets: Sequence[int]) -> tuple[Settings, ...]:
     return tuple({"token_budget": budget, "draft_length": length} for budget in budgets for length in (1, 2, 4, 6))
+
+
+def _our_settings() -> list[str]:
+    from slos_serve.core.planner import SloPlanner  # noqa: PLC0415 - as slo_planner
+
+    return list(signature(SloPlanner).parameters)
 
 
 def slo_planner(**settings: Any) -> Planner:
@@ -211,7 +244,7 @@ SYSTEMS = {system.name: system for system in _SYSTEMS}
 
 
 def find_system(name: str) -> System:
-    """Return a system by name; `ConfigError` lists the names."""
+    """Return a system by name; `ConfigError` says the closest name and lists all."""
     if name not in SYSTEMS:
-        raise ConfigError(where="arguments", key="system", value=name, expected=f"one of {', '.join(SYSTEMS)}")
+        raise unknown_name(where="arguments", key="system", value=name, names=SYSTEMS)
     return SYSTEMS[name]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 COUNTS = ("prompt_tokens", "output_tokens", "thinking_tokens", "cached_tokens", "turn")
 LABELS = ("session_id", "slo_class")
 REQUIRED = ("arrived_at_s", "prompt_tokens", "output_tokens")
+MOONCAKE_FIELDS = {"timestamp": float, "input_length": int, "output_length": int}
 MOONCAKE_BLOCK_TOKENS = 512  # prompt tokens behind one of its hash ids
 
 # What Azure's traces and the length files of Vidur and Sarathi-Serve call our columns.
@@ -58,12 +59,7 @@ def read_mooncake(path: Path) -> Columns:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            at_ms, prompt, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
-            blocks = [int(block) for block in row.get("hash_ids", ())]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: {error!r}: expected timestamp, input_length, output_length") from None
+        at_ms, prompt, output, blocks = _mooncake_row(f"{path}:{number}", line)
         if prompt < 0 or output < 0:
             raise ValueError(f"{path}:{number}: input_length, output_length = {prompt}, {output}: expected >= 0")
         if not (math.isfinite(at_ms) and at_ms >= 0) or (rows and at_ms < rows[-1][0]):
@@ -77,6 +73,29 @@ def read_mooncake(path: Path) -> Columns:
     names = ("prompt_tokens", "output_tokens", "cached_tokens")
     columns: Columns = {name: np.array(values, np.int64) for name, values in zip(names, counts, strict=True)}
     return {"arrived_at_s": np.array(times, np.float64) / 1e3, **columns}
+
+
+def _mooncake_row(where: str, line: str) -> tuple[float, int, int, list[int]]:
+    """Return timestamp (ms), prompt and output tokens, and block ids."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        document = None
+    row = document if isinstance(document, dict) else None
+    if row is None:
+        raise ValueError(f"{where}: {line.strip()[:40]!r}: expected a JSON object with {', '.join(MOONCAKE_FIELDS)}")
+    for name, kind in MOONCAKE_FIELDS.items():
+        if name not in row:
+            raise ValueError(f"{where}: field {name!r} is missing: found {', '.join(row) or 'an empty object'}")
+        try:
+            row[name] = kind(row[name])
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"{where}: {name} = {row[name]!r}: expected a number") from None
+    try:
+        blocks = [int(block) for block in row.get("hash_ids", ())]
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{where}: hash_ids: expected a list of whole numbers") from None
+    return row["timestamp"], row["input_length"], row["output_length"], blocks
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -95,6 +114,8 @@ def _open(path: Path) -> TextIO:
 def _read_texts(path: Path) -> dict[str, list[str]]:
     reader = csv.reader(_lines(path))
     header = [_ALIASES.get(name.strip(), name.strip()) for name in next(reader, [])]
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise ValueError(f"{path}:1: {header[0]!r}: expected columns separated by commas")
     columns: dict[str, list[str]] = {name: [] for name in header}
     if len(columns) != len(header):
         raise ValueError(f"{path}:1: {header}: expected every column name once")
