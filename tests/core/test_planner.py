@@ -261,31 +261,33 @@ def test_beside_promised_work_a_prompt_ends_only_with_a_promise(left, beside, ex
     assert {entry.request_id: entry.num_tokens for entry in plan.batch.entries}.get("waits") == expected
 
 
-@pytest.mark.parametrize(("declined", "longest"), [(False, math.inf), (True, 1.5)])
-def test_where_promises_are_declined_best_effort_work_lengthens_only_brief_steps(declined, longest):
+@pytest.mark.parametrize(
+    ("declined", "now_s", "longest"), [(False, 0.5, math.inf), (True, 0.5, 1.5), (True, 7.05, math.inf)]
+)
+def test_where_promises_are_declined_best_effort_work_mostly_lengthens_only_brief_steps(declined, now_s, longest):
     table = RequestTable()
-    add_decode(table, "promised", ahead_s=2.0)
+    add_decode(table, "promised", now_s=now_s, ahead_s=2.0)
     table.add(make_request("bulk", prompt=3000))
     if declined:
-        add_decode(table, "declined", tier=Tier.BEST_EFFORT)
-    plan = SloPlanner().plan(make_state(table))
+        add_decode(table, "declined", now_s=now_s, tier=Tier.BEST_EFFORT)
+    plan = SloPlanner().plan(make_state(table, now_s=now_s))
     tokens = {entry.request_id: entry.num_tokens for entry in plan.batch.entries}
     one_s = STEPPED.seconds(1.0)
     assert tokens["promised"] == 1
     assert tokens["bulk"] >= 100
     assert plan.batch.predicted_s * STEPPED.margin_prefill <= longest * one_s + 1e-9
-    assert declined or plan.batch.predicted_s > 2 * one_s
+    assert math.isfinite(longest) or plan.batch.predicted_s > 2 * one_s
 
 
 def test_a_promise_whose_first_token_is_late_holds_no_other_back_and_comes_before_best_effort_work():
     table = RequestTable()
     late = table.add(make_request("late", arrival_s=0.0, prompt=3000, ttft_s=1.0, tpot_s=0.1), tier=Tier.PROMISED)
-    add_decode(table, "declined", now_s=2.0, tier=Tier.BEST_EFFORT)
-    add_decode(table, "promised", now_s=2.0, ahead_s=2.0)
+    add_decode(table, "declined", now_s=2.5, tier=Tier.BEST_EFFORT)
+    add_decode(table, "promised", now_s=2.5, ahead_s=2.0)
     table.add(make_request("bulk", arrival_s=-9.0, prompt=3000))
-    table.add(make_request("new", arrival_s=2.0, prompt=50, ttft_s=0.5, tpot_s=0.1))
+    table.add(make_request("new", arrival_s=2.5, prompt=50, ttft_s=0.5, tpot_s=0.1))
     assert table.rows["missed"][late] == 0  # no token has said so
-    plan = SloPlanner().plan(make_state(table, now_s=2.0))
+    plan = SloPlanner().plan(make_state(table, now_s=2.5))
     assert {v.request_id: v.promised for v in plan.verdicts} == {"new": True}
     assert plan.at_risk == ()
     tokens = {entry.request_id: entry.num_tokens for entry in plan.batch.entries}

@@ -4,8 +4,8 @@ Best-effort requests give up their blocks and seats, newest first. Where even th
 outputs outran their predicted lengths, the cheapest of them give way too.
 
 What is left may run until a promise needs the engine. Where promises have been declined that is too long: every
-request that comes meanwhile waits for the end of the step. Then work without a promise lengthens only brief steps;
-what was promised and became late, or is at risk, is finished first.
+request that comes meanwhile waits for the end of the step. Then work without a promise lengthens only brief steps,
+but for a tenth of every second; what was promised and became late, or is at risk, is finished first.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 NOBODY: IntArray = np.zeros(0, np.int64)
 # Where promises are declined, best-effort work lengthens a step beside promised work to so many times its fixed cost.
 CROWDED_FIXED_MULTIPLE = 1.5
+# It must not stand still where promised decodes fill such steps: for this share of every second it has all the time.
+OPEN_SHARE = 0.1
 
 
 class Stepping(Columns):
@@ -97,7 +99,7 @@ class Stepping(Columns):
             window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
             brief = until
-            if len(order) and self.declined.any():
+            if len(order) and self.declined.any() and self.state.now_s % 1.0 >= OPEN_SHARE:
                 brief = min(until, max(end, now + CROWDED_FIXED_MULTIPLE * self.fixed_s))
             first, rest = self.others(order, preempted, at_risk)
             composed, composed_totals = (index, counts), totals.copy()
