@@ -216,10 +216,10 @@ def test_an_api_key_never_appears_in_an_error(write):
 
 
 def test_a_file_that_cannot_be_read_is_told_in_plain_words(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.yaml: cannot be read: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: file = 'No such file or directory'"):
         load_slo_config(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff\xfe")
-    with pytest.raises(ValueError, match=r"latin\.yaml: cannot be read: it is no UTF-8 text$"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml: file = 'it is no UTF-8 text'"):
         load_slo_config(str(tmp_path / "latin.yaml"))
 
 

@@ -275,10 +275,7 @@ class SloConfig:
 
 
 def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> SloConfig:
-    """Read a YAML file; a mapping is a `to_json` document, `None` the shipped defaults.
-
-    `ValueError` for a file that cannot be read, `ConfigError` for what is wrong in it.
-    """
+    """Read a YAML file; a mapping is a `to_json` document, `None` the shipped defaults."""
     if source is None:
         return SloConfig()
     if isinstance(source, Mapping):
@@ -288,7 +285,7 @@ def load_slo_config(source: Mapping[str, Any] | str | Path | None = None) -> Slo
         text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ValueError(f"{where}: cannot be read: {reason}") from error
+        raise ConfigError(where=where, key="file", value=reason, expected="a file that can be read") from error
     loader = _UniqueKeyLoader(text)
     loader.name = where
     try:
