@@ -123,19 +123,25 @@ def _libnuma(_args: argparse.Namespace) -> Finding | None:
     return Finding(check="libnuma", status=OK, detail="found")
 
 
-def _numba(_args: argparse.Namespace) -> Finding:
+def _version(package: str) -> str | None:
+    """Return an installed package's version, None where it is not there."""
     try:
-        version = importlib.metadata.version("numba")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numba(_args: argparse.Namespace) -> Finding:
+    version = _version("numba")
+    if version is None:
         advice = "plans are made without compiled loops, slowly: pip install numba"
         return Finding(check="numba", status=WARN, detail="not installed", advice=advice)
     return Finding(check="numba", status=OK, detail=version)
 
 
 def _plots(_args: argparse.Namespace) -> Finding:
-    try:
-        version = importlib.metadata.version("matplotlib")
-    except importlib.metadata.PackageNotFoundError:
+    version = _version("matplotlib")
+    if version is None:
         advice = "reports with plots need it, in a checkout: pip install '.[bench]'"
         return Finding(check="plots", status=WARN, detail="matplotlib is not installed", advice=advice)
     return Finding(check="plots", status=OK, detail=f"matplotlib {version}")
@@ -156,9 +162,8 @@ def _hook(_args: argparse.Namespace) -> Finding | None:
 
 
 def _ray(_args: argparse.Namespace) -> Finding | None:
-    try:
-        version = importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
+    version = _version("ray")
+    if version is None:
         return None
     if version != RAY_PINNED:
         return Finding(check="ray", status=WARN, detail=version, advice=f"tested with {RAY_PINNED}")

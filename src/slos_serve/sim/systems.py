@@ -93,7 +93,7 @@ class System:
         known = self.setting_names()
         for key in settings:
             if key not in known:
-                expected = f"one of the settings {', '.join(known)}" if known else "no setting: it has none"
+                expected = f"one of the settings {', '.join(known)}"
                 raise ConfigError(where=self.name, key=key, value=settings[key], expected=expected)
         unit = self.layout(settings)
         name = self.router or router or (unit.router if num_replicas == 1 else self.default_router)

@@ -78,12 +78,12 @@ def read_mooncake(path: Path) -> Columns:
 def _mooncake_row(where: str, line: str) -> tuple[float, int, int, list[int]]:
     """Return timestamp (ms), prompt and output tokens, and block ids."""
     try:
-        document = json.loads(line)
+        row = json.loads(line)
     except ValueError:
-        document = None
-    row = document if isinstance(document, dict) else None
-    if row is None:
-        raise ValueError(f"{where}: {line.strip()[:40]!r}: expected a JSON object with {', '.join(MOONCAKE_FIELDS)}")
+        row = None
+    if not isinstance(row, dict):
+        fields = ", ".join(MOONCAKE_FIELDS)
+        raise ValueError(f"{where}: {line.strip()[:40]!r}: expected a JSON object with {fields}")  # noqa: TRY004
     for name, kind in MOONCAKE_FIELDS.items():
         if name not in row:
             raise ValueError(f"{where}: field {name!r} is missing: found {', '.join(row) or 'an empty object'}")
