@@ -43,6 +43,18 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("enforce", "test_spec_decode_padding_first_decode_step"): (
         "a steered step does not pad a request's first decode with drafts: a cap on its share would break that"
     ),
+    ("enforce", "test_reset_prefix_cache_with_inflight_output_under_kv_pressure"): (
+        "a request that ends by an output from before its preemption keeps the share of the next one in flight: vLLM "
+        "lets a finished request's later outputs go"
+    ),
+    ("enforce", "test_allocation_retry_waits_for_fence_then_succeeds"): (
+        "a steered step has the running requests in the plan's order, and the test fails the second allocation"
+    ),
+    ("enforce", "test_local_prefill_interval"): "a plan says itself which steps carry prompts",
+    ("enforce", "test_prefill_cadence_counts_executed_steps"): "a plan says itself which steps carry prompts",
+    ("enforce", "test_prefix_hit_is_capped_at_retained"): "the connector comes after the check of what can be steered",
+    ("enforce", "test_remote_kv_promotion_drains_before_grammar_prefix"): "remote KV blocks without a KV connector",
+    ("enforce", "test_fcfs_mixed_blocked_types_remote_load_drains_first"): "remote KV blocks without a KV connector",
     ("enforce", "test_fcfs_mixed_skipped_waiting_types_keep_order"): (
         "what waited for a grammar or for input joins the planner's table when it can run, behind what could run "
         "before; remote KV blocks, which the test has without a KV connector, are never awaited then"

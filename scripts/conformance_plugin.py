@@ -64,7 +64,18 @@ if KIND != "stock":
         def plan(self, state: Any) -> Any:
             """Return the next batch."""
             ByPolicy.requests = self.owner.requests if self.owner.policy.value == "priority" else {}
+            if hasattr(self.owner, "adaptive_long_prefill_threshold"):  # from 0.31 on
+                self.inner = dataclasses.replace(self.inner, chunk_limit=self.chunk_limit())
             return self.inner.plan(state)
+
+        def chunk_limit(self) -> Any:
+            """Return what one request's share of prefill is cut to, None where it is not."""
+            owner, limit = self.owner, self.owner.scheduler_config.long_prefill_token_threshold
+            count = sum(owner.get_request_counts())
+            if not limit or count <= 1:
+                return None
+            share = owner.max_num_scheduled_tokens // count if owner.adaptive_long_prefill_threshold else 0
+            return max(limit, share)
 
     class ByPolicy(VllmPlanner):
         """vLLM's batches; where `requests` are given, by their priority."""

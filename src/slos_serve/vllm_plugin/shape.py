@@ -41,7 +41,7 @@ def batch_shape(tracker: Tracker, output: SchedulerOutput) -> BatchShape:
         num_tokens=int(output.total_num_scheduled_tokens),
         num_requests=len(shares),
         context_tokens=int(starts[decodes].sum()),
-        draft_steps=int(output.num_spec_tokens_to_schedule),
+        draft_steps=0 if getattr(output, "skip_drafts", False) else int(output.num_spec_tokens_to_schedule),
         attention_pairs=float((chunks * (befores + chunks / 2)).sum() + sum(n * n / 2 for n in others)),
         has_prefill=bool(chunks.size or any(n > 1 for n in others)),
     )

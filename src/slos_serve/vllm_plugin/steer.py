@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
+
+from slos_serve.vllm_plugin.queues import kind_in
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -126,6 +128,9 @@ class Steering:
                 r for r in scheduler.running if r.request_id not in shares and r.request_id not in out
             ]
         self.next_draft_length = next_draft_length
+        kind = kind_in(scheduler)
+        assert kind is not None  # else `view.probe` has said so
+        self.queues = kind()
         if stock:
             self.caps.update(dict.fromkeys(stock, UNCAPPED))
             self._join_stock(stock)
@@ -139,7 +144,7 @@ class Steering:
         ours = [r for r in self.sorted if r.request_id not in stock]
         self.sorted = [r for r in scheduler.running if r.request_id in stock] + ours
         first = min((r.arrival_time for r in self.offered), default=0.0)
-        theirs = [r for queue in (scheduler.skipped_waiting, scheduler.waiting) for r in queue if r.request_id in stock]
+        theirs = [r for queue in self.queues.served(scheduler) for r in queue if r.request_id in stock]
         earlier = [r for r in theirs if r.arrival_time <= first]
         self.offered = earlier + self.offered + [r for r in theirs if r.arrival_time > first]
 
@@ -163,12 +168,17 @@ class Steering:
                 scheduler._preempt_request(request, now)
         self._was_bound = scheduler.prefill_capacity_bound
         self._running: list[Request] = scheduler.running
-        self._waiting, self._skipped = scheduler.waiting, scheduler.skipped_waiting
         self._policy, self._draft_lookup = scheduler.policy, scheduler.dynamic_sd_lookup
+        self._interval = getattr(scheduler, "local_prefill_interval", 1)
+        self._num_running = len(self.sorted)
         scheduler.running = self.sorted
-        scheduler.waiting = FCFSRequestQueue(self.offered)
-        scheduler.skipped_waiting = FCFSRequestQueue()
+        self.queues.swap(scheduler, self.offered)
         scheduler.policy = SchedulingPolicy.FCFS
+        if self._interval != 1:  # from 0.33 on; the plan says which steps carry prompts
+            scheduler.local_prefill_interval = 1
+        self._chunk_limit = scheduler.scheduler_config.long_prefill_token_threshold
+        if self._chunk_limit:  # it would cut a share below what the plan gives
+            scheduler.scheduler_config.long_prefill_token_threshold = 0
         if scheduler.num_spec_tokens > 0 and self._draft_lookup is None:
             length = scheduler.num_spec_tokens if self.next_draft_length is None else self.next_draft_length
             scheduler.dynamic_sd_lookup = DraftLookup(min(length, scheduler.num_spec_tokens))
@@ -179,12 +189,15 @@ class Steering:
         `throttled`: the step was to defer prefills, which vLLM does for data-parallel balance.
         """
         scheduler = self.scheduler
-        queue, aside = scheduler.waiting, list(scheduler.skipped_waiting)
-        scheduler.waiting, scheduler.skipped_waiting = self._waiting, self._skipped
+        queue, aside = self.queues.restore(scheduler)
         scheduler.policy, scheduler.dynamic_sd_lookup = self._policy, self._draft_lookup
+        if self._interval != 1:
+            scheduler.local_prefill_interval = self._interval
+        if self._chunk_limit:
+            scheduler.scheduler_config.long_prefill_token_threshold = self._chunk_limit
         running = RequestStatus.RUNNING
         offered = set(self.offered)
-        admitted = [r for r in self.offered if r.status is running]
+        admitted = scheduler.running[self._num_running :]  # vLLM appends whom it admits, and evicts from the end
         evicted = [r for r in queue if r not in offered] if len(queue) else []
         if admitted or evicted:
             stayed = [r for r in self._running if r.status is running]
@@ -192,11 +205,11 @@ class Steering:
         else:
             scheduler.running = self._running
         if admitted or aside:
-            self._take_out(admitted, aside)
+            self.queues.take_out(scheduler, admitted, aside)
         for request in reversed(evicted):
             scheduler.waiting.prepend_request(request)
         if not throttled or self._was_bound:  # else vLLM has left its mark alone
-            scheduler.prefill_capacity_bound = bool(scheduler.waiting)
+            scheduler.prefill_capacity_bound = self.queues.is_bound(scheduler)
 
     def divergences(self, found: Mapping[str, int]) -> Iterator[str]:
         """Say of each request whose share was not the planned one how: missing, short, long, or extra."""
@@ -208,16 +221,3 @@ class Steering:
                 yield "missing" if not scheduled else "short" if scheduled < tokens else "long"
         for _ in found.keys() - self.caps.keys():
             yield "extra"
-
-    def _take_out(self, admitted: Sequence[Request], aside: Sequence[Request]) -> None:
-        scheduler = self.scheduler
-        skipped_before = set(scheduler.skipped_waiting) if scheduler.skipped_waiting else set()
-        from_skipped = [r for r in admitted if r in skipped_before]
-        newly_aside = [r for r in aside if r not in skipped_before]
-        from_waiting = {r for r in admitted if r not in skipped_before}.union(newly_aside)
-        if from_skipped:
-            scheduler.skipped_waiting.remove_requests(set(from_skipped))
-        if from_waiting:
-            scheduler.waiting.remove_requests(from_waiting)
-        for request in reversed(newly_aside):
-            scheduler.skipped_waiting.prepend_request(request)

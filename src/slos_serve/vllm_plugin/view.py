@@ -1,9 +1,9 @@
 """What we read of vLLM, and the check that it still is what we read.
 
-Written for vLLM 0.29.0. vLLM's scheduler is not a public interface, so its names appear in two modules
-only: here (reading) and in `steer` (writing). `probe` compares the installed source with what these two
-rely on; a difference is a sentence, and the plug-in then observes instead of steering. `unsupported`
-does the same for one engine's configuration.
+Written for vLLM 0.29 to 0.33. vLLM's scheduler is not a public interface, so its names appear in three modules
+only: here (reading), in `steer` (writing) and, for how requests wait, in `queues`. `probe` compares the installed
+source with what these rely on; a difference is a sentence, and the plug-in then observes instead of steering.
+`unsupported` does the same for one engine's configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from slos_serve.core.types import IntArray, Limits
+from slos_serve.vllm_plugin.queues import KINDS, kind_in, kind_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,8 +38,6 @@ METHODS = {
     "shutdown": [],
     "_free_request": ["request", "delay_free_blocks"],
     "_preempt_request": ["request", "timestamp", "drop_stale_output"],
-    "_try_promote_blocked_waiting_request": ["request"],
-    "_select_waiting_queue_for_scheduling": [],
 }
 ATTRIBUTES = (
     "requests",
@@ -56,7 +55,6 @@ ATTRIBUTES = (
     "ec_connector",
     "lora_config",
 )
-QUEUES = {"waiting", "skipped_waiting"}
 
 
 def _self_calls(function: Callable[..., Any]) -> list[str]:
@@ -94,17 +92,23 @@ def _assigned_attributes(init: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = AsyncScheduler) -> list[str]:
-    """Return how the installed vLLM differs from what this plug-in steers by; empty means it does not."""
+def _method_differences(scheduler_class: type[Any], methods: Mapping[str, list[str]]) -> list[str]:
+    """Return which methods are missing or take something else."""
     differences: list[str] = []
-    for name, expected in METHODS.items():
+    for name, expected in methods.items():
         method = getattr(scheduler_class, name, None)
         if method is None:
             differences.append(f"Scheduler.{name} is missing")
             continue
-        found = list(inspect.signature(method).parameters)[1:]
+        found = [p for p in inspect.signature(method).parameters if p != "self"]
         if found != expected:
             differences.append(f"Scheduler.{name} takes {found}: expected {expected}")
+    return differences
+
+
+def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = AsyncScheduler) -> list[str]:
+    """Return how the installed vLLM differs from what this plug-in steers by; empty means it does not."""
+    differences = _method_differences(scheduler_class, METHODS)
     if differences:
         return differences
     try:
@@ -116,8 +120,13 @@ def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = Async
     if calls != 2 or targets != ["num_new_tokens", "num_new_tokens"]:
         differences.append(f"Scheduler.schedule calls {HOOK} {calls} times, into {targets}: expected twice")
     queues = {name for name, value in attributes.items() if value.startswith("create_request_queue(")}
-    if queues != QUEUES:
-        differences.append(f"waiting queues {sorted(queues)}: expected {sorted(QUEUES)}")
+    kind = kind_of(queues)
+    if kind is None:
+        known = " or ".join(str(sorted(kind.QUEUES)) for kind in KINDS)
+        differences.append(f"waiting queues {sorted(queues)}: expected {known}")
+    else:
+        differences += _method_differences(scheduler_class, kind.METHODS)
+        differences += [f"Scheduler.{name} is missing" for name in kind.ATTRIBUTES if name not in attributes]
     differences += [f"Scheduler.{name} is missing" for name in ATTRIBUTES if name not in attributes]
     if "schedule" in vars(async_class):
         differences.append("AsyncScheduler has a schedule() of its own")
@@ -127,6 +136,7 @@ def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = Async
 def unsupported(scheduler: Any) -> list[str]:
     """Return what this engine is configured for that the planner cannot steer; empty means nothing."""
     config = scheduler.vllm_config
+    auxiliary = getattr(scheduler, "aux_output_connector", None)
     checks = {
         "pooling models": config.model_config.runner_type == "pooling",
         "encoder-decoder models": bool(scheduler.is_encoder_decoder),
@@ -138,6 +148,8 @@ def unsupported(scheduler: Any) -> list[str]:
         "an encoder-cache connector": scheduler.ec_connector is not None,
         "a model without KV cache": not scheduler.kv_cache_config.kv_cache_groups,
         "data-parallel engines in lock step": scheduler.parallel_config.data_parallel_size > 1,
+        "prefix hits that are computed again": bool(getattr(scheduler, "prefix_replay_tokens", 0)),
+        "prefix hits cut to auxiliary outputs": hasattr(auxiliary, "max_cache_hit"),
     }
     return [name for name, present in checks.items() if present]
 
@@ -161,8 +173,8 @@ def awaits_grammar(request: Request) -> bool:
 
 def promote(scheduler: Any, request: Request) -> bool:
     """Let vLLM make a blocked request runnable if what it waited for has come; tell whether it did."""
-    theirs = getattr(scheduler, "_try_promote_blocked_waiting_request", None)  # a vLLM without it promotes by itself
-    return theirs is not None and bool(theirs(request))
+    kind = kind_in(scheduler)  # a vLLM that waits in another way promotes by itself
+    return kind is not None and kind.promote(scheduler, request)
 
 
 def follows_stock_rules(request: Request) -> bool:
@@ -222,7 +234,7 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
         max_num_batched_tokens=int(
             min(scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.max_num_batched_tokens)
         ),
-        max_num_seqs=int(scheduler.max_num_running_reqs),
+        max_num_seqs=int(min(scheduler.max_num_running_reqs, getattr(scheduler, "max_num_active_reqs", 1 << 30))),
         max_model_len=int(scheduler.max_model_len),
         block_size=int(scheduler.block_size),
         num_kv_blocks=int(max(1, blocks // per_unit)),
@@ -234,7 +246,8 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
 
 def waiting_queues(scheduler: Any) -> tuple[RequestQueue | tuple[()], RequestQueue]:
     """Return (skipped, waiting), the order in which vLLM serves them; one that only is observed may have no first."""
-    return getattr(scheduler, "skipped_waiting", ()), scheduler.waiting
+    kind = kind_in(scheduler)
+    return ((), scheduler.waiting) if kind is None else kind.served(scheduler)
 
 
 def how_it_ended(request: Request, num_output_tokens: int) -> str:
