@@ -61,9 +61,10 @@ def build(tmp_path, perf):
 
 
 @pytest.fixture
-def vllm_log(caplog):
-    """Return what is logged below vLLM's own logger, which passes nothing on."""
+def vllm_log(caplog, monkeypatch):
+    """Return what is logged below vLLM's own logger: once, whether that one passes on what it gets or not."""
     logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

@@ -7,6 +7,7 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.types import BatchPlan, Plan, Status
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler
@@ -114,6 +115,42 @@ def test_every_batch_is_the_planned_one(build, seed, policy) -> None:
     check_clean(scheduler, engine, names)
     assert not scheduler.slo.divergences
     assert sum(len(plan.batch.preempted) for plan in planner.plans) > 0
+
+
+def limits_on_prefill(scheduler) -> tuple[int, int]:
+    """Return vLLM's threshold for long prompts and its cadence of prefills, which older ones have not."""
+    return scheduler.scheduler_config.long_prefill_token_threshold, getattr(scheduler, "local_prefill_interval", 1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_vllms_own_limits_on_prefill_cut_no_planned_share_and_hold_again_afterwards(build, seed) -> None:
+    planner = RandomPlanner(seed)
+    scheduler = build(planner)
+    scheduler.scheduler_config.long_prefill_token_threshold = 8
+    if hasattr(scheduler, "local_prefill_interval"):
+        scheduler.local_prefill_interval = 4
+    before = limits_on_prefill(scheduler)
+    engine = Engine(scheduler)
+    names = feed(scheduler, 20, np.random.default_rng(seed))
+    while scheduler.has_unfinished_requests():
+        engine.step()
+        assert limits_on_prefill(scheduler) == before
+    scheduler.slo.faults.counts.pop("starved", None)
+    check_clean(scheduler, engine, names)
+    assert not scheduler.slo.divergences
+    assert max(max(batch.values(), default=0) for batch in engine.batches) > 8
+
+
+def test_a_threshold_for_long_prompts_leaves_no_planned_step_emptier(build) -> None:
+    steps = {}
+    for threshold in (0, 64):
+        scheduler = build(VllmPlanner())
+        scheduler.scheduler_config.long_prefill_token_threshold = threshold
+        engine = Engine(scheduler)
+        for i in range(10):
+            scheduler.add_request(make_request(f"r{i}", prompt_tokens=300, max_tokens=4, args={"slo_class": "chat"}))
+        steps[threshold] = engine.run()
+    assert steps[64] == steps[0]
 
 
 @pytest.mark.parametrize("seed", range(3))

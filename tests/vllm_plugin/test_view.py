@@ -11,11 +11,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.vllm_plugin import runtime, view
+from slos_serve.vllm_plugin.shape import batch_shape
 from slos_serve.vllm_plugin.testing import Engine, make_request
-
-
-class RenamedHook(Scheduler):
-    _reserve_prefill_lookahead = None
 
 
 class WiderHook(Scheduler):
@@ -54,7 +51,7 @@ def test_the_installed_vllm_is_the_one_this_was_written_for() -> None:
     ("cls", "words"),
     [
         (WiderHook, "takes"),
-        (ThirdQueue, "waiting queues"),
+        (ThirdQueue, "keeps waiting requests in ['kv_holding_waiting', 'skipped_waiting', 'waiting']"),
         (OneCall, "1 times"),
         (NoHook, "missing"),
     ],
@@ -63,14 +60,42 @@ def test_each_difference_is_one_sentence(cls, words) -> None:
     assert any(words in sentence for sentence in view.probe(cls))
 
 
+class RenamedEverything(Scheduler):
+    _reserve_prefill_lookahead = None
+
+    def __init__(self, policy):
+        self.waiting = create_request_queue(policy)
+
+    def _free_request(self, request):
+        raise NotImplementedError
+
+    def _preempt_request(self, request):
+        raise NotImplementedError
+
+
+def test_all_differences_are_told_at_once_so_that_none_hides_behind_another() -> None:
+    sentences = " ".join(view.probe(RenamedEverything, OwnAsyncSchedule))
+    for words in (
+        "Scheduler._reserve_prefill_lookahead",
+        "Scheduler._free_request takes",
+        "Scheduler._preempt_request takes",
+        "keeps waiting requests in ['waiting']",
+        "Scheduler.kv_cache_manager is missing",
+        "AsyncScheduler has",
+    ):
+        assert words in sentences
+
+
 def test_an_async_scheduler_with_an_order_of_its_own_is_a_difference() -> None:
     assert view.probe(Scheduler, OwnAsyncSchedule) == ["AsyncScheduler has a schedule() of its own"]
 
 
-def test_a_difference_means_observing_with_one_clear_message(build, monkeypatch, caplog) -> None:
+def test_a_difference_means_observing_with_one_clear_message(build, monkeypatch, vllm_log) -> None:
     monkeypatch.setattr(runtime.view, "probe", lambda: ["the hook is gone"])
-    monkeypatch.setattr("vllm.logger._VllmLogger.propagate", True, raising=False)
     scheduler = build(VllmPlanner())
+    assert [line for line in vllm_log.messages if "only observes" in line] == [
+        "SLO scheduler only observes: the hook is gone"
+    ]
     engine = Engine(scheduler)
     scheduler.add_request(make_request("r", args={"slo_class": "chat"}))
     engine.run()
@@ -89,6 +114,33 @@ def test_what_this_engine_cannot_be_steered_in_is_named(build) -> None:
     found = view.unsupported(scheduler)
     scheduler.connector = None
     assert found == ["Mamba state aligned to blocks", "multi-module MTP", "a KV connector"]
+
+
+def test_what_newer_vllms_cannot_be_steered_in_is_named_too(build) -> None:
+    scheduler = build(VllmPlanner())
+    scheduler.prefix_replay_tokens = 16
+    scheduler.aux_output_connector = SimpleNamespace(max_cache_hit=lambda request: 0)
+    found = view.unsupported(scheduler)
+    scheduler.aux_output_connector = None
+    assert found == ["prefix hits that are computed again", "prefix hits cut to auxiliary outputs"]
+
+
+@pytest.mark.parametrize("seats", [3, 40])
+def test_no_plan_counts_on_more_seats_than_vllm_admits_to(build, seats) -> None:
+    scheduler = build(VllmPlanner(), max_num_seqs=16)
+    scheduler.max_num_active_reqs = seats
+    assert view.limits(scheduler, guard_s=0.0, work_limit=1).max_num_seqs == min(seats, 16)
+
+
+def test_a_step_that_skips_its_drafts_counts_none(build) -> None:
+    scheduler = build(VllmPlanner(), speculative_tokens=3)
+    scheduler.add_request(make_request("r"))
+    output = scheduler.schedule()
+    output.num_spec_tokens_to_schedule = 3
+    output.skip_drafts = False
+    assert batch_shape(scheduler.slo.tracker, output).draft_steps == 3
+    output.skip_drafts = True
+    assert batch_shape(scheduler.slo.tracker, output).draft_steps == 0
 
 
 def test_free_blocks_match_what_requests_are_thought_to_hold(build) -> None:

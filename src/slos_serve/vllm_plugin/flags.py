@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-try:
-    from vllm.entrypoints.common.cli_args import make_arg_parser  # from 0.33 on
+try:  # from 0.33 on
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 except ImportError:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -3,10 +3,11 @@
 vLLM's `schedule()` walks `running`, then admits from the waiting queues, asking one method for the size of
 each share (the hook, see `view.HOOK`). For the length of one call this module
 - sorts `running` in plan order, held requests after it (a KV shortage evicts from the end),
-- puts a queue of the planned waiting requests, in plan order, in place of both waiting queues,
+- puts a queue of the planned waiting requests, in plan order, in place of vLLM's (see `queues`),
 - gives the hook a cap per request: its planned tokens, 0 to hold it,
-- switches the policy to first-come-first-served, so that plan order is the only order.
-Afterwards queues, order and policy are restored: requests that were admitted are taken out, requests that
+- switches the policy to first-come-first-served, so that plan order is the only order, and suspends vLLM's own limits
+  on prefill (its cadence, its threshold for long prompts), which would cut what the plan gives.
+Afterwards queues, order and settings are restored: requests that were admitted are taken out, requests that
 vLLM preempted or set aside are put where vLLM would have put them.
 """
 
@@ -128,6 +129,7 @@ class Steering:
                 r for r in scheduler.running if r.request_id not in shares and r.request_id not in out
             ]
         self.next_draft_length = next_draft_length
+        self._suspended: list[tuple[Any, str, Any]] = []
         kind = kind_in(scheduler)
         assert kind is not None  # else `view.probe` has said so
         self.queues = kind()
@@ -168,33 +170,33 @@ class Steering:
                 scheduler._preempt_request(request, now)
         self._was_bound = scheduler.prefill_capacity_bound
         self._running: list[Request] = scheduler.running
-        self._policy, self._draft_lookup = scheduler.policy, scheduler.dynamic_sd_lookup
-        self._interval = getattr(scheduler, "local_prefill_interval", 1)
         self._num_running = len(self.sorted)
         scheduler.running = self.sorted
         self.queues.swap(scheduler, self.offered)
-        scheduler.policy = SchedulingPolicy.FCFS
-        if self._interval != 1:  # from 0.33 on; the plan says which steps carry prompts
-            scheduler.local_prefill_interval = 1
-        self._chunk_limit = scheduler.scheduler_config.long_prefill_token_threshold
-        if self._chunk_limit:  # it would cut a share below what the plan gives
-            scheduler.scheduler_config.long_prefill_token_threshold = 0
-        if scheduler.num_spec_tokens > 0 and self._draft_lookup is None:
+        self._suspend(scheduler, "policy", SchedulingPolicy.FCFS)
+        # The plan says which steps carry prompts, and how much of them.
+        self._suspend(scheduler, "local_prefill_interval", 1)
+        self._suspend(scheduler.scheduler_config, "long_prefill_token_threshold", 0)
+        if scheduler.num_spec_tokens > 0 and scheduler.dynamic_sd_lookup is None:
             length = scheduler.num_spec_tokens if self.next_draft_length is None else self.next_draft_length
-            scheduler.dynamic_sd_lookup = DraftLookup(min(length, scheduler.num_spec_tokens))
+            self._suspend(scheduler, "dynamic_sd_lookup", DraftLookup(min(length, scheduler.num_spec_tokens)))
+
+    def _suspend(self, owner: Any, name: str, value: Any) -> None:
+        """Set for this step what `finish` puts back; a vLLM that has no such setting gets none."""
+        found = getattr(owner, name, value)
+        if found != value:
+            self._suspended.append((owner, name, found))
+            setattr(owner, name, value)
 
     def finish(self, *, throttled: bool = False) -> None:
-        """Restore queues, order and policy around what `schedule()` did.
+        """Restore queues, order and settings around what `schedule()` did.
 
         `throttled`: the step was to defer prefills, which vLLM does for data-parallel balance.
         """
         scheduler = self.scheduler
         queue, aside = self.queues.restore(scheduler)
-        scheduler.policy, scheduler.dynamic_sd_lookup = self._policy, self._draft_lookup
-        if self._interval != 1:
-            scheduler.local_prefill_interval = self._interval
-        if self._chunk_limit:
-            scheduler.scheduler_config.long_prefill_token_threshold = self._chunk_limit
+        for owner, name, found in self._suspended:
+            setattr(owner, name, found)
         running = RequestStatus.RUNNING
         offered = set(self.offered)
         admitted = scheduler.running[self._num_running :]  # vLLM appends whom it admits, and evicts from the end

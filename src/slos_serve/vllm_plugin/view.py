@@ -1,9 +1,9 @@
 """What we read of vLLM, and the check that it still is what we read.
 
 Written for vLLM 0.29 to 0.33. vLLM's scheduler is not a public interface, so its names appear in three modules
-only: here (reading), in `steer` (writing) and, for how requests wait, in `queues`. `probe` compares the installed
-source with what these rely on; a difference is a sentence, and the plug-in then observes instead of steering.
-`unsupported` does the same for one engine's configuration.
+only: here (reading), in `steer` (writing) and, for how requests wait, in `queues`. `probe` compares the structure of
+the installed source with what these rely on; a difference is a sentence, and the plug-in then observes instead of
+steering. `unsupported` does the same for one engine's configuration.
 """
 
 from __future__ import annotations
@@ -106,28 +106,37 @@ def _method_differences(scheduler_class: type[Any], methods: Mapping[str, list[s
     return differences
 
 
-def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = AsyncScheduler) -> list[str]:
-    """Return how the installed vLLM differs from what this plug-in steers by; empty means it does not."""
-    differences = _method_differences(scheduler_class, METHODS)
-    if differences:
-        return differences
-    try:
-        targets = _hook_targets(scheduler_class.schedule)
-        calls = _self_calls(scheduler_class.schedule).count(HOOK)
-        attributes = _assigned_attributes(scheduler_class.__init__)
-    except (OSError, SyntaxError, TypeError) as error:
-        return [f"the source of Scheduler cannot be read ({error})"]
+def _source_differences(scheduler_class: type[Any]) -> list[str]:
+    """Return how the body of `schedule` and what the constructor sets differ."""
+    targets = _hook_targets(scheduler_class.schedule)
+    calls = _self_calls(scheduler_class.schedule).count(HOOK)
+    attributes = _assigned_attributes(scheduler_class.__init__)
+    differences: list[str] = []
     if calls != 2 or targets != ["num_new_tokens", "num_new_tokens"]:
         differences.append(f"Scheduler.schedule calls {HOOK} {calls} times, into {targets}: expected twice")
-    queues = {name for name, value in attributes.items() if value.startswith("create_request_queue(")}
+    queues = sorted(name for name, value in attributes.items() if value.startswith("create_request_queue("))
     kind = kind_of(queues)
+    needed = ATTRIBUTES
     if kind is None:
         known = " or ".join(str(sorted(kind.QUEUES)) for kind in KINDS)
-        differences.append(f"waiting queues {sorted(queues)}: expected {known}")
+        differences.append(f"Scheduler keeps waiting requests in {queues}: expected {known}")
     else:
         differences += _method_differences(scheduler_class, kind.METHODS)
-        differences += [f"Scheduler.{name} is missing" for name in kind.ATTRIBUTES if name not in attributes]
-    differences += [f"Scheduler.{name} is missing" for name in ATTRIBUTES if name not in attributes]
+        needed += kind.ATTRIBUTES
+    return differences + [f"Scheduler.{name} is missing" for name in needed if name not in attributes]
+
+
+def probe(scheduler_class: type[Any] = Scheduler, async_class: type[Any] = AsyncScheduler) -> list[str]:
+    """Return every difference of the installed vLLM from what this plug-in steers by; empty where it may steer.
+
+    The structure decides, never the version: methods and what they take, where `schedule` calls the hook, what the
+    constructor sets, and which of the known ways of waiting it is (`queues`).
+    """
+    differences = _method_differences(scheduler_class, METHODS)
+    try:
+        differences += _source_differences(scheduler_class)
+    except (AttributeError, OSError, SyntaxError, TypeError) as error:
+        differences.append(f"the source of Scheduler cannot be read ({error})")
     if "schedule" in vars(async_class):
         differences.append("AsyncScheduler has a schedule() of its own")
     return differences
@@ -173,7 +182,7 @@ def awaits_grammar(request: Request) -> bool:
 
 def promote(scheduler: Any, request: Request) -> bool:
     """Let vLLM make a blocked request runnable if what it waited for has come; tell whether it did."""
-    kind = kind_in(scheduler)  # a vLLM that waits in another way promotes by itself
+    kind = kind_in(scheduler)  # a vLLM that waits in no known way is never steered and promotes by itself
     return kind is not None and kind.promote(scheduler, request)
 
 
@@ -230,11 +239,12 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
     """Return what one engine can do in a step; `guard_s` and `work_limit` as in `Limits`."""
     per_unit = blocks_per_unit(scheduler)
     blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
+    seats = scheduler.max_num_running_reqs
     return Limits(
         max_num_batched_tokens=int(
             min(scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.max_num_batched_tokens)
         ),
-        max_num_seqs=int(min(scheduler.max_num_running_reqs, getattr(scheduler, "max_num_active_reqs", 1 << 30))),
+        max_num_seqs=int(min(seats, getattr(scheduler, "max_num_active_reqs", seats))),  # the second from 0.31 on
         max_model_len=int(scheduler.max_model_len),
         block_size=int(scheduler.block_size),
         num_kv_blocks=int(max(1, blocks // per_unit)),
@@ -245,7 +255,7 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
 
 
 def waiting_queues(scheduler: Any) -> tuple[RequestQueue | tuple[()], RequestQueue]:
-    """Return (skipped, waiting), the order in which vLLM serves them; one that only is observed may have no first."""
+    """Return vLLM's two queues in the order in which it serves them; a vLLM that waits in no known way has one."""
     kind = kind_in(scheduler)
     return ((), scheduler.waiting) if kind is None else kind.served(scheduler)
 
