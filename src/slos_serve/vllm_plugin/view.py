@@ -39,7 +39,7 @@ METHODS = {
     "_free_request": ["request", "delay_free_blocks"],
     "_preempt_request": ["request", "timestamp", "drop_stale_output"],
 }
-ATTRIBUTES = (
+ATTRIBUTES: tuple[str, ...] = (
     "requests",
     "running",
     "policy",
