@@ -63,6 +63,9 @@ class SloMetrics:
         self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
         self.margin_coverage = gauge("slos_serve_margin_coverage", "Share of steps within the predicted time.")
         self.margin_coverage.set(math.nan)  # unknown is not 0
+        self.clock_error = gauge(
+            "slos_serve_clock_error_seconds", "When batches were expected to start minus when they did: the median."
+        )
         self._tenants: set[str] = set()
         self._seen: dict[tuple[object, str], float] = {}
 
@@ -111,6 +114,9 @@ class SloMetrics:
         ):
             if snapshot.get(key) is not None:
                 gauge.set(snapshot[key])
+        clock_error = (snapshot.get("clock_error_s") or {}).get("p50")
+        if clock_error is not None:
+            self.clock_error.set(clock_error)
         for slo_class, length in (snapshot.get("draft_lengths") or {}).items():
             self.draft_length.labels(slo_class).set(length)
         self.class_mode.clear()

@@ -2,22 +2,26 @@
 
 No model runs: outputs are made up by a mock executor, and each step takes the hardware model's time. With
 our scheduler class the plug-in itself runs, its clock and its step times moved to the virtual clock, its
-planner's work limit fixed, so that a run is deterministic. Needs vLLM; nothing else here imports it.
+planner's work limit fixed, so that a run is deterministic. An asynchronous class schedules one batch ahead, as
+vLLM's engine core does with it; the device runs one batch at a time. Needs vLLM; nothing else here imports it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 from slos_serve.sim.kernel import Kernel, Priority
 from slos_serve.sim.records import Record
 from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
-from slos_serve.vllm_plugin.scheduler import SloScheduler
+from slos_serve.vllm_plugin.scheduler import SloMixin
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 
 if TYPE_CHECKING:
@@ -48,12 +52,12 @@ class _VirtualPipeline(Pipeline):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step_s = 0.0
+        self.step_s: dict[int, float] = {}
 
-    def take(self, output: Any) -> tuple[InFlight, float] | None:
+    def take(self, output: Any, now_s: float) -> tuple[InFlight, float] | None:
         """Return the batch and how long it took on the virtual clock."""
-        done = super().take(output)
-        return None if done is None else (done[0], self.step_s)
+        done = super().take(output, now_s)
+        return None if done is None else (done[0], self.step_s[id(output)])
 
 
 class _FixedWork:
@@ -78,7 +82,7 @@ class VllmReplica:
         self.kernel = kernel
         self.model = hardware.perf_model
         self.served = Served()
-        self.is_ours = issubclass(cls, SloScheduler)
+        self.is_ours = issubclass(cls, SloMixin)
         if self.is_ours:
             profile = write_profile(root / "profile.json", hardware.perf_model)
             options["slo"] = {
@@ -111,7 +115,9 @@ class VllmReplica:
             slo.learner.poll()
         self._engine = Engine(self.scheduler)
         self._records: dict[str, Record] = {}
-        self._is_busy = False
+        self._depth = 2 if issubclass(cls, AsyncScheduler) else 1
+        self._is_asked = False
+        self._queue: deque[tuple[Any, Any]] = deque()  # batches handed over, the first of which runs
 
     def submit(self, sim: SimRequest) -> None:
         """Take a request that arrives now."""
@@ -131,14 +137,19 @@ class VllmReplica:
             )
         )
         self._records[request.request_id] = Record(sim)
-        if not self._is_busy:
-            self._is_busy = True
-            self.kernel.schedule(self.kernel.now_s, Priority.PLAN, self._step)
+        if not self._queue and not self._is_asked:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._is_asked = True
+        self.kernel.schedule(self.kernel.now_s, Priority.PLAN, self._step)
 
     def _step(self) -> None:
-        if not self.scheduler.has_requests():
-            self._is_busy = False
-            return
+        self._is_asked = False
+        while len(self._queue) < self._depth and self.scheduler.has_requests():
+            self._schedule()
+
+    def _schedule(self) -> None:
         requests = self.scheduler.requests
         lengths = {name: request.num_tokens for name, request in requests.items()}
         output = self.scheduler.schedule()
@@ -155,9 +166,14 @@ class VllmReplica:
             else:
                 pairs += tokens * (start + 0.5 * tokens)
         seconds = self.model.seconds(sum(batch.values()), len(batch), context_tokens=context, attention_pairs=pairs)
-        self._pipeline.step_s = seconds
-        at_s = self.kernel.now_s + (seconds if batch else 1e-3)
-        self.kernel.schedule(at_s, Priority.STEP_END, lambda: self._complete(output, result))
+        self._pipeline.step_s[id(output)] = seconds if batch else 1e-3
+        self._queue.append((output, result))
+        if len(self._queue) == 1:
+            self._start()
+
+    def _start(self) -> None:
+        at_s = self.kernel.now_s + self._pipeline.step_s[id(self._queue[0][0])]
+        self.kernel.schedule(at_s, Priority.STEP_END, self._complete)
 
     def _note_promises(self) -> None:
         if not self.is_ours:
@@ -167,8 +183,9 @@ class VllmReplica:
             if live.was_promised and record.promised_s == math.inf:
                 record.promised_s = self.kernel.now_s
 
-    def _complete(self, output: Any, result: Any) -> None:
+    def _complete(self) -> None:
         now_s = self.kernel.now_s
+        output, result = self._queue.popleft()
         for batch in self.scheduler.update_from_output(output, result).values():
             for one in batch.outputs:
                 times = self.served.token_times_s.setdefault(one.request_id, [])
@@ -178,7 +195,10 @@ class VllmReplica:
                 if one.finish_reason is not None:
                     self.served.graded.append(record.finish(now_s, makes_promises=self.is_ours))
                     del self._records[one.request_id]
-        self.kernel.schedule(now_s, Priority.PLAN, self._step)
+        del self._pipeline.step_s[id(output)]
+        if self._queue:
+            self._start()
+        self._ask()
 
 
 def serve(workload: Workload, hardware: Hardware, root: Path, cls: type[Any], **options: Any) -> Served:

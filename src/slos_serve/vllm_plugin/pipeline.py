@@ -1,7 +1,15 @@
-"""Batches on their way through the engine, and how long each one took."""
+"""Batches on their way through the engine: when the next one starts, and how long each one took.
+
+Theory of operation. The device is a queue of one: a batch starts when it is handed over or when the one before it
+ends, whichever is later. Under asynchronous scheduling a batch is scheduled while another is in flight, so its start
+is a prediction. Every prediction counts from the last output, which is when the device became free for what is
+in flight now; none counts from another prediction whose truth is known. So what is predicted wrong about one batch
+is forgotten when its output comes, and the planner's clock cannot drift away from the wall clock.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -17,16 +25,17 @@ BUSY_GAP_S = 0.01  # from one output to the next schedule(): longer, and the eng
 
 @dataclass(slots=True)
 class InFlight:
-    """One scheduled batch on its way through the engine. `ends_at_s` is expected, on the wall clock.
+    """One scheduled batch on its way through the engine.
 
-    `began`: when its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s`
-    without.
+    `added_s`: when it was handed over, `starts_at_s`: when it was expected to start, on the wall clock. `began`: when
+    its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s` without.
     """
 
     output: SchedulerOutput
     shape: BatchShape
     began: float
-    ends_at_s: float
+    added_s: float
+    starts_at_s: float
     planned_s: float | None
     predicted_s: float | None
     overhead_s: float
@@ -38,6 +47,8 @@ class Pipeline:
     def __init__(self) -> None:
         self._entries: deque[InFlight] = deque()
         self._last_update = 0.0
+        self._free_at_s = -math.inf  # the last output, on the wall clock
+        self.clock_error_s = 0.0  # of the batch taken last: its expected start minus the true one
 
     def add(self, entry: InFlight) -> None:
         """Take up a batch that was just scheduled."""
@@ -45,20 +56,23 @@ class Pipeline:
 
     def starts_at(self, now_s: float) -> float:
         """Return when a batch scheduled now starts: under async scheduling, when the one in flight ends."""
-        return max(now_s, self._entries[-1].ends_at_s) if self._entries else now_s
+        free_at_s = self._free_at_s
+        for entry in self._entries:
+            ends_at_s = max(free_at_s, entry.added_s) + (entry.predicted_s or 0.0)
+            free_at_s = max(ends_at_s, now_s)  # what should have ended and has not ends any moment
+        return max(now_s, free_at_s)
 
-    def take(self, output: SchedulerOutput) -> tuple[InFlight, float] | None:
-        """Return the batch whose output has come and its seconds; None where it was not noted.
+    def take(self, output: SchedulerOutput, now_s: float) -> tuple[InFlight, float] | None:
+        """Return the batch whose output has come and its seconds; None for one that was not noted.
 
         A busy engine's step lasts from one output to the next, scheduling included.
         """
-        now = time.perf_counter()
-        done = None
-        while self._entries:
-            entry = self._entries.popleft()
-            if entry.output is output:
-                busy = entry.began - self._last_update < BUSY_GAP_S
-                done = (entry, now - (self._last_update if busy else entry.began))
-                break
+        now, before = time.perf_counter(), self._last_update
         self._last_update = now
-        return done
+        if not any(entry.output is output for entry in self._entries):
+            return None  # an empty batch: the device was not asked
+        while (entry := self._entries.popleft()).output is not output:
+            pass
+        self.clock_error_s = entry.starts_at_s - max(self._free_at_s, entry.added_s)
+        self._free_at_s = now_s
+        return entry, now - (before if entry.began - before < BUSY_GAP_S else entry.began)

@@ -87,6 +87,7 @@ class SloRuntime:
         self.num_expired = 0
         self.plan_times = Ring()
         self.overheads = Ring()
+        self.clock_errors = Ring()
         self.last_plan: Plan | None = None
         self.per_unit = view.blocks_per_unit(scheduler)
         self._state: ReplicaState | None = None
@@ -206,7 +207,7 @@ class SloRuntime:
     def before_update(self, output: SchedulerOutput) -> None:
         """Take the time of the batch whose output has come."""
         self._is_updating = True
-        self._done = self._pipeline.take(output)
+        self._done = self._pipeline.take(output, self.clock.now())
 
     def on_free(self, request: Request) -> None:
         """Note that a request is finished, on whatever path."""
@@ -331,14 +332,15 @@ class SloRuntime:
         predicted = self.learner.predict(shape)
         if self._steering is not None:
             self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
-        begins = self._pipeline.starts_at(self.clock.now())
+        now = self.clock.now()
         finished = time.perf_counter()
         self._pipeline.add(
             InFlight(
                 output=output,
                 shape=shape,
                 began=self._began,
-                ends_at_s=begins + (predicted or 0.0),
+                added_s=now,
+                starts_at_s=self._pipeline.starts_at(now) if self._state is None else self._state.now_s,
                 planned_s=None if predicted is None else predicted * self.learner.margin(shape),
                 predicted_s=predicted,
                 overhead_s=self._overhead + finished - started,
@@ -395,6 +397,8 @@ class SloRuntime:
         self._work_limit.earn(seconds)
         self.learner.observe(entry.shape, seconds, entry.predicted_s)
         self.recorder.add(self.num_steps, now, entry.shape, seconds, entry.planned_s, entry.predicted_s)
+        self.clock_errors.add(self._pipeline.clock_error_s)
+        self.safety.add_clock_error(self._pipeline.clock_error_s)
         self.safety.add_step(seconds, overhead)
         self.safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
         if entry.predicted_s is not None:

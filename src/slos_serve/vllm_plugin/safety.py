@@ -25,6 +25,8 @@ class SafetyLimits:
     """Limits of the rules, as shares, and the evidence each one needs. Times in seconds.
 
     `max_plan_s`: when a plan is cut off. `max_clock_step_s`: how far the clock may be set back unnoticed.
+    `max_clock_error_s`: how far the time that plans are made for may be from the time at which their batches start,
+    in `num_clock_errors` steps in a row.
     """
 
     min_promises_kept: float = 0.95
@@ -37,6 +39,8 @@ class SafetyLimits:
     num_timed_steps: int = 200
     max_plan_s: float = 30.0
     max_clock_step_s: float = 0.1
+    max_clock_error_s: float = 0.25
+    num_clock_errors: int = 64
     hold_s: float = 60.0
     is_enabled: bool = True
 
@@ -61,6 +65,7 @@ class StepDown:
         self._overhead_s = 0.0
         self._coverage: float | None = None
         self._clock_step_s = 0.0
+        self._num_clock_errors = 0
         self._num_hung = 0
         self._resume_s = 0.0
         self._hold_s = 0.0
@@ -78,6 +83,11 @@ class StepDown:
     def add_clock_step(self, seconds: float) -> None:
         """Take a step of the clock backwards; 0 for none."""
         self._clock_step_s = max(self._clock_step_s, seconds)
+
+    def add_clock_error(self, seconds: float) -> None:
+        """Take how much later a batch was expected to start than it did."""
+        is_off = abs(seconds) > self.limits.max_clock_error_s
+        self._num_clock_errors = self._num_clock_errors + 1 if is_off else 0
 
     def add_plan(self, faulty: bool, *, hung: bool = False) -> None:
         """Count one attempt to plan; `hung`: it had to be cut off."""
@@ -114,7 +124,7 @@ class StepDown:
         self.is_resting = self._num_hung > 0
         self._promises.clear()
         self._steps = self._faults = 0.0
-        self._timed_steps = self._num_hung = 0
+        self._timed_steps = self._num_hung = self._num_clock_errors = 0
         self._step_s = self._overhead_s = self._clock_step_s = 0.0
         return True
 
@@ -125,6 +135,8 @@ class StepDown:
             return f"a plan was cut off after {limits.max_plan_s:g} s"
         if self._clock_step_s > limits.max_clock_step_s:
             return f"the clock was set back by {self._clock_step_s:.3g} s"
+        if self._num_clock_errors >= limits.num_clock_errors:
+            return f"plans are made for a time that is off by more than {limits.max_clock_error_s:g} s"
         if len(self._promises) >= limits.num_promises:
             kept = sum(self._promises) / len(self._promises)
             if 1 - kept > (1 - limits.min_promises_kept) * strictness:

@@ -33,6 +33,7 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "drain_s": backlog / headroom if headroom else 0.0,
         "plan_s": runtime.plan_times.quantiles(),
         "overhead_s": runtime.overheads.quantiles(),
+        "clock_error_s": runtime.clock_errors.quantiles(),
         "planner_faults": dict(runtime.faults.counts),
         "divergences": dict(runtime.divergences),
         "best_effort_preemptions": runtime.num_preempted,
