@@ -50,6 +50,7 @@ RULES = {
         "bench cache core config errors figures pages sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",
     ),
+    "emulated": rule("emulated sim.hardware core errors", "numpy vllm torch"),
     # The commands join everything, each import inside the function that needs it.
     "cli": Rule(ALL_OURS),
     "serving": Rule(ALL_OURS, frozenset({"yaml"})),

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slos_serve.emulated import VARIABLE
+from slos_serve.emulated.emulation import Emulation
+from slos_serve.errors import ConfigError
 from slos_serve.serving.arguments import EngineArguments
 
 PINNED = "0.29.0"
@@ -19,16 +22,18 @@ MIB = 1 << 20
 KV_CACHE_LIMIT = 4096 * MIB
 KV_CACHE_LEAST = 64 * MIB
 # vLLM runs these drafters without asynchronous scheduling; keep in step with its config/vllm.py.
+TOKENIZERS = ("tokenizer*", "*.gguf", "tekken.json", "vocab*", "spiece.model")
 ASYNC_DRAFTERS = ("eagle", "mtp", "ngram_gpu", "draft_model", "dspark", "dflash")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """The installed vLLM: which package, which version, made for what."""
+    """The installed vLLM: which package, which version, made for what, and the device that is emulated under it."""
 
     package: str
     version: str
     is_cpu: bool
+    emulation: Emulation | None = None
 
     @property
     def is_pinned(self) -> bool:
@@ -73,6 +78,8 @@ def has_compiler(environ: Mapping[str, str]) -> bool:
 
 def hardware_name(engine: Engine) -> str:
     """Return a name of what computes, for the key of a profile."""
+    if engine.emulation is not None:
+        return engine.emulation.key()
     if not engine.is_cpu:
         try:
             command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # on the PATH of every driver
@@ -91,12 +98,52 @@ def hardware_name(engine: Engine) -> str:
 
 def uses_async_scheduling(engine: Engine, arguments: EngineArguments) -> bool:
     """Tell whether vLLM will schedule asynchronously, by its own rules."""
-    if engine.is_cpu or arguments.has("no-async-scheduling"):
+    if (engine.is_cpu and engine.emulation is None) or arguments.has("no-async-scheduling"):
         return False
     if (arguments.get("distributed-executor-backend") or "mp") not in ("mp", "uni", "external_launcher"):
         return False
     drafter = arguments.get("speculative-config") or ""
     return not drafter or any(name in drafter for name in ASYNC_DRAFTERS)
+
+
+def emulated_settings(
+    emulation: Emulation, arguments: EngineArguments, environ: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the environment and flags of an emulated device: limits as its file has them, where none are given."""
+    hardware = emulation.hardware
+    limits = {
+        "max-model-len": min(hardware.max_model_len, hardware.kv_tokens),
+        "max-num-seqs": hardware.max_num_seqs,
+        "max-num-batched-tokens": hardware.max_num_batched_tokens,
+    }
+    flags = [part for name, n in limits.items() if not arguments.has(name) for part in (f"--{name}", str(n))]
+    # Nothing is computed: one thread, and no context is longer than what a model was trained for.
+    env = {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+    env = {name: value for name, value in env.items() if name not in environ}
+    return env | {VARIABLE: emulation.text}, flags
+
+
+def check_emulation(engine: Engine, arguments: EngineArguments, environ: Mapping[str, str], model: str) -> None:
+    """Raise `ConfigError` for an emulated device that nobody asked for here, or that could not serve this."""
+    emulation = engine.emulation
+    if emulation is None:
+        if environ.get(VARIABLE):
+            expected = "--emulate beside it, or no such variable: a server is never emulated by accident"
+            raise ConfigError(where="environment", key=VARIABLE, value=environ[VARIABLE], expected=expected)
+        return
+    if not engine.is_cpu:
+        expected = f"vLLM's build for CPUs; {engine.package} {engine.version} is for a GPU, and would serve on it"
+        raise ConfigError(where="arguments", key="--emulate", value=emulation.text, expected=expected)
+    folder = Path(model).expanduser()
+    has_tokenizer = not folder.is_dir() or any(any(folder.glob(name)) for name in TOKENIZERS)
+    if not has_tokenizer and not arguments.has("tokenizer", "skip-tokenizer-init"):
+        expected = "a folder with a tokenizer beside config.json, or --tokenizer: weights are all it can do without"
+        raise ConfigError(where="arguments", key="MODEL", value=model, expected=expected)
+    seats, block = (arguments.get(name) or "" for name in ("max-num-seqs", "block-size"))
+    if seats.isdigit():
+        hardware = emulation.hardware
+        size = int(block) if block.isdigit() and int(block) else hardware.block_size
+        hardware.check_seats(int(seats), size)
 
 
 def cpu_settings(

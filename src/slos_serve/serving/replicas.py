@@ -27,6 +27,7 @@ REFUSED = (
     *("distributed-executor-backend", "data-parallel-size", "data-parallel-backend", "data-parallel-address"),
 )
 NOT_ENGINE = ("model", "host", "port", "served_model_name", "middleware", "additional_config", "scheduler_cls")
+EMULATED_CORES = 0.25  # a device that computes nothing; its API server, scheduler and tokenizer are real
 PATIENCE_S = 310.0
 CONNECT_S = 5.0
 
@@ -112,6 +113,8 @@ def bundle_of(args: argparse.Namespace, engine: Engine) -> dict[str, float]:
     workers = 1
     for size in sizes:
         workers *= int(size) if size.isdigit() else 1
+    if engine.emulation is not None:
+        return {"CPU": EMULATED_CORES}
     return {"CPU" if engine.is_cpu else "GPU": float(workers)}
 
 

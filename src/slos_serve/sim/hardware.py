@@ -60,6 +60,13 @@ class Hardware:
             max_draft_length=max_draft_length,
         )
 
+    def check_seats(self, seats: int, block_size: int) -> None:
+        """Raise `ConfigError` where not even one KV block for each seat fits in the memory."""
+        blocks = self.kv_tokens // block_size
+        if seats > blocks:
+            expected = f"at most {blocks}: room for {self.kv_tokens} tokens, in blocks of {block_size}"
+            raise ConfigError(where=self.name, key="--max-num-seqs", value=seats, expected=expected)
+
     def with_kv_tokens(self, kv_tokens: int) -> Hardware:
         """Return a copy with another KV room, in tokens."""
         return replace(self, kv_tokens=kv_tokens)
