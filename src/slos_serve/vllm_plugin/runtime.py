@@ -89,6 +89,7 @@ class SloRuntime:
         self.overheads = Ring()
         self.clock_errors = Ring()
         self.last_plan: Plan | None = None
+        self.device = view.emulated_device()
         self.per_unit = view.blocks_per_unit(scheduler)
         self._state: ReplicaState | None = None
         self._steering: Steering | None = None

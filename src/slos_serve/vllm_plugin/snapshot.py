@@ -84,4 +84,5 @@ def facts(runtime: SloRuntime) -> dict[str, Any]:
         "effective_mode": runtime.effective_mode,
         "reason": runtime.mode_reason,
         "profile": runtime.learner.summary,
+        **({} if runtime.device is None else {"device": runtime.device}),
     }

@@ -290,6 +290,14 @@ def thinking_end(scheduler: Any, mark: str | Sequence[int]) -> frozenset[int]:
     return frozenset() if token is None else frozenset({int(token)})
 
 
+def emulated_device() -> dict[str, Any] | None:
+    """Return what an emulated device says about itself, None on a real one."""
+    from vllm.platforms import current_platform  # noqa: PLC0415 - as below
+
+    emulation = getattr(type(current_platform), "emulation", None)  # an instance looks further, in torch
+    return None if emulation is None else dict(emulation().describe())
+
+
 def is_cpu() -> bool:
     """Tell whether vLLM runs on a CPU."""
     from vllm.platforms import current_platform  # noqa: PLC0415 - detecting the platform is not free
