@@ -9,6 +9,7 @@ shipped classes stay. Milliseconds here and in HTTP, seconds in `core.types.Slo`
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -27,9 +28,21 @@ STAGES = ("loop", "final")
 ON_UNATTAINABLE = (BEST_EFFORT, "reject")
 OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
 
+UNKNOWN_KEYS = ("default", "refuse")
+PAGES = ("open", "admin", "off")
+MAX_TEXT = 128  # characters of what a client names: tenants, sessions, ids
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_MS = 1e12  # three decades; keeps every later sum finite
+
+
+def short(text: str) -> str:
+    """Return a client's name for something, bounded in length; different names stay different."""
+    if len(text) <= MAX_TEXT:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return f"{text[: MAX_TEXT - 33]}-{digest}"
 
 
 def check_number(where: str, key: str, value: object, *, unit: str, zero: bool = False) -> None:
@@ -122,15 +135,24 @@ def default_classes() -> dict[str, SloClass]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """One API key, by the SHA-256 of its text (the key itself is never kept), and the class it is tied to."""
+    """One API key, by the SHA-256 of its text (the key itself is never kept), and what its holder may do.
+
+    `slo_class`: the class its requests are tied to. `admin`: it may switch the mode and see every tenant's requests.
+    `proxy`: it belongs to a gateway, whose word about the tenant is taken.
+    """
 
     key_sha256: str
     slo_class: str | None = None
+    admin: bool = False
+    proxy: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.key_sha256, str) and _SHA256.fullmatch(self.key_sha256)):
             expected = "the SHA-256 of the key as 64 hexadecimal digits"
             raise ConfigError(where="api_keys", key="key_sha256", value="(hidden)", expected=expected)
+        for key in ("admin", "proxy"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(where="api_keys", key=key, value=getattr(self, key), expected="true or false")
 
     @staticmethod
     def digest(key: str) -> str:
@@ -145,6 +167,11 @@ class SloConfig:
     `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
     override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
     before new ones get a 429 (`None`: no limit).
+
+    Who may say what: where `api_keys` is not empty, a request without one of them is served in the default class
+    whatever it asks for, or gets a 401 (`unknown_keys: refuse`). `trusted_proxies` are the addresses or networks of
+    gateways whose word about the tenant is taken. `pages` says who may read `/v1/slo/*`: `open`, `admin`, or nobody
+    (`off`). `max_body_bytes` bounds a request's body (413 beyond).
     """
 
     classes: Mapping[str, SloClass] = field(default_factory=default_classes)
@@ -154,6 +181,10 @@ class SloConfig:
     models: Mapping[str, str] = field(default_factory=dict)
     api_keys: Mapping[str, ApiKey] = field(default_factory=dict)
     max_best_effort_queue: int | None = None
+    unknown_keys: str = "default"
+    trusted_proxies: tuple[str, ...] = ()
+    pages: str = "open"
+    max_body_bytes: int = 256 << 20
     ttft_floor_ms: float = 200.0
     ttft_allowance_ms: float = 30.0
 
@@ -173,6 +204,27 @@ class SloConfig:
         for key, name in self._named_classes():
             if name is not None:
                 self._check_class(key, name)
+        self._check_edge()
+
+    def _check_edge(self) -> None:
+        for key, choices in (("unknown_keys", UNKNOWN_KEYS), ("pages", PAGES)):
+            if getattr(self, key) not in choices:
+                raise ConfigError(
+                    where="slo", key=key, value=getattr(self, key), expected=f"one of {', '.join(choices)}"
+                )
+        for tenant in (*self.tenants, *self.api_keys):
+            if not tenant.strip() or len(tenant) > MAX_TEXT:
+                expected = f"a name of 1 to {MAX_TEXT} characters"
+                raise ConfigError(where="slo", key="tenants", value=tenant, expected=expected)
+        for network in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                expected = "addresses or networks such as 10.0.0.0/8"
+                raise ConfigError(where="slo", key="trusted_proxies", value=network, expected=expected) from error
+        limit = self.max_body_bytes
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ConfigError(where="slo", key="max_body_bytes", value=limit, expected="a whole number, 1 or more")
 
     def _named_classes(self) -> list[tuple[str, str | None]]:
         named: list[tuple[str, str | None]] = [("priority_class", self.priority_class)]
@@ -263,8 +315,10 @@ class SloConfig:
         document: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         document["classes"] = {name: slo_class.to_json() for name, slo_class in self.classes.items()}
         document["tenants"], document["models"] = dict(self.tenants), dict(self.models)
+        document["trusted_proxies"] = list(self.trusted_proxies)
         document["api_keys"] = {
-            tenant: {"key_sha256": key.key_sha256, "class": key.slo_class} for tenant, key in self.api_keys.items()
+            tenant: {"key_sha256": key.key_sha256, "class": key.slo_class, "admin": key.admin, "proxy": key.proxy}
+            for tenant, key in self.api_keys.items()
         }
         return document
 
@@ -339,6 +393,11 @@ def _parse(document: object, where: str, shipped: Mapping[str, SloClass]) -> Slo
     values = _mapping(where, "top level", document)
     _known(where, "", values, tuple(f.name for f in fields(SloConfig)))
     values = {key: value for key, value in values.items() if value is not None}
+    proxies = values.get("trusted_proxies", ())
+    if not isinstance(proxies, list | tuple) or not all(isinstance(one, str) for one in proxies):
+        expected = "a list of addresses or networks such as 10.0.0.0/8"
+        raise ConfigError(where=where, key="trusted_proxies", value=proxies, expected=expected)
+    values["trusted_proxies"] = tuple(proxies)
     classes = dict(shipped)
     for name, section in _mapping(where, "classes", values.get("classes", {})).items():
         classes.pop(name, None)
@@ -372,14 +431,19 @@ def _parse_api_key(where: str, tenant: str, section: object) -> ApiKey:
     if not isinstance(section, Mapping):
         raise ConfigError(where=where, key=prefix, value="(hidden)", expected="a mapping with key and class")
     values = _mapping(where, prefix, section)
-    _known(where, f"{prefix}.", dict.fromkeys(values, "(hidden)"), ("key", "key_sha256", "class"))
+    _known(where, f"{prefix}.", dict.fromkeys(values, "(hidden)"), ("key", "key_sha256", "class", "admin", "proxy"))
     text = values.get("key")
     if (text is None) == (values.get("key_sha256") is None) or not isinstance(text or "", str):
         expected = "a string key, or key_sha256 instead"
         raise ConfigError(where=where, key=f"{prefix}.key", value="(hidden)", expected=expected)
     digest = values.get("key_sha256") if text is None else ApiKey.digest(text)
     try:
-        return ApiKey(key_sha256=digest, slo_class=values.get("class"))  # type: ignore[arg-type] # checked there
+        return ApiKey(
+            key_sha256=digest,  # type: ignore[arg-type] # checked there
+            slo_class=values.get("class"),
+            admin=values.get("admin", False),
+            proxy=values.get("proxy", False),
+        )
     except ConfigError as error:
         key = f"{prefix}.{error.key}"
         raise ConfigError(where=where, key=key, value=error.value, expected=error.expected) from error

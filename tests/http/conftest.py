@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from slos_serve.http.hub import Hub
 from slos_serve.http.metrics import SloMetrics
 from slos_serve.http.middleware import SloMiddleware
+from slos_serve.http.routes import ROUTES
 
 
 def verdict(slo_id, kind="promised", reason="", **more):
@@ -112,11 +113,9 @@ class FakeVllm:
 
         routes = [
             Route("/health", self.health),
+            Route("/v1/responses/{response_id}", lambda request: JSONResponse(self.document)),
             Route("/v1/models", lambda request: JSONResponse({"object": "list"})),
-            *(
-                Route(path, self.complete, methods=["POST"])
-                for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-            ),
+            *(Route(path, self.complete, methods=["POST"]) for path in (*ROUTES, "/v1/embeddings")),
         ]
         return Starlette(routes=routes, middleware=middleware, exception_handlers={404: not_found})
 

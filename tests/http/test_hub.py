@@ -112,7 +112,7 @@ def test_only_the_latest_requests_are_kept(registry, say):
     assert hub.find("chatcmpl-6") is None
     assert hub.find("chatcmpl-9")["id"] == "9"
     assert len(hub._records) == 3
-    assert len(hub._aliases) == 6
+    assert len(hub._records._aliases) == 6
 
 
 def test_outcomes_promises_and_stages_are_counted(hub, say, registry):

@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from slos_serve.config import ApiKey, SloClass, SloConfig
+from slos_serve.http import seal
 from slos_serve.http.middleware import SloMiddleware
 
 CHAT = "/v1/chat/completions"
@@ -42,9 +43,10 @@ def test_the_wish_becomes_xargs_and_nothing_else_changes(client, vllm, path):
     assert client.post(path, json=sent, headers={"x-slo-tenant": "acme"}).status_code == 200
     (seen,) = vllm.seen
     xargs = seen.pop("vllm_xargs")
-    assert before <= xargs.pop("slo_arrival_s") <= time.time()
+    assert before <= (arrival_s := xargs.pop("slo_arrival_s")) <= time.time()
+    assert seal.is_sealed({"slo_id": xargs["slo_id"], "slo_arrival_s": arrival_s, "slo_seal": xargs.pop("slo_seal")})
     assert len(xargs.pop("slo_id")) == 32
-    assert xargs == {"mine": 1, "slo_class": "chat", "slo_ttft_ms": 400, "slo_stage": "final", "slo_tenant": "acme"}
+    assert xargs == {"mine": 1, "slo_class": "chat", "slo_ttft_ms": 400, "slo_stage": "final"}
     del sent["vllm_xargs"]
     assert seen == sent
 
@@ -70,8 +72,9 @@ def test_the_clients_own_xargs_pass_even_when_they_make_no_sense(client, vllm):
 
 
 def test_a_tenant_alone_is_told_to_the_engine_and_changes_no_answer(client, vllm, hub):
-    response = client.post(CHAT, json=body(), headers={"x-slo-tenant": "acme"})
-    assert set(vllm.seen[0]["vllm_xargs"]) == {"slo_tenant", "slo_id", "slo_arrival_s"}
+    hub.configure(slo={"config": SloConfig(api_keys={"acme": ApiKey(key_sha256=ApiKey.digest("sk-1"))}).to_json()})
+    response = client.post(CHAT, json=body(), headers={"authorization": "Bearer sk-1"})
+    assert set(vllm.seen[0]["vllm_xargs"]) == {"slo_tenant", "slo_id", "slo_arrival_s", "slo_seal"}
     assert response.json() == vllm.document
     assert not [name for name in response.headers if name.startswith("x-slo")]
 
@@ -468,8 +471,7 @@ async def test_an_ordinary_chunk_is_passed_on_unchanged_and_at_once(vllm, hub, s
 
 
 def test_pages_say_what_can_be_asked_and_what_came_of_it(client, vllm, hub, say):
-    keys = {"acme": ApiKey(key_sha256=ApiKey.digest("sk-1"))}
-    hub.configure(slo={"mode": "observe", "config": SloConfig(api_keys=keys).to_json()}, model="m")
+    hub.configure(slo={"mode": "observe", "config": SloConfig(tenants={"acme": "chat"}).to_json()}, model="m")
     classes = client.get("/v1/slo/classes").json()
     assert [item["id"] for item in classes["data"]][:2] == ["chat", "coding"]
     assert "acme" not in json.dumps(classes)
@@ -484,6 +486,9 @@ def test_pages_say_what_can_be_asked_and_what_came_of_it(client, vllm, hub, say)
     assert (record["verdict"], record["object"]) == ("promised", "slo.request")
     assert client.get(f"/v1/slo/requests/chatcmpl-{slo_id}").json()["id"] == slo_id
     assert client.get("/v1/slo/requests/nobody").status_code == 404
+    assert client.get("/v1/slo/status/").json()["model"] == "m"
+    head = client.head("/v1/slo/status")
+    assert (head.status_code, head.content, int(head.headers["content-length"]) > 0) == (200, b"", True)
     assert "requests/ID" in client.get("/v1/slo/else").json()["error"]["message"]
 
 

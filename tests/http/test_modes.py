@@ -36,6 +36,12 @@ class FakeEngine:
 
 
 @pytest.fixture
+def client(app):
+    with TestClient(app, client=("127.0.0.1", 50000), headers={"content-type": "application/json"}) as client:
+        yield client
+
+
+@pytest.fixture
 def engine(hub):
     return FakeEngine(hub)
 
@@ -126,7 +132,7 @@ def test_the_switch_stays_behind_the_servers_own_key_check(vllm, hub, engine):
                 await self.app(scope, receive, send)
 
     app = vllm.app(Middleware(SloMiddleware, hub=hub), Middleware(Locked))
-    with TestClient(app) as client:
+    with TestClient(app, client=("127.0.0.1", 5)) as client:
         assert client.post(PATH, json={"mode": "observe"}).status_code == 401
         assert engine.orders == []
         assert client.post(PATH, json={"mode": "observe"}, headers={"authorization": "Bearer k"}).status_code == 200

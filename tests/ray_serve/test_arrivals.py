@@ -85,3 +85,9 @@ def test_the_limit_that_a_benchmark_hides_stands_for_the_true_length(estimator, 
     body = completion([1] * 10, max_tokens=7, vllm_xargs={"hidden_max_tokens": 512})
     one = estimator.arrival(body, fleet, request_id="r", slo_class="chat")
     assert one.predicted_output_tokens > 7
+
+
+@pytest.mark.parametrize("hidden", ["many", float("inf"), float("nan"), -5, 0, 10**400, [1], {}, None])
+def test_a_hidden_limit_that_is_none_is_ignored(estimator, fleet, hidden):
+    body = completion([1] * 10, max_tokens=7, vllm_xargs={"hidden_max_tokens": hidden})
+    assert estimator.arrival(body, fleet, request_id="r").predicted_output_tokens <= 7

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from slos_serve.http.seal import sealed
 from slos_serve.vllm_plugin import view
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_config, make_request, make_scheduler
@@ -76,7 +77,9 @@ def test_choices_of_one_prompt_are_promised_and_graded_one_by_one(build) -> None
     scheduler = build(slo=SLO, prefix_caching=True)
     engine = Engine(scheduler)
     for i in range(3):  # as vLLM's front end splits n = 3
-        scheduler.add_request(make_request(f"{i}_chatcmpl-x", args={**CHAT, "slo_id": "x"}, seed=1, prompt_tokens=100))
+        scheduler.add_request(
+            make_request(f"{i}_chatcmpl-x", args=sealed({**CHAT, "slo_id": "x"}), seed=1, prompt_tokens=100)
+        )
     engine.run()
     assert scheduler.slo.promises.tally.classes["chat"].outcomes == {"met": 3}
 

@@ -147,3 +147,19 @@ def test_nobody_answers_once_the_engine_is_gone(build) -> None:
     assert time.monotonic() - started < 3  # a stop does not wait for the next tick's question
     with pytest.raises(TimeoutError):
         ask(where, {"mode": "observe"}, timeout_s=0.1)
+
+
+def test_an_engine_that_nobody_verified_is_not_switched_to_enforcing(scheduler) -> None:
+    tell(scheduler, mode="observe")
+    scheduler.slo.may_enforce = False
+    for question in ({"mode": "enforce"}, {"mode": "enforce", "class": "chat"}):
+        assert "slos-serve verify" in tell(scheduler, **question)["error"]
+    assert not scheduler.slo.modes.is_steering
+
+
+def test_an_engine_may_enforce_that_was_verified_or_started_so_or_runs_on_a_cpu(build, monkeypatch) -> None:
+    from slos_serve.vllm_plugin import view
+
+    monkeypatch.setattr(view, "is_cpu", lambda: False)
+    settings = ({"mode": "observe"}, {"mode": "enforce"}, {"mode": "observe", "may_enforce": True})
+    assert [build(slo=one).slo.may_enforce for one in settings] == [False, True, True]

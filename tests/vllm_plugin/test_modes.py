@@ -10,6 +10,7 @@ import pytest
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Plan, ReplicaState, Status, Tier, Verdict
+from slos_serve.http.seal import sealed
 from slos_serve.vllm_plugin.learning import FIT_STEPS
 from slos_serve.vllm_plugin.scheduler import SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
@@ -139,7 +140,7 @@ def test_a_promise_and_its_outcome_reach_the_http_edge(build, listen) -> None:
     messages = listen(scheduler)
     engine = Engine(scheduler)
     now = scheduler.slo.clock.now()
-    args = {"slo_id": "abc", "slo_class": "coding", "slo_tenant": "acme", "slo_arrival_s": now - 0.05}
+    args = sealed({"slo_id": "abc", "slo_class": "coding", "slo_tenant": "acme", "slo_arrival_s": now - 0.05})
     scheduler.add_request(make_request("r", args=args, max_tokens=3, arrival_s=now))
     engine.run()
     (verdict,) = messages.of("verdicts")

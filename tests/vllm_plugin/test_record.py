@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.types import BatchPlan, Limits, Plan, ReplicaState, Request, RequestTable, Slo, Verdict
+from slos_serve.http.seal import sealed
 from slos_serve.sim.recording import read_recording
 from slos_serve.sim.replay import replay
 from slos_serve.vllm_plugin import record
@@ -29,7 +30,7 @@ def served(build, tmp_path, *, depth=1, cls=SloScheduler, mode="enforce", count=
     for i in range(count):
         args = kinds[i % 4]
         if args is not None:
-            args = {**args, "slo_id": f"id{i}", "slo_tenant": "acme"}
+            args = sealed({**args, "slo_id": f"id{i}", "slo_tenant": "acme"})
         scheduler.add_request(make_request(f"r{i}", prompt_tokens=5 + 9 * i, max_tokens=3 + i % 20, args=args))
         if i % 3 == 0:
             engine.step()

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.http.metrics import OTHER, SloMetrics
+from slos_serve.http.records import Record, Records
 from slos_serve.http.slo import Operator
 from slos_serve.http.snapshots import Snapshots
 
@@ -43,10 +42,6 @@ FINISHED_KEYS = (
 # One HTTP request can be several in the engine (n > 1, many prompts): it ends as its worst part does.
 WORST_FIRST = ("failed", "rejected", "cancelled", "missed", "declined", "met", "none")
 
-Record = dict[str, Any]
-
-_CHOICE = re.compile(r"^\d+_")
-
 
 class Hub:
     """Verdicts, recent requests, the last snapshot and the metrics. Safe to call from any thread."""
@@ -59,10 +54,8 @@ class Hub:
         self.controls: list[Callable[[dict[str, Any]], Mapping[str, Any]]] = []
         self.num_malformed = 0
         self._client = 0
-        self._max_records = max_records
         self._lock = threading.Lock()
-        self._records: OrderedDict[str, Record] = OrderedDict()
-        self._aliases: dict[str, str] = {}
+        self._records = Records(max_records)
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._snapshots = Snapshots()
 
@@ -75,7 +68,8 @@ class Hub:
         self._client = client
         self.settings = dict(slo or {})
         self.model = model
-        self.operator = Operator(load_slo_config(self.settings.get("config")))
+        self.operator = Operator(load_slo_config(self.settings.get("config")), model)
+        self.metrics.know(self.config)
 
     @property
     def config(self) -> SloConfig:
@@ -114,8 +108,8 @@ class Hub:
             self.metrics.count_verdict(label, item["verdict"], item.get("reason") or "", item.get("slack_ms"))
         slo_id = item.get("slo_id") or item["request_id"]
         with self._lock:
-            record = self._record(slo_id, label, item.get("tenant") or "")
-            self._alias(item.get("request_id"), slo_id)
+            record = self._records.make(slo_id, label, item.get("tenant") or "")
+            self._records.name_by_engine(slo_id, item.get("request_id"))
             parts = record["_parts"]
             parts[item.get("request_id")] = {key: item.get(key) for key in VERDICT_KEYS}
             # As good as its worst part.
@@ -136,9 +130,9 @@ class Hub:
             if record is not None and record.get("outcome") == "rejected" and not record["_ended"]:
                 return  # refused before its first byte and counted then; the engine only saw it leave
             if record is None and outcome != "none":
-                record = self._record(slo_id, label, tenant)
+                record = self._records.make(slo_id, label, tenant)
             if record is not None:
-                self._alias(item.get("request_id"), slo_id)
+                self._records.name_by_engine(slo_id, item.get("request_id"))
                 self._end(record, item)
             waiters = self._waiters.pop(slo_id, ())
         for waiter in waiters:
@@ -169,11 +163,25 @@ class Hub:
 
     # HTTP side: the event loop.
 
-    def open(self, slo_id: str, *, slo_class: str, tenant: str, arrival_s: float, best_effort: bool = False) -> None:
-        """Remember a request on its way to the engine; one that wants no promise has its verdict already."""
+    def open(
+        self,
+        slo_id: str,
+        *,
+        slo_class: str,
+        tenant: str,
+        arrival_s: float,
+        best_effort: bool = False,
+        client_id: str = "",
+        **facts: Any,
+    ) -> None:
+        """Remember a request on its way to the engine; one that wants no promise has its verdict already.
+
+        `client_id` is how the client calls it. `facts` are kept as they are.
+        """
         with self._lock:
-            record = self._record(slo_id, slo_class, tenant)
-            record["arrival_s"] = arrival_s
+            record = self._records.make(slo_id, slo_class, tenant)
+            record.update(facts, arrival_s=arrival_s)
+            self._records.name(slo_id, client_id)
             if best_effort:
                 record.update(verdict="best-effort", reason="requested")
 
@@ -231,18 +239,19 @@ class Hub:
             ended = {} if record is None else record["_ended"]
             return bool(ended) and set(ended.values()) == {"rejected"}
 
-    def find(self, request_id: str) -> Record | None:
-        """Return what is known of a request by our id, the engine's or the client's."""
+    def find(self, request_id: str, may_see: Callable[[str], bool] = lambda _: True) -> Record | None:
+        """Return what is known of a request by our id, the engine's or the client's, of the tenants one may see."""
         with self._lock:
-            record = self._records.get(self._aliases.get(request_id, request_id))
+            record = self._records.find(request_id, may_see)
             return None if record is None else public(record)
 
-    def reject(self, slo_id: str, *, slo_class: str, tenant: str, reason: str) -> None:
-        """Count a request that was answered with a 429."""
+    def reject(self, slo_id: str, *, slo_class: str, tenant: str, reason: str, is_retry: bool = False) -> None:
+        """Count a request that was answered with a 429; one that its client tries again was counted the first time."""
         label = self._label(slo_class)
-        self.metrics.count_outcome(label, tenant, "rejected")
+        if not is_retry:
+            self.metrics.count_outcome(label, tenant, "rejected")
         with self._lock:
-            self._record(slo_id, label, tenant).update(verdict="rejected", reason=reason, outcome="rejected")
+            self._records.make(slo_id, label, tenant).update(verdict="rejected", reason=reason, outcome="rejected")
 
     @property
     def snapshot(self) -> Mapping[str, Any] | None:
@@ -306,37 +315,6 @@ class Hub:
     def num_waiting(self) -> int:
         """How many requests wait for a verdict."""
         return sum(map(len, self._waiters.values()))
-
-    # Records, under the lock.
-
-    def _record(self, slo_id: str, slo_class: str, tenant: str) -> Record:
-        record = self._records.get(slo_id)
-        if record is None:
-            record = {"id": slo_id, "class": slo_class, "tenant": tenant, "verdict": "pending", "reason": ""}
-            record |= {"_parts": {}, "_ended": {}, "_aliases": []}
-            self._records[slo_id] = record
-            while len(self._records) > self._max_records:
-                _, old = self._records.popitem(last=False)
-                for alias in old["_aliases"]:
-                    self._aliases.pop(alias, None)
-        return record
-
-    def _alias(self, request_id: object, slo_id: str) -> None:
-        """Let a request be found by the engine's id and by the one in the client's response.
-
-        vLLM's engine appends `-<8 hex digits>` to the response's id, completions a prompt number before that,
-        and each of several choices gets `<number>_` in front.
-        """
-        if not isinstance(request_id, str):
-            return
-        record = self._records[slo_id]
-        record.setdefault("request_id", request_id)
-        stem = _CHOICE.sub("", request_id).rpartition("-")[0]
-        prompt_stem, _, number = stem.rpartition("-")
-        for alias in (request_id, stem, prompt_stem if number.isdigit() and stem.startswith("cmpl-") else ""):
-            if alias and alias != slo_id and alias not in self._aliases:
-                self._aliases[alias] = slo_id
-                record["_aliases"].append(alias)
 
 
 def public(record: Record) -> Record:

@@ -13,6 +13,8 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from slos_serve.config import SloConfig
+
 MAX_TENANTS = 100
 OTHER = "other"
 MODES = {"observe": 1, "enforce": 2}
@@ -66,12 +68,17 @@ class SloMetrics:
         self.clock_error = gauge(
             "slos_serve_clock_error_seconds", "When batches were expected to start minus when they did: the median."
         )
+        self._configured = frozenset({""})
         self._tenants: set[str] = set()
         self._seen: dict[tuple[object, str], float] = {}
 
+    def know(self, config: SloConfig) -> None:
+        """Take up the operator's configuration: its tenants have labels of their own, however many others come."""
+        self._configured = frozenset(("", *config.api_keys, *config.tenants))
+
     def tenant(self, name: str) -> str:
-        """Return the label of a tenant: itself for the first hundred, then `other`."""
-        if name in self._tenants:
+        """Return the label of a tenant: itself where the operator names it and for the first hundred, then `other`."""
+        if name in self._configured or name in self._tenants:
             return name
         if len(self._tenants) >= MAX_TENANTS:
             return OTHER

@@ -7,9 +7,10 @@ refused client gets replaces the server's own complaint about the empty body it 
 
 On the way back a streamed response's headers wait for the verdict, or for the first chunk, or for the
 deadline, whichever comes first; vLLM submits a request only when its stream is first read, so the server
-inside is never made to wait. A class whose wait is bounded (`ttl_ms`) may still be refused until it begins, so
-its headers wait for its first chunk. The last data event carries `slo` and `service_tier`, every other byte
-passes untouched. Requests that say nothing about latency cost one scan of their body.
+inside is never made to wait. What is answered in the place of the server inside goes out with the headers of that
+server's own middlewares (CORS, request ids). A class whose wait is bounded (`ttl_ms`) may still be refused until it
+begins, so its headers wait for its first chunk. The last data event carries `slo` and `service_tier`, every other
+byte passes untouched. Requests that say nothing about latency cost one scan of their body.
 """
 
 from __future__ import annotations
@@ -20,25 +21,34 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slos_serve.http import modes, replies
-from slos_serve.http.hub import HUB, Hub, Record
-from slos_serve.http.slo import RequestError, SloRequest
-from slos_serve.http.stream import ResponsesTail, StreamTail, append_member, write_into
+from slos_serve.config import short
+from slos_serve.http import modes, replies, routes, seal
+from slos_serve.http.hub import HUB, Hub
+from slos_serve.http.identity import RequestError, UnknownKeyError
+from slos_serve.http.records import Record
+from slos_serve.http.routes import ROUTES, SILENT, Route
+from slos_serve.http.slo import SloRequest
+from slos_serve.http.stream import EventTail, StreamTail, write_into
 
 RESPONSES = "/v1/responses"
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES})
 MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
+LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
 PROBE_HEADER = (b"x-slos-serve-probe", b"1")
+RETRIES_HEADER = b"x-stainless-retry-count"  # what the OpenAI and Anthropic SDKs count their attempts with
 INVALID_BODY = b"{"
-XARGS = "vllm_xargs"
 LAST_WAIT_S = 0.1
+OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
+EXPOSED = b"x-slo-verdict, x-slo-reason, x-slo-class, x-slo-id, x-slo-predicted-ttft-ms, x-slo-hops, retry-after"
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class SloMiddleware:
@@ -53,11 +63,14 @@ class SloMiddleware:
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             method = scope["method"]
-            if method == "POST" and path in PATHS:
-                await _Exchange(self.app, self.hub, scope, receive, send).run()
+            if method == "POST" and path in ROUTES:
+                await _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path]).run()
                 return
-            if (method == "GET" and path.startswith(replies.SLO_PREFIX)) or (method == "POST" and path == MODE_PATH):
-                await self._page(path, scope, receive, send)
+            if path.startswith(replies.SLO_PREFIX) and (method in {"GET", "HEAD"} or path == MODE_PATH):
+                await self._page(path.rstrip("/"), scope, receive, send)
+                return
+            if method == "GET" and path.startswith(RESPONSES + "/"):
+                await self._retrieved(path.removeprefix(RESPONSES + "/"), scope, receive, send)
                 return
             if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
                 await replies.profiling()(scope, receive, send)
@@ -70,45 +83,82 @@ class SloMiddleware:
 
         async def send_page(message: Message) -> None:
             nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] == 404:
+            if message["type"] == "http.response.start" and message["status"] == HTTPStatus.NOT_FOUND:
                 replaced = True
-                response = await self._answer(path, scope["method"], receive)
-                response.raw_headers += [h for h in message["headers"] if h[0].startswith(b"access-control-")]
-                await response(scope, receive, send)
+                response = await self._answer(path, scope, receive)
+                _dress(response, message["headers"])
+                await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_page)
 
-    async def _answer(self, path: str, method: str, receive: Receive) -> Response:
-        if method == "POST":
-            return await modes.switch(self.hub, await _read(receive))
-        return modes.show(self.hub) if path == MODE_PATH else replies.page(self.hub, path)
+    async def _answer(self, path: str, scope: Scope, receive: Receive) -> Response:
+        try:
+            caller = self.hub.operator.caller(scope["headers"], _peer(scope))
+        except RequestError as problem:
+            return replies.bad_request(problem)
+        if scope["method"] == "POST":
+            refused = modes.refusal(self.hub, caller, scope["headers"])
+            return refused or await modes.switch(self.hub, await _read(receive))
+        return replies.page(self.hub, path, caller)
+
+    async def _retrieved(self, response_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write into a stored response what its first answer said."""
+        held: list[Message] = []
+
+        async def send_annotated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] == HTTPStatus.OK and _is_json(message):
+                    held.append(message)
+                    return
+            elif held:
+                held.append(message)
+                if message.get("more_body", False):
+                    return
+                start, body = held[0], b"".join(one.get("body", b"") for one in held[1:])
+                record = self._record_for(response_id, scope)
+                body = body if record is None else write_into(body, annotation(record, ROUTES[RESPONSES], None))
+                await send({**start, "headers": [*_without_length(start["headers"]), _length(body)]})
+                message = {"type": "http.response.body", "body": body}
+            await send(message)
+
+        await self.app(scope, receive, send_annotated)
+
+    def _record_for(self, name: str, scope: Scope) -> Record | None:
+        operator = self.hub.operator
+        with contextlib.suppress(RequestError):
+            caller = operator.caller(scope["headers"], _peer(scope))
+            return self.hub.find(name, lambda tenant: operator.identities.may_see(caller, tenant))
+        return None
 
 
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, app: ASGIApp, hub: Hub, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, *, hub: Hub, route: Route) -> None:
         self._app = app
         self._hub = hub
+        self._route = route
         self._scope = dict(scope)
         self._client_receive = receive
         self._client_send = send
-        self._arrival_s = time.time()
+        self._received_s = self._arrival_s = time.time()
         self._entered_s = time.monotonic()
         self._body_was_read = False
         self._slo_id = ""
         self._request = SloRequest(slo_class="")
         self._num_choices = 1
         self._may_stop_early = False
+        self._is_background = False
         self._start: Message | None = None
         self._is_started = False
-        self._is_refused = False
+        self._reply: Response | None = None  # in place of what the server inside answers
+        self._is_answered = False
         self._refused = asyncio.Event()
         self._starting = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
-        self._tail: StreamTail | ResponsesTail | None = None
+        self._tail: StreamTail | EventTail | None = None
         self._document: list[bytes] | None = None
 
     async def run(self) -> None:
@@ -118,22 +168,29 @@ class _Exchange:
         finally:
             if self._watch is not None:
                 self._watch.cancel()
+            if self._reply is not None:
+                await self._reply_with(())
 
     # -- the request ------------------------------------------------------------------------------
 
     async def _receive(self) -> Message:
         if self._body_was_read:
             return await self._receive_more()
-        chunks = []
+        chunks, size, limit = [], 0, self._hub.config.max_body_bytes
         while True:
             message = await self._client_receive()
             if message["type"] != "http.request":
                 return message  # the client left while it was still sending
             chunks.append(message.get("body", b""))
-            if not message.get("more_body", False):
+            size += len(chunks[-1])
+            if size > limit or not message.get("more_body", False):
                 break
         self._body_was_read = True
-        body = await self._prepared(b"".join(chunks))
+        # Only now: whoever sends slowly has not waited, and gains no seniority.
+        self._arrival_s, self._entered_s = time.time(), time.monotonic()
+        raw = b"".join(chunks)
+        chunks.clear()
+        body = await (self._prepared(raw) if size <= limit else self._answer(replies.too_large(limit)))
         headers = [h for h in self._scope["headers"] if h[0] != b"content-length"]
         self._scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         return {"type": "http.request", "body": body, "more_body": False}
@@ -151,54 +208,79 @@ class _Exchange:
             client.cancel()
             refused.cancel()
 
-    async def _prepared(self, body: bytes) -> bytes:
+    async def _prepared(self, raw: bytes) -> bytes:
         """Return the body for the server inside; refuses what is malformed or has no room."""
         hub, headers = self._hub, self._scope["headers"]
-        if not hub.operator.concerns(headers, body):
+        if not hub.operator.concerns(headers, raw):
             reason = hub.refusal(best_effort=True, rejects=False)
-            return body if reason is None else await self._refuse(reason)
+            return raw if reason is None else await self._refuse(reason)
         try:
-            document = json.loads(body)
+            document = await asyncio.to_thread(json.loads, raw) if len(raw) > LARGE_BODY else json.loads(raw)
         except (ValueError, RecursionError):
-            return body  # the server inside says what is wrong with it
-        if not isinstance(document, dict) or not document:
-            return body
+            document = None
+        if self._route is SILENT:
+            document = document if isinstance(document, dict) else {}  # a form with a recording in it
+        if not isinstance(document, dict) or (not document and self._route is not SILENT):
+            return raw  # the server inside says what is wrong with it
+        own = self._route.arguments(document)
         try:
-            request = hub.operator.read(headers, document)
+            request = hub.operator.read(headers, {**document, routes.VLLM_XARGS[0]: own}, _peer(self._scope))
+            self._check(request, document)
         except RequestError as problem:
             return await self._answer(replies.bad_request(problem))
+        except UnknownKeyError as problem:
+            return await self._answer(replies.error(HTTPStatus.UNAUTHORIZED, str(problem)))
         self._request = request
         reason = hub.refusal(best_effort=request.best_effort, rejects=request.rejects)
         if reason is not None:
             return await self._refuse(reason)
-        own = document.get(XARGS) or {}
-        if not isinstance(own, dict) or not (request.asked or request.xargs):
-            return body
-        keep = own if request.keeps_own else {key: own[key] for key in own if not key.startswith("slo_")}
+        if self._route is SILENT or not isinstance(own, dict | None):
+            return raw
+        return self._stamped(raw, document, own or {})
+
+    def _check(self, request: SloRequest, document: Mapping[str, Any]) -> None:
+        """Refuse what could not be kept to."""
+        if self._route is SILENT and self._hub.operator.wishes(self._scope["headers"], document):
+            raise RequestError(param="slo", value="(asked)", expected="nothing on this route: it promises no latency")
+        if request.rejects and document.get("background"):
+            expected = "false for a class that asks to be refused: the answer comes before the verdict"
+            raise RequestError(param="background", value=True, expected=expected)
+
+    def _stamped(self, raw: bytes, document: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
+        """Return the body with what the engine is told, and nothing of that by anybody else."""
+        request = self._request
+        kept = {key: value for key, value in own.items() if not key.startswith("slo_")}
+        session = {"session_id": request.session} if request.session and "session_id" not in own else {}
+        if not (request.asked or request.xargs):
+            changed = {**kept, **session}
+            return raw if changed == own else self._route.written(raw, document, changed)
         slo_id = uuid.uuid4().hex
-        xargs = {**keep, **request.xargs, "slo_id": slo_id, "slo_arrival_s": self._arrival_s}
+        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": self._arrival_s}
         if request.asked:
             self._slo_id = slo_id
-            hub.open(
-                self._slo_id,
+            self._hub.open(
+                slo_id,
                 slo_class=request.slo_class,
                 tenant=request.tenant,
                 arrival_s=self._arrival_s,
                 best_effort=request.best_effort,
+                client_id=_client_id(self._scope["headers"], document),
+                upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
             )
-            self._num_choices = _num_choices(document)
+            self._num_choices = routes.num_parts(document)
             self._may_stop_early = bool(document.get("stop"))
+            self._is_background = bool(document.get("background"))
             if request.rejects:
                 self._watch = asyncio.create_task(self._await_verdict())
-        if json.detect_encoding(body) == "utf-8":
-            return append_member(body, XARGS, xargs)
-        return write_into(body, {XARGS: xargs})
+        return self._route.written(raw, document, {**kept, **session, **seal.sealed(xargs)})
 
     # -- the response -----------------------------------------------------------------------------
 
     async def _send(self, message: Message) -> None:
-        if self._is_refused:
-            if self._scope.get("asgi", {}).get("spec_version", "2.0") >= "2.4":
+        if self._reply is not None:
+            if message["type"] == "http.response.start":
+                await self._reply_with(message["headers"])
+            elif self._start is not None and self._scope.get("asgi", {}).get("spec_version", "2.0") >= "2.4":
                 raise OSError("the request was refused")  # how such servers say that the client has left
         elif not self._slo_id:
             await self._client_send(message)
@@ -219,8 +301,7 @@ class _Exchange:
             return
         self._start = message
         if kind.startswith(b"text/event-stream"):
-            is_responses = self._scope["path"].endswith(RESPONSES)
-            self._tail = ResponsesTail(self._extra) if is_responses else StreamTail(self._extra, self._num_choices)
+            self._tail = self._route.tail(self._extra, self._num_choices)
             if self._watch is None or self._watch.done():
                 self._watch = asyncio.create_task(self._await_verdict())
         elif kind.startswith(b"application/json"):
@@ -233,7 +314,7 @@ class _Exchange:
             self._document.append(data)
             if more:
                 return
-            await self._settle(ended=True)
+            await self._settle(ended=not self._is_background)
             if await self._was_sent_away():
                 return
             data = write_into(b"".join(self._document), self._extra())
@@ -252,13 +333,13 @@ class _Exchange:
                 return
         else:
             await self._begin()
-        if not self._is_refused:
+        if self._reply is None:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _was_sent_away(self) -> bool:
         """Refuse a request that the engine ended because it had waited too long; tell whether it did."""
         ttl_s = self._request.ttl_s
-        if ttl_s is None or self._is_started or self._is_refused or time.time() - self._arrival_s < ttl_s:
+        if ttl_s is None or self._is_started or self._reply or time.time() - self._arrival_s < ttl_s:
             return False
         await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
         if not self._hub.was_sent_away(self._slo_id):
@@ -287,12 +368,13 @@ class _Exchange:
         if self._is_started:
             return
         async with self._starting:
-            if self._start is None or self._is_started or self._is_refused:
+            if self._start is None or self._is_started or self._reply is not None:
                 return
-            headers = [h for h in self._start["headers"] if content_length is None or h[0] != b"content-length"]
+            headers = list(self._start["headers"])
             if content_length is not None:
-                headers.append((b"content-length", str(content_length).encode()))
-            await self._client_send({**self._start, "headers": headers + _verdict_headers(self._record())})
+                headers = [*_without_length(headers), (b"content-length", str(content_length).encode())]
+            headers = _exposed([*headers, *_verdict_headers(self._record())])
+            await self._client_send({**self._start, "headers": headers})
             self._is_started = True
 
     async def _await_verdict(self) -> None:
@@ -310,34 +392,47 @@ class _Exchange:
         request = self._request
         slo_class = request.slo_class or self._hub.config.default_class
         slo_id = self._slo_id or uuid.uuid4().hex
-        self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason)
-        return await self._answer(replies.refusal(reason, self._hub.retry_after_s))
+        is_retry = any(name == RETRIES_HEADER and value.strip(b"0 ") for name, value in self._scope["headers"])
+        self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason, is_retry=is_retry)
+        return await self._answer(replies.refusal(reason, self._hub.retry_after_s, slo_id=slo_id, slo_class=slo_class))
 
     async def _answer(self, response: Response) -> bytes:
-        """Answer in place of the server inside; returns a body that it will not act on."""
-        self._is_refused = True
+        """Answer in place of the server inside, as soon as its headers are known; returns a body it will not act on."""
+        self._reply = response
         self._refused.set()
-        await response(self._scope, self._client_receive, self._client_send)
+        if self._start is not None:
+            await self._reply_with(self._start["headers"])
         return INVALID_BODY
 
+    async def _reply_with(self, headers: RawHeaders) -> None:
+        """Send the reply, once, with what the middlewares of the server inside wrote beside its own answer."""
+        if self._is_answered or self._reply is None:
+            return
+        self._is_answered = True
+        _dress(self._reply, headers)
+        await self._reply(self._scope, self._client_receive, self._client_send)
+
     def _record(self) -> Record:
-        return self._hub.find(self._slo_id) or {"class": self._request.slo_class, "verdict": "pending", "reason": ""}
+        unknown = {"id": self._slo_id, "class": self._request.slo_class, "verdict": "pending", "reason": ""}
+        return self._hub.find(self._slo_id) or unknown
 
     def _extra(self) -> Mapping[str, Any]:
-        record = self._record()
-        keys = ["class", "verdict", "reason", "predicted_ttft_ms", "hops"]
-        if record.get("outcome") != "none":
-            keys.append("outcome")
-        if record["verdict"] not in {"pending", "best-effort"}:
-            keys.append("slack_ms")
-        extra: dict[str, Any] = {
-            "slo": {"id": self._slo_id, **{k: record[k] for k in keys if _is_known(record.get(k))}}
-        }
-        if record["verdict"] == "best-effort":
-            extra["service_tier"] = "flex"
-        elif record["verdict"] != "pending":
-            extra["service_tier"] = "priority" if self._request.tier == "priority" else "default"
-        return extra
+        return annotation(self._record(), self._route, self._request.tier)
+
+
+def annotation(record: Record, route: Route, tier: str | None) -> Mapping[str, Any]:
+    """Return what an answer says of its request: `slo`, and the service tier that was used."""
+    keys = ["id", "class", "verdict", "reason", "predicted_ttft_ms", "hops"]
+    if record.get("outcome") != "none":
+        keys.append("outcome")
+    if record["verdict"] not in {"pending", "best-effort"}:
+        keys.append("slack_ms")
+    extra: dict[str, Any] = {"slo": {key: record[key] for key in keys if _is_known(record.get(key))}}
+    if route.has_tier and record["verdict"] == "best-effort":
+        extra["service_tier"] = "flex"
+    elif route.has_tier and record["verdict"] != "pending":
+        extra["service_tier"] = "priority" if tier == "priority" else "default"
+    return extra
 
 
 async def _read(receive: Receive) -> bytes:
@@ -364,19 +459,66 @@ def _is_known(value: object) -> bool:
 
 
 def _verdict_headers(record: Record) -> list[tuple[bytes, bytes]]:
-    headers = [(b"x-slo-verdict", str(record["verdict"]).encode())]
-    if record["reason"]:
-        headers.append((b"x-slo-reason", str(record["reason"]).encode()))
-    predicted = record.get("predicted_ttft_ms")
-    if predicted is not None and math.isfinite(predicted):
-        headers.append((b"x-slo-predicted-ttft-ms", str(round(predicted)).encode()))
-    if "hops" in record:
-        headers.append((b"x-slo-hops", str(record["hops"]).encode()))
-    return headers
+    said = {
+        b"x-slo-verdict": record["verdict"],
+        b"x-slo-reason": record["reason"],
+        b"x-slo-class": record["class"],
+        b"x-slo-id": record["id"],
+        b"x-slo-predicted-ttft-ms": _whole(record.get("predicted_ttft_ms")),
+        b"x-slo-hops": record.get("hops"),
+    }
+    return [(name, str(value).encode()) for name, value in said.items() if value not in {None, ""}]
 
 
-def _num_choices(document: Mapping[str, Any]) -> int:
-    """Return how many choices a stream will finish: `n` of them for every prompt of a completion."""
-    n, prompt = document.get("n"), document.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
-    return prompts * n if isinstance(n, int) and n > 0 else prompts
+def _whole(number: float | None) -> int | None:
+    return None if number is None or not math.isfinite(number) else round(number)
+
+
+def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:
+    """Return what a client calls its request."""
+    named = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), None)
+    given = named or document.get("request_id")
+    return short(given) if isinstance(given, str) else ""
+
+
+def _peer(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return client[0] if client else None
+
+
+def _is_json(start: Message) -> bool:
+    kind: bytes = dict(start["headers"]).get(b"content-type", b"")
+    return kind.startswith(b"application/json")
+
+
+def _without_length(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
+    return [header for header in headers if header[0] != b"content-length"]
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(body)).encode()
+
+
+def _exposed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Let pages of other sites, which the server inside lets read its answers, read our headers too."""
+    if not any(name == b"access-control-allow-origin" for name, _ in headers):
+        return headers
+    before = [value for name, value in headers if name == b"access-control-expose-headers"]
+    others = [header for header in headers if header[0] != b"access-control-expose-headers"]
+    return [*others, (b"access-control-expose-headers", b", ".join([*before, EXPOSED]))]
+
+
+def _dress(response: Response, headers: RawHeaders) -> None:
+    """Put the headers of the server inside, but for those about its own body, on a response of ours."""
+    ours = {name for name, _ in response.raw_headers}
+    kept = [header for header in headers if header[0] not in OWN_HEADERS and header[0] not in ours]
+    response.raw_headers = _exposed([*response.raw_headers, *kept])
+
+
+def _bodiless(send: Send) -> Send:
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_headers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -14,11 +15,11 @@ from slos_serve.config import SloConfig
 from slos_serve.errors import ConfigError
 from slos_serve.http import replies
 from slos_serve.http.hub import Hub
-from slos_serve.http.slo import RequestError
+from slos_serve.http.identity import Caller, RequestError
 
 MODES = ("observe", "enforce")
 KEYS = ("mode", "class")
-SAID = ("mode", "class_modes", "effective_mode", "reason")
+MAX_ENGINES = 64
 
 
 def read_mode(body: bytes, config: SloConfig) -> dict[str, str | None]:
@@ -50,26 +51,58 @@ def read_mode(body: bytes, config: SloConfig) -> dict[str, str | None]:
     return {"mode": mode, "class": slo_class}
 
 
+def refusal(hub: Hub, caller: Caller, headers: Iterable[tuple[bytes, bytes]]) -> Response | None:
+    """Return why a caller may not switch, None where it may.
+
+    An operator's API key says who may; without one it is whoever is on this machine. A form that some page makes a
+    browser post is nobody's order, so JSON alone is taken, which browsers ask permission for.
+    """
+    if hub.config.pages == "off":
+        return replies.error(HTTPStatus.NOT_FOUND, "Not Found")
+    if not hub.operator.identities.may_operate(caller):
+        message = "the mode is switched with the API key of an admin (api_keys: NAME: {key: ..., admin: true})"
+        if not hub.operator.identities.has_admin:
+            message += "; while there is none, from this machine alone, not through a browser or a proxy"
+        return replies.error(HTTPStatus.FORBIDDEN, message)
+    kind = dict(headers).get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":
+        return replies.error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body has to be application/json")
+    return None
+
+
 async def switch(hub: Hub, body: bytes) -> Response:
-    """Answer a POST: 200 once every engine has taken the order up, 400 for a bad one, 503 where one is silent."""
+    """Answer a POST: 200 once every engine has taken the order up, 400 for a bad one, 503 where one is silent.
+
+    All engines are asked at once, on threads of their own, so that a silent one holds up nobody else.
+    """
     try:
         order = read_mode(body, hub.config)
     except RequestError as problem:
         return replies.bad_request(problem)
     if not hub.controls:
         return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, "no engine that plans is behind this server")
-    said: Mapping[str, Any] = {}
-    for control in hub.controls:
-        try:
-            said = await asyncio.to_thread(control, order)
-        except TimeoutError as error:
-            return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-        if "error" in said:
-            return replies.error(HTTPStatus.BAD_REQUEST, str(said["error"]))
-    return JSONResponse({"object": "slo.mode", **{key: said.get(key) for key in SAID}})
+    loop = asyncio.get_running_loop()
+    threads = ThreadPoolExecutor(min(MAX_ENGINES, len(hub.controls)), thread_name_prefix="slos-serve-mode")
+    try:
+        asked = [loop.run_in_executor(threads, control, order) for control in hub.controls]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    finally:
+        threads.shutdown(wait=False)
+    return _answer(answers)
 
 
-def show(hub: Hub) -> Response:
-    """Answer a GET from the last snapshot."""
-    snapshot = hub.snapshot or {}
-    return JSONResponse({"object": "slo.mode", **{key: snapshot.get(key) for key in SAID}})
+def _answer(answers: list[Mapping[str, Any] | BaseException]) -> Response:
+    taken = [one for one in answers if isinstance(one, Mapping) and "error" not in one]
+    for one in answers:
+        if isinstance(one, BaseException) and not isinstance(one, TimeoutError):
+            raise one
+    said = [str(one) if isinstance(one, BaseException) else str(one["error"]) for one in answers if one not in taken]
+    if not said:
+        return JSONResponse({"object": "slo.mode", **replies.mode(taken[-1])})
+    status = (
+        HTTPStatus.SERVICE_UNAVAILABLE
+        if any(isinstance(one, BaseException) for one in answers)
+        else (HTTPStatus.BAD_REQUEST)
+    )
+    done = f" ({len(taken)} of {len(answers)} engines have switched)" if taken else ""
+    return replies.error(status, said[0] + done)

@@ -11,10 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
 from slos_serve.http.hub import Hub
-from slos_serve.http.slo import BODY_KEYS, RequestError
+from slos_serve.http.identity import Caller, RequestError
+from slos_serve.http.slo import BODY_KEYS
 
 SLO_PREFIX = "/v1/slo/"
 REQUESTS_PREFIX = SLO_PREFIX + "requests/"
+OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status page
 
 
 def error(status: HTTPStatus, message: str, *, param: str | None = None, headers: Mapping[str, str] = {}) -> Response:
@@ -29,7 +31,13 @@ def bad_request(problem: RequestError) -> Response:
     return error(HTTPStatus.BAD_REQUEST, str(problem), param=problem.param)
 
 
-def refusal(reason: str, retry_after_s: int) -> Response:
+def too_large(limit: int) -> Response:
+    """Return the 413 of a body beyond the operator's limit."""
+    message = f"the body is longer than the {limit} bytes that this server takes (max_body_bytes)"
+    return error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+
+
+def refusal(reason: str, retry_after_s: int, *, slo_id: str = "", slo_class: str = "") -> Response:
     """Return the 429 of a request that cannot be served as its class wants."""
     message = f"no promise can be given now ({reason}) and this class of requests asks to be refused then"
     if reason == "queue-full":
@@ -37,6 +45,7 @@ def refusal(reason: str, retry_after_s: int) -> Response:
     if reason == "ttl-expired":
         message = "the request waited longer than its class allows (ttl_ms) and was never begun"
     headers = {"retry-after": str(retry_after_s), "x-slo-verdict": "rejected", "x-slo-reason": reason}
+    headers |= {name: value for name, value in (("x-slo-class", slo_class), ("x-slo-id", slo_id)) if value}
     return error(HTTPStatus.TOO_MANY_REQUESTS, f"{message}; try again in {retry_after_s} s", headers=headers)
 
 
@@ -50,21 +59,31 @@ def metrics() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-def page(hub: Hub, path: str) -> Response:
-    """Answer GET below /v1/slo/."""
+def page(hub: Hub, path: str, caller: Caller) -> Response:
+    """Answer GET below /v1/slo/, as much of it as the caller may see."""
+    identities = hub.operator.identities
+    if hub.config.pages == "off" or (hub.config.pages == "admin" and not identities.may_operate(caller)):
+        return error(HTTPStatus.NOT_FOUND, "Not Found")
     if path == SLO_PREFIX + "classes":
         return JSONResponse(classes(hub))
+    if path == SLO_PREFIX + "mode":
+        return JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})})
     if path == SLO_PREFIX + "status":
-        return JSONResponse(finite(status(hub)))
+        return JSONResponse(finite(status(hub, whole=identities.is_operator(caller))))
     if path.startswith(REQUESTS_PREFIX):
         request_id = path.removeprefix(REQUESTS_PREFIX)
-        record = hub.find(request_id)
+        record = hub.find(request_id, lambda tenant: identities.may_see(caller, tenant))
         if record is not None:
             return JSONResponse(finite({"object": "slo.request", **record}))
         message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
         return error(HTTPStatus.NOT_FOUND, message, param="id")
     message = f"{path[:100]} is not one of classes, status, mode, requests/ID below {SLO_PREFIX}"
     return error(HTTPStatus.NOT_FOUND, message)
+
+
+def mode(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an engine says of its mode."""
+    return {key: facts.get(key) for key in ("mode", "class_modes", "effective_mode", "reason")}
 
 
 def classes(hub: Hub) -> dict[str, Any]:
@@ -82,10 +101,10 @@ def classes(hub: Hub) -> dict[str, Any]:
     }
 
 
-def status(hub: Hub) -> dict[str, Any]:
-    """Return the engine's last word about itself."""
+def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
+    """Return the engine's last word about itself; its load is for its operator alone (`whole`)."""
     snapshot = hub.snapshot
-    return {
+    document = {
         "object": "slo.status",
         "model": hub.model,
         "mode": (snapshot or hub.settings).get("mode"),
@@ -96,6 +115,7 @@ def status(hub: Hub) -> dict[str, Any]:
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,
     }
+    return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}
 
 
 def finite(value: Any) -> Any:

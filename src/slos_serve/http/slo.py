@@ -1,44 +1,55 @@
 """What a client says about latency, in any of its four spellings, as one flat dictionary for the engine.
 
-The first that matches wins: (1) the body's `slo` object, (2) `x-slo-*` or `x-llm-d-slo-*` headers,
-(3) `service_tier`, (4) `slo_*` keys the client put into `vllm_xargs` itself. A mapping by the operator
-(API key, model alias, tenant) overrides them all. The engine alone knows the prompt's length, so promises
-are resolved there; here they are only checked. Forms 1 to 3 are checked strictly (`RequestError`, a 400);
-form 4 passes as it is, and the engine serves what it cannot read as best-effort.
+The first that matches wins: (1) the body's `slo` object, (2) `x-slo-*` or `x-llm-d-*` headers, (3) `service_tier`,
+(4) `slo_*` keys the client put into `vllm_xargs` itself. A mapping by the operator (API key, model alias, tenant)
+overrides them all, and who a client is, is not its own to say (see `identity`). The engine alone knows the prompt's
+length, so promises are resolved there; here they are only checked. Forms 1 to 3 are checked strictly (`RequestError`,
+a 400); form 4 passes as it is, and the engine serves what it cannot read as best-effort.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slos_serve.config import BEST_EFFORT, CUSTOM, OVERRIDES, ApiKey, SloConfig
-from slos_serve.errors import ConfigError, SlosServeError
-
-Headers = Iterable[tuple[bytes, bytes]]
+from slos_serve.config import BEST_EFFORT, CUSTOM, MAX_TEXT, OVERRIDES, SloConfig, short
+from slos_serve.errors import ConfigError
+from slos_serve.http.identity import Caller, Headers, Identities, RequestError, UnknownKeyError, single, text
 
 BODY_KEYS = ("class", *OVERRIDES, "stage", "tenant")
-NUMBER_HEADERS = {
-    "ttft_ms": (b"x-slo-ttft-ms", b"x-llm-d-slo-ttft-ms"),
-    "tpot_ms": (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms"),
-}
-CLASS_HEADER, TENANT_HEADER = b"x-slo-class", b"x-slo-tenant"
-MAX_TENANT_LENGTH = 128
+PREFIX, LLM_D_PREFIX = b"x-slo-", b"x-llm-d-slo-"
+UNITS = {b"-ms": 1.0, b"-s": 1e3, b"-us": 1e-3}  # to milliseconds
+CLASS_HEADER, STAGE_HEADER, TENANT_HEADER = b"x-slo-class", b"x-slo-stage", b"x-slo-tenant"
+OBJECTIVE_HEADER, FAIRNESS_HEADER = b"x-llm-d-inference-objective", b"x-llm-d-inference-fairness-id"
+SESSION_HEADERS = (b"x-dynamo-session-id", b"x-session-affinity", b"x-claude-code-session-id")
+UNSAID = frozenset({"default"})  # what load generators send for "no number"
+OWN_KEYS = ("slo_class", "slo_stage", *("slo_" + key for key in OVERRIDES))
 DEFAULT_HOLD_S = 10.0
 
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+# `slo`, `service_tier` and `vllm_xargs` consist of these; other escapes are left to their readers.
+_ESCAPED_LETTER = re.compile(rb"\\u00[567]")
 
 
-class RequestError(SlosServeError, ValueError):
-    """Name the field of a request that is wrong, its value and what was expected."""
+def _number_headers() -> dict[bytes, tuple[str, float]]:
+    """Return the headers that carry numbers: what each means in the body, and its unit in milliseconds."""
+    headers: dict[bytes, tuple[str, float]] = {}
+    for key in OVERRIDES:
+        name = key.replace("_", "-").encode()
+        if not key.endswith("_ms"):
+            headers[PREFIX + name] = key, 1.0
+            continue
+        for unit, factor in UNITS.items():
+            headers[PREFIX + name.removesuffix(b"-ms") + unit] = key, factor
+    for name in (b"ttft-ms", b"tpot-ms"):
+        headers[LLM_D_PREFIX + name] = headers[PREFIX + name]
+    return headers
 
-    def __init__(self, *, param: str, value: object, expected: str) -> None:
-        self.param = param
-        shown = repr(value)
-        shown = shown if len(shown) <= 100 else shown[:97] + "..."
-        super().__init__(f"{param} = {shown}: expected {expected}")
+
+NUMBER_HEADERS = _number_headers()
+KNOWN_HEADERS = (CLASS_HEADER, STAGE_HEADER, TENANT_HEADER, *NUMBER_HEADERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +57,8 @@ class SloRequest:
     """What one request asks for, checked.
 
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
-    client nor the operator said anything: such a request is served as on any other server. `keeps_own`: the
-    client's own `slo_*` keys in `vllm_xargs` stay (form 4). `hold_s` bounds how long after arrival the
+    client nor the operator said anything: such a request is served as on any other server. `session`: what another
+    system's header names it, for the engine. `hold_s` bounds how long after arrival the
     response's headers wait for a verdict: until the first token is due, where that is known, but a class that
     wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may wait in the
     queue before the engine sends it away.
@@ -58,19 +69,23 @@ class SloRequest:
     asked: bool = True
     best_effort: bool = False
     rejects: bool = False
-    keeps_own: bool = False
     tenant: str = ""
+    session: str = ""
     tier: str | None = None
     hold_s: float = DEFAULT_HOLD_S
     ttl_s: float | None = None
 
 
 class Operator:
-    """The operator's configuration, indexed for one look-up per request."""
+    """The operator's configuration, indexed for one look-up per request.
 
-    def __init__(self, config: SloConfig) -> None:
+    `model` is what a request means that names none.
+    """
+
+    def __init__(self, config: SloConfig, model: str | None = None) -> None:
         self.config = config
-        self._api_keys = {key.key_sha256: (tenant, key) for tenant, key in config.api_keys.items()}
+        self.identities = Identities(config)
+        self._model = model
         mapped = bool(config.tenants or config.models or config.api_keys)
         self._always = config.default_class != BEST_EFFORT or mapped or self._ttl_s(BEST_EFFORT) is not None
 
@@ -80,28 +95,37 @@ class Operator:
 
     def concerns(self, headers: Headers, body: bytes) -> bool:
         """Tell cheaply whether a request can be about an SLO at all; its body need not be parsed otherwise."""
-        if self._always or b'"slo' in body or b'"service_tier"' in body or b"\0" in body[:4]:  # the last: not UTF-8
+        if self._always or b"\0" in body[:4]:  # the last: not UTF-8
             return True
-        return any(name.startswith((b"x-slo-", b"x-llm-d-slo-")) for name, _ in headers)
+        if any(word in body for word in (b'"slo', b'"service_tier"', b'"vllm_xargs"', b'"extra_args"')):
+            return True
+        return _ESCAPED_LETTER.search(body) is not None or any(_is_ours(name) for name, _ in headers)
 
-    def read(self, headers: Headers, body: Mapping[str, Any]) -> SloRequest:
-        """Apply the first-match rule. `RequestError` names what is malformed in forms 1 to 3."""
-        named = {name: value for name, value in headers if name.startswith(b"x-") or name == b"authorization"}
+    def read(self, headers: Headers, body: Mapping[str, Any], peer: str | None = "") -> SloRequest:
+        """Apply the first-match rule. `RequestError` names what is malformed in forms 1 to 3.
+
+        `peer` is the address the request came from, None for a Unix socket. `UnknownKeyError` where the operator
+        wants a known API key and there is none.
+        """
+        named = single(headers)
+        _refuse_unknown(named)
+        caller = self.identities.caller(named, peer)
+        if not caller.is_known and self.config.unknown_keys == "refuse":
+            raise UnknownKeyError("this server serves known API keys only")
         slo = _slo_object(body)
-        key_tenant, api_key = self._api_key(named.get(b"authorization"))
-        tenant = _tenant("slo.tenant", slo.get("tenant")) or _tenant("x-slo-tenant", _text(named.get(TENANT_HEADER)))
-        tenant = tenant or key_tenant
-        stage = slo.get("stage")
-        self._check("slo.", None, {"stage": stage})
-        if stage is None:
-            stage = "loop" if body.get("tools") else "final"
+        tenant = _named_tenant(named, slo, caller) or caller.tenant
+        stage = self._stage(named, slo) or ("loop" if body.get("tools") else "final")
         said = self._body(slo) or self._headers(named) or self._tier(body.get("service_tier"))
-        mapped = self._mapped(api_key, body.get("model"), tenant)
+        own = _own_xargs(body)
+        if not caller.is_known:
+            said, own = None, {}
+        mapped = self._mapped(caller, body.get("model"), tenant)
         if mapped is not None:
             said = (mapped, {})
         xargs: dict[str, str | float] = {"slo_tenant": tenant} if tenant else {}
-        if said is None and (own := _own_xargs(body)):
-            return self._form_4(own, xargs, tenant, body.get("service_tier"))
+        session = _session(named, body)
+        if said is None and own:
+            return self._form_4(own, xargs, tenant, session, body.get("service_tier"))
         class_name, overrides = said or (None, {})
         label = self.config.label(class_name, overrides)
         ttl_s = self._ttl_s(label)
@@ -120,12 +144,24 @@ class Operator:
             best_effort=label == BEST_EFFORT,
             rejects=rejects,
             tenant=tenant,
+            session=session,
             tier=body.get("service_tier") if isinstance(body.get("service_tier"), str) else None,
             hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
             ttl_s=ttl_s,
         )
 
-    def _form_4(self, own: Mapping[str, Any], xargs: dict[str, str | float], tenant: str, tier: Any) -> SloRequest:
+    def wishes(self, headers: Headers, body: Mapping[str, Any]) -> bool:
+        """Tell whether a client asks for anything: a class or a number."""
+        named = single(headers)
+        return bool(self._body(_slo_object(body)) or self._headers(named))
+
+    def caller(self, headers: Headers, peer: str | None) -> Caller:
+        """Return who asks for a page; `RequestError` where that can be read in two ways."""
+        return self.identities.caller(single(headers), peer)
+
+    def _form_4(
+        self, own: Mapping[str, Any], xargs: dict[str, str | float], tenant: str, session: str, tier: Any
+    ) -> SloRequest:
         name = own.get("slo_class")
         known = isinstance(name, str) and name in self.config.classes
         numbers = {key: own.get("slo_" + key) for key in OVERRIDES}
@@ -133,11 +169,11 @@ class Operator:
         slo_class = self.config.classes[label] if known else None
         return SloRequest(
             slo_class=label,
-            xargs=xargs,
+            xargs={**own, **xargs},
             best_effort=label == BEST_EFFORT,
-            keeps_own=True,
             rejects=slo_class is not None and slo_class.on_unattainable == "reject" and label != BEST_EFFORT,
             tenant=tenant,
+            session=session,
             tier=tier if isinstance(tier, str) else None,
             ttl_s=self._ttl_s(label),
         )
@@ -151,16 +187,30 @@ class Operator:
         return class_name, overrides
 
     def _headers(self, named: Mapping[bytes, bytes]) -> tuple[str | None, dict[str, float]] | None:
-        class_name = _text(named.get(CLASS_HEADER))
+        class_name = text(named[CLASS_HEADER]) if CLASS_HEADER in named else self._objective(named)
         overrides: dict[str, float] = {}
-        for key, spellings in NUMBER_HEADERS.items():
-            spelling = next((name for name in spellings if name in named), None)
-            if spelling is not None:
-                overrides[key] = self._number(spelling.decode(), key, _text(named[spelling]) or "")
+        for header in (name for name in NUMBER_HEADERS if name in named):
+            key, factor = NUMBER_HEADERS[header]
+            value = text(named[header])
+            if value not in UNSAID:
+                overrides.setdefault(key, self._number(header.decode(), key, value, factor))
         if class_name is None and not overrides:
             return None
-        self._check("x-slo-", class_name, {})
+        self._check("x-slo-", class_name, overrides)
         return class_name, overrides
+
+    def _objective(self, named: Mapping[bytes, bytes]) -> str | None:
+        """Return the class that a gateway's objective names; it may also be one that only the gateway knows."""
+        name = text(named.get(OBJECTIVE_HEADER, b""))
+        return name if name in self.config.classes else None
+
+    def _stage(self, named: Mapping[bytes, bytes], slo: Mapping[str, Any]) -> str | None:
+        stage = slo.get("stage")
+        self._check("slo.", None, {"stage": stage})
+        if stage is None and STAGE_HEADER in named:
+            stage = text(named[STAGE_HEADER])
+            self._check("x-slo-", None, {"stage": stage})
+        return stage
 
     def _tier(self, tier: object) -> tuple[str | None, dict[str, float]] | None:
         match tier:
@@ -172,33 +222,28 @@ class Operator:
                 return self.config.priority_class, {}
         return None  # not ours to refuse: vLLM knows which tiers exist
 
-    def _mapped(self, api_key: ApiKey | None, model: object, tenant: str) -> str | None:
-        if api_key is not None and api_key.slo_class is not None:
-            return api_key.slo_class
-        if isinstance(model, str) and model in self.config.models:
-            return self.config.models[model]
+    def _mapped(self, caller: Caller, model: object, tenant: str) -> str | None:
+        if caller.key is not None and caller.key.slo_class is not None:
+            return caller.key.slo_class
+        name = model or self._model
+        if isinstance(name, str) and name in self.config.models:
+            return self.config.models[name]
         return self.config.tenants.get(tenant)
 
-    def _api_key(self, authorization: bytes | None) -> tuple[str, ApiKey | None]:
-        if authorization is None or not self._api_keys:
-            return "", None
-        scheme, _, key = authorization.decode("latin-1").partition(" ")
-        found = self._api_keys.get(ApiKey.digest(key.strip())) if scheme.lower() == "bearer" else None
-        return found or ("", None)
-
-    def _number(self, header: str, key: str, text: str) -> float:
-        value = float(text) if _NUMBER.fullmatch(text) else None
+    def _number(self, header: str, key: str, said: str, factor: float) -> float:
+        value = float(said) * factor if _NUMBER.fullmatch(said) else None
         try:
-            self.config.check_overrides(None, {key: text if value is None else value})
+            self.config.check_overrides(None, {key: said if value is None else value})
         except ConfigError as error:
-            raise RequestError(param=header, value=text, expected=error.expected) from error
-        return float(text)
+            raise RequestError(param=header, value=said, expected=error.expected) from error
+        return float(said) * factor
 
     def _check(self, prefix: str, class_name: object, overrides: Mapping[str, object]) -> None:
         try:
             self.config.check_overrides(class_name, overrides)  # type: ignore[arg-type] # checked there
         except ConfigError as error:
-            raise RequestError(param=prefix + error.key, value=error.value, expected=error.expected) from error
+            key = error.key.replace("_", "-") if prefix == "x-slo-" else error.key
+            raise RequestError(param=prefix + key, value=error.value, expected=error.expected) from error
 
 
 def _slo_object(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -214,23 +259,51 @@ def _slo_object(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return slo
 
 
+def _is_ours(header: bytes) -> bool:
+    return header.startswith((PREFIX, b"x-llm-d-")) or header in SESSION_HEADERS
+
+
+def _refuse_unknown(named: Mapping[bytes, bytes]) -> None:
+    for header, value in named.items():
+        if header.startswith(PREFIX) and header not in KNOWN_HEADERS:
+            expected = f"one of the headers {', '.join(name.decode() for name in KNOWN_HEADERS if name[-3:] != b'-us')}"
+            raise RequestError(param=header[:64].decode("latin-1"), value=text(value), expected=expected)
+
+
 def _own_xargs(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client may say in `vllm_xargs` itself, bounded in size; the engine judges it."""
     xargs = body.get("vllm_xargs")
-    names = ("slo_class", "slo_stage", *("slo_" + key for key in OVERRIDES))
-    return {key: xargs[key] for key in names if key in xargs} if isinstance(xargs, dict) else {}
+    found = {key: xargs[key] for key in OWN_KEYS if key in xargs} if isinstance(xargs, dict) else {}
+    return {key: value if _is_small(value) else "(unreadable)" for key, value in found.items()}
+
+
+def _is_small(value: object) -> bool:
+    return (isinstance(value, str) and len(value) <= MAX_TEXT) or isinstance(value, int | float)
+
+
+def _named_tenant(named: Mapping[bytes, bytes], slo: Mapping[str, Any], caller: Caller) -> str:
+    """Return the tenant that a request names, where its word is taken; a name that is none is refused from anybody."""
+    name = _tenant("slo.tenant", slo.get("tenant"))
+    if TENANT_HEADER in named:
+        name = name or _tenant(TENANT_HEADER.decode(), text(named[TENANT_HEADER]))
+    if not caller.names_tenants:
+        return ""
+    return name or short(text(named.get(FAIRNESS_HEADER, b"")))
+
+
+def _session(named: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
+    """Return the session that other systems' headers name, where a client says none in vLLM's way; "" for none."""
+    if body.get("session_id") or b"x-session-id" in named:
+        return ""
+    return next((short(text(named[name])) for name in SESSION_HEADERS if name in named), "")
 
 
 def _tenant(param: str, value: object) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TENANT_LENGTH:
-        expected = f"a name of 1 to {MAX_TENANT_LENGTH} characters"
-        raise RequestError(param=param, value=value, expected=expected)
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
+        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} characters")
     return value.strip()
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1").strip()
 
 
 def _hold_s(ttft_ms: float | None) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 
 END = b"\n\n"
 DONE = b"data: [DONE]"
-COMPLETED = b"event: response.completed\n"
 FINISHED = (b'"finish_reason":"', b'"finish_reason": "')
 
 Extra = Callable[[], Mapping[str, Any]]
@@ -60,7 +59,7 @@ class StreamTail:
     @staticmethod
     def ends_in(data: bytes) -> bool:
         """Tell whether the end of the stream is in these bytes, so that everything has to be known now."""
-        return DONE in data
+        return data.startswith(DONE) or b"\n" + DONE in data  # within a text a line's end is escaped
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes in, give bytes out."""
@@ -104,21 +103,25 @@ class StreamTail:
         return b"data: " + write_into(event[len(b"data:") :].strip(), self._extra()) + END
 
 
-class ResponsesTail:
-    """The same for a stream of the Responses API: its last event carries the whole response, and that the keys."""
+class EventTail:
+    """The same for a stream of named events: `last` is the name of the one that carries the keys.
 
-    def __init__(self, extra: Extra) -> None:
+    They go into the object `inside` of its data ("" for the data itself).
+    """
+
+    def __init__(self, extra: Extra, last: str, inside: str = "") -> None:
         self._extra = extra
+        self._last = f"event: {last}\n".encode()
+        self._inside = inside
         self._pending = b""
 
-    @staticmethod
-    def ends_in(data: bytes) -> bool:
+    def ends_in(self, data: bytes) -> bool:
         """Tell whether the last event begins in these bytes."""
-        return COMPLETED in data
+        return data.startswith(self._last) or b"\n" + self._last in data
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes in, give bytes out; nothing is held back but the end of an event that was cut."""
-        if not self._pending and data.endswith(END) and COMPLETED not in data:
+        if not self._pending and data.endswith(END) and not self.ends_in(data):
             return data
         data = self._pending + data
         end = data.rfind(END) + len(END) if END in data else 0
@@ -131,17 +134,19 @@ class ResponsesTail:
         return pending
 
     def _event(self, event: bytes) -> bytes:
-        if not event.startswith(COMPLETED):
+        if not event.startswith(self._last):
             return event
         name, _, data = event.partition(b"\ndata: ")
+        if not self._inside:
+            return name + b"\ndata: " + write_into(data.strip(), self._extra()) + END
         try:
             values = json.loads(data)
         except ValueError:
             return event
-        response = values.get("response") if isinstance(values, dict) else None
-        if not isinstance(response, dict):
+        inner = values.get(self._inside) if isinstance(values, dict) else None
+        if not isinstance(inner, dict):
             return event
-        return name + b"\ndata: " + write_into(data, {"response": {**response, **self._extra()}}) + END
+        return name + b"\ndata: " + write_into(data, {self._inside: {**inner, **self._extra()}}) + END
 
 
 def _num_finished(data: bytes) -> int:

@@ -131,7 +131,7 @@ def replica_document(given: Mapping[str, Any], slo: Mapping[str, Any], routing: 
     if not str(scheduler).startswith("slos_serve."):
         raise ConfigError(where=WHERE, key="scheduler_cls", value=scheduler, expected="none: we bring our own")
     additional = dict(engine.get("additional_config") or {})
-    engine["additional_config"] = {**additional, "slo": {**slo, **(additional.get("slo") or {})}}
+    engine["additional_config"] = {**additional, "slo": {"edge": True, **slo, **(additional.get("slo") or {})}}
     server = document.setdefault("server_cls", SloServer)
     if server is not SloServer and not (isinstance(server, type) and issubclass(server, SloServer)):
         expected = "none, or a subclass of slos_serve.ray_serve.server.SloServer"

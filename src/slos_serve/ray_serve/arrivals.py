@@ -23,6 +23,7 @@ from slos_serve.ray_serve.fleet import Fleet
 CHARS_PER_TOKEN = 4.0
 LEARNING_RATE = 0.05
 DEFAULT_OUTPUT_TOKENS = 1024
+MAX_OUTPUT_TOKENS = 1 << 31  # no context is longer
 TOKENS_PER_MESSAGE = 4
 
 
@@ -46,8 +47,10 @@ class Estimator:
         """Return the request as the router sees it; without promises where they cannot be resolved."""
         asked = getattr(body, "vllm_xargs", None) or {}
         tokens = self.prompt_tokens(body)
-        limit = asked.get("hidden_max_tokens") or getattr(body, "max_completion_tokens", None)
-        limit = limit or getattr(body, "max_tokens", None) or DEFAULT_OUTPUT_TOKENS
+        hidden = asked.get("hidden_max_tokens")
+        limit = hidden if isinstance(hidden, int) and 0 < hidden < MAX_OUTPUT_TOKENS else None
+        limit = limit or getattr(body, "max_completion_tokens", None) or getattr(body, "max_tokens", None)
+        limit = limit or DEFAULT_OUTPUT_TOKENS
         slo, weight, thinks = self._promises(asked, tokens, fleet)
         arrived_s = asked.get("slo_arrival_s")
         request = Request(

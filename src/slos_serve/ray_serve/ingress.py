@@ -19,7 +19,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from slos_serve.config import BEST_EFFORT
+from slos_serve.config import BEST_EFFORT, short
 from slos_serve.core.warmup import warm_up_router
 from slos_serve.http import replies
 from slos_serve.http.hub import HUB
@@ -33,7 +33,7 @@ from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Trave
 HOPPING = ("chat", "completions")
 CONTROL_S = 10.0
 SESSION_HEADER = "x-session-id"
-ENGINE_FAULTS = ("EngineDeadError", "EngineLostError", "EngineGenerateError")
+ENGINE_FAULTS = ("EngineDeadError", "EngineLostError")  # vLLM's EngineGenerateError is about one request
 
 
 class SloIngress(OpenAiIngress):
@@ -89,7 +89,7 @@ class SloIngress(OpenAiIngress):
         model_id = await self._get_model_id(body.model)
         handle = self._get_configured_serve_handle(model_id)
         headers = raw_request.headers if raw_request is not None else {}
-        session_id = names.session_id_from_headers(headers) if headers else None
+        session_id = short((headers and names.session_id_from_headers(headers)) or headers.get(SESSION_HEADER) or "")
         if session_id:
             handle = handle.options(session_id=session_id)
         if isinstance(body, names.ChatCompletionRequest):
@@ -114,7 +114,7 @@ class SloIngress(OpenAiIngress):
             fleet,
             request_id=slo_id or names.request_id(),
             slo_class=record["class"],
-            session_id=str(getattr(body, "session_id", None) or headers.get(SESSION_HEADER) or ""),
+            session_id=short(str(getattr(body, "session_id", None) or session_id)),
         )
         traveller = Traveller(
             arrival=arrival,

@@ -23,6 +23,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.errors import SlosServeError
+from slos_serve.http import seal
 from slos_serve.http.hub import HUB
 from slos_serve.ray_serve import names
 from slos_serve.ray_serve.hops import VERDICT, Hop, Note, is_refusal
@@ -43,6 +44,7 @@ class SloServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc] # Ray awaits it
         check_installed()
+        seal.prepare()  # before the engine's process inherits the environment
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         _prepare(llm_config, self._replica_id)
         self._num_refused = 0
@@ -59,12 +61,14 @@ class SloServer(LLMServer):
 
     async def chat(self, request: Any, raw_request_info: Any = None, hop: Hop | None = None) -> AsyncGenerator[Any]:
         """Answer a chat completion; notes come between the chunks where the caller sent a hop."""
+        _seal(request, hop)
         return self._answer(await super().chat(request, raw_request_info), hop)
 
     async def completions(
         self, request: Any, raw_request_info: Any = None, hop: Hop | None = None
     ) -> AsyncGenerator[Any]:
         """Answer a completion; see `chat`."""
+        _seal(request, hop)
         return self._answer(await super().completions(request, raw_request_info), hop)
 
     def _answer(self, stream: AsyncGenerator[Any], hop: Hop | None) -> AsyncGenerator[Any]:
@@ -132,6 +136,12 @@ def check_installed() -> None:
     if not any(one.value.startswith("slos_serve.") for one in entry_points(group=PLUGINS)):
         expected = "pip install it on every machine, or name it in runtime_env"
         raise SlosServeError(f"slos-serve can be imported by this replica but is not installed: {expected}")
+
+
+def _seal(request: Any, hop: Hop | None) -> None:
+    """Vouch to this replica's engine for what the ingress stamped; only an ingress of ours sends hops."""
+    if hop is not None and request.vllm_xargs and "slo_id" in request.vllm_xargs:
+        request.vllm_xargs = seal.sealed(request.vllm_xargs)
 
 
 def slo_settings(llm_config: LLMConfig) -> Mapping[str, Any]:

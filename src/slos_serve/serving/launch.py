@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -20,6 +21,7 @@ from types import FrameType
 
 from slos_serve.bench.engines import handling
 from slos_serve.errors import SlosServeError
+from slos_serve.http import seal
 
 PROBE_HEADER = "x-slos-serve-probe"
 POLL_S = 0.25
@@ -41,7 +43,7 @@ def start(command: Sequence[str], env: Mapping[str, str], *, stdout_to_stderr: b
     """Start the server in a session of its own, so that it gets each signal once, from us."""
     return subprocess.Popen(
         command,
-        env={**os.environ, **env},
+        env={**os.environ, seal.ENVIRONMENT: secrets.token_hex(32), **env},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno() if stdout_to_stderr else None,
         start_new_session=True,

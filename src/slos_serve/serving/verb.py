@@ -251,10 +251,11 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
 
     additional = arguments.take_additional_config()
     key = engine_key(model, engine, arguments.arguments, environ, share=share)
-    problem = "" if engine.is_cpu or args.slo_mode == "observe" else why_not_verified(key)
-    if problem:
+    problem = "" if engine.is_cpu else why_not_verified(key)
+    if problem and args.slo_mode != "observe":
         notes.append(f"observing, for {problem}: run slos-serve verify --model {args.model} with the same flags, once")
-    slo: dict[str, Any] = {"mode": "observe" if problem else args.slo_mode or "enforce"}
+    slo: dict[str, Any] = {"mode": "observe" if problem else args.slo_mode or "enforce", "edge": True}
+    slo["may_enforce"] = not problem
     if args.slo_config:
         slo["config"] = str(args.slo_config.resolve())
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.config import short
 from slos_serve.core import deadlines
 from slos_serve.core.types import Plan, Tier, Verdict
 from slos_serve.vllm_plugin import view
@@ -143,7 +144,7 @@ class Promises:
 def _names(live: Live) -> dict[str, Any]:
     return {
         "slo_id": live.slo_id,
-        "request_id": live.request.request_id,
+        "request_id": short(live.request_id),
         "slo_class": live.slo_class,
         "tenant": live.tenant,
         "session": live.session,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
+from slos_serve.config import short
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -42,7 +44,7 @@ def request_facts(tracker: Tracker, requests: Iterable[Request]) -> dict[str, di
         if live is None:
             continue
         row = tracker.table.rows[tracker.table.index(live.request_id)] if live.has_row else None
-        facts[live.request_id] = {
+        facts[short(live.request_id)] = {
             "arrival_s": round(live.arrival_s, 6),
             "added_s": round(live.added_s, 6),
             "first_token_s": round(live.first_token_s, 6) if live.num_output_tokens else None,

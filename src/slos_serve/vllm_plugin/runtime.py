@@ -60,13 +60,16 @@ class SloRuntime:
         self.scheduler = scheduler
         self.settings = settings = Settings.parse(document)
         self.modes = settings.resolved_modes(given=document is not None, is_cpu=view.is_cpu())
+        self.may_enforce = settings.may_enforce or self.modes.is_steering or view.is_cpu()
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
         self._work_limit = WorkLimit()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
-        self.tracker = Tracker(scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async)
+        self.tracker = Tracker(
+            scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async, edge_only=settings.edge
+        )
         self.tracker.use_prefix_hits = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
         self.recorder = StepRecorder(settings.record)
@@ -150,8 +153,11 @@ class SloRuntime:
         """Change the mode of the engine, or of one class, from the next step on; return what holds then.
 
         Promises that were given are still planned for while plans are carried out. Safe on any thread;
-        `ValueError` for an unknown mode or class.
+        `ValueError` for an unknown mode or class, and for `enforce` on an engine that nobody has verified.
         """
+        if mode == "enforce" and not self.may_enforce:
+            expected = "observe, until slos-serve verify has passed for this engine and these flags"
+            raise ValueError(f"mode = {mode!r}: expected {expected}")
         if slo_class is not None:
             self.settings.config.check_promising(slo_class)
         self.modes = self.modes.changed(mode, slo_class)

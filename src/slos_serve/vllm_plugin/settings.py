@@ -29,7 +29,9 @@ class Settings:
     often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
     up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
     (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with. `use_prefix_hits`:
-    tell the planner how much of a waiting prompt the prefix cache holds.
+    tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge stands in front of this
+    engine, so that only what it wrote into a request counts. `may_enforce`: the engine was verified, so that it may be
+    switched to enforcing; one that was started so, or runs on a CPU, may anyway.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -48,6 +50,8 @@ class Settings:
     fault_dir: Path | None = None
     publish_replica: bool = False
     use_prefix_hits: bool = True
+    edge: bool = False
+    may_enforce: bool = False
     safety: SafetyLimits = field(default_factory=SafetyLimits)
 
     @classmethod

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slos_serve.config import SloConfig
+from slos_serve.config import SloConfig, short
 from slos_serve.core.deadlines import StreamGrader
 from slos_serve.core.lengths import LengthModel, turn
 from slos_serve.core.types import Request as CoreRequest
 from slos_serve.core.types import RequestTable, Slo, Status, Tier
 from slos_serve.vllm_plugin import view
+from slos_serve.vllm_plugin.said import said
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -90,7 +91,7 @@ class Live:
     def session(self) -> str | None:
         """The session it belongs to, as the client names it."""
         value = self.request.session_id
-        return None if value is None else str(value)
+        return None if value is None else short(str(value))
 
     @property
     def has_slo(self) -> bool:
@@ -114,8 +115,10 @@ class Tracker:
         sets_aside: Callable[[str], bool] = lambda _: False,
         *,
         is_async: bool,
+        edge_only: bool = False,
     ) -> None:
         self.scheduler = scheduler
+        self._edge_only = edge_only
         self.config = config
         self.clock = clock
         self.table = RequestTable(list(config.classes))
@@ -151,7 +154,7 @@ class Tracker:
             return None  # the next input of a streamed session, or its end
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
-        args = {key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)}
+        args = said(extra, edge_only=self._edge_only)
         added_s = self.clock.now()
         live = Live(request=request, args=args, arrival_s=self._arrival(request, args), added_s=added_s)
         self.live[request.request_id] = live
