@@ -116,6 +116,8 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
     assert additional["other"] == 1
     assert additional["slo"] == {
         "mode": "enforce",
+        "edge": True,
+        "may_enforce": True,
         "guard_ms": 5,
         "profile": str(profile),
         "profile_key": "",
