@@ -12,11 +12,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 from slos_serve.bench.engines import handling
@@ -25,6 +25,7 @@ from slos_serve.http import seal
 
 PROBE_HEADER = "x-slos-serve-probe"
 POLL_S = 0.25
+PATIENCE_S = 15.0  # shorter than those have who end us: `bench.engines`, and orchestrators' usual 30 s
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,25 +52,50 @@ def start(command: Sequence[str], env: Mapping[str, str], *, stdout_to_stderr: b
     )
 
 
-def forwarding(child: subprocess.Popen[bytes]) -> AbstractContextManager[None]:
-    """Pass the signals that ask us to end on to the child."""
+@contextlib.contextmanager
+def forwarding(
+    child: subprocess.Popen[bytes], *, patience_s: float = PATIENCE_S, tell: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Pass the signals that ask us to end on to the child, and make it end `patience_s` after the first of them.
+
+    vLLM waits for open connections without a bound, and has by then stopped the engine that would end them. `tell` is
+    called before it is made to end.
+    """
+
+    def make_end() -> None:
+        if child.poll() is None:
+            tell()
+            kill(child)
+
+    timer = threading.Timer(patience_s, make_end)
+    timer.daemon = True
 
     def forward(number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
+        if timer.ident is None:
+            timer.start()
 
-    return handling(FORWARDED, forward)
+    with handling(FORWARDED, forward):
+        yield
+    timer.cancel()
 
 
-def end(child: subprocess.Popen[bytes], *, patience_s: float = 30.0) -> None:
+def end(child: subprocess.Popen[bytes], *, patience_s: float = PATIENCE_S) -> None:
     """Ask the child to end, and make it where it does not."""
     if child.poll() is None:
         child.terminate()
         try:
             child.wait(patience_s)
         except subprocess.TimeoutExpired:
-            child.kill()
+            kill(child)
             child.wait()
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child and the processes that it has started, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def exit_status(code: int) -> int:
