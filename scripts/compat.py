@@ -284,7 +284,7 @@ def notes(found: dict[str, dict[str, Any]]) -> list[str]:
         lines += ["", "Tests that fail on vLLM's own class here, and so on ours:", "", *failing]
     lines += ["", "## What these runs do not cover", ""]
     lines += [
-        "- GPUs: graphs, and asynchronous scheduling and drafters on a device; `slos-serve verify` tests one such engine.",
+        "- GPUs: graphs, asynchronous scheduling and drafters on a device; `slos-serve verify` tests one such engine.",
         *(
             f"- {version} has no build for CPUs: its GPU wheel's Python files ran over the dependencies of {base}."
             for version, base in GPU_ONLY.items()
