@@ -54,6 +54,7 @@ RULES = {
     # The commands join everything, each import inside the function that needs it.
     "cli": Rule(ALL_OURS),
     "serving": Rule(ALL_OURS, frozenset({"yaml"})),
+    "serving.vllm_command": rule(others="vllm"),
     "doctor": Rule(ALL_OURS, frozenset({"yaml"})),
 }
 COMMANDS = frozenset({"cli", "serving", "doctor"})

@@ -12,11 +12,10 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from slos_serve.bench.engines import handling
@@ -52,33 +51,27 @@ def start(command: Sequence[str], env: Mapping[str, str], *, stdout_to_stderr: b
     )
 
 
-@contextlib.contextmanager
-def forwarding(
-    child: subprocess.Popen[bytes], *, patience_s: float = PATIENCE_S, tell: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Pass the signals that ask us to end on to the child, and make it end `patience_s` after the first of them.
+def wait(child: subprocess.Popen[bytes], *, patience_s: float, tell: Callable[[], None]) -> int:
+    """Wait for the child's end and return its code; pass on the signals that ask us to end.
 
-    vLLM waits for open connections without a bound, and has by then stopped the engine that would end them. `tell` is
-    called before it is made to end.
+    vLLM waits for open connections without a bound, and has by then stopped the engine that would end them: it is made
+    to end `patience_s` after the first signal, and `tell` is called before.
     """
-
-    def make_end() -> None:
-        if child.poll() is None:
-            tell()
-            kill(child)
-
-    timer = threading.Timer(patience_s, make_end)
-    timer.daemon = True
+    told: list[float] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        told.append(time.monotonic())
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
-        if timer.ident is None:
-            timer.start()
 
     with handling(FORWARDED, forward):
-        yield
-    timer.cancel()
+        while child.poll() is None:
+            if told and time.monotonic() - told[0] > patience_s:
+                tell()
+                kill(child)
+                break
+            time.sleep(POLL_S)
+    return child.wait()
 
 
 def end(child: subprocess.Popen[bytes], *, patience_s: float = PATIENCE_S) -> None:

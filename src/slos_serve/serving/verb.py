@@ -339,14 +339,13 @@ def _serve(plan: Launch, *, as_json: bool) -> int:
     def tell() -> None:
         say(f"vLLM was told to end {plan.patience_s:.0f} s ago and still waits for its connections: ending it")
 
-    with launch.forwarding(child, patience_s=plan.patience_s, tell=tell):
-        thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
-        if plan.url:
-            thread.start()
-        try:
-            code = child.wait()
-        finally:
-            launch.end(child)
+    thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
+    if plan.url:
+        thread.start()
+    try:
+        code = launch.wait(child, patience_s=plan.patience_s, tell=tell)
+    finally:
+        launch.end(child)
     if plan.url:
         thread.join(timeout=5)
     if failures:
