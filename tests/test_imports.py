@@ -39,15 +39,16 @@ RULES = {
     "pages": rule("figures"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
     "config": rule("core.types errors", "yaml"),
-    "sim": rule("sim cache core config errors figures pages", "numpy yaml scipy"),
-    "sim.vllm_replica": rule("sim core config errors vllm_plugin", "numpy vllm torch"),
+    "traces": rule("traces sim.traces errors", "numpy"),
+    "sim": rule("sim traces cache core config errors figures pages", "numpy yaml scipy"),
+    "sim.vllm_replica": rule("sim traces core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(
         "vllm_plugin core config errors http", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
     "ray_serve": rule("ray_serve core config errors http", "ray grpc starlette numpy yaml"),
     "bench": rule(
-        "bench cache core config errors figures pages sim.traces",
+        "bench cache core config errors figures pages traces sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",
     ),
     "emulated": rule("emulated sim.hardware core errors", "numpy vllm torch"),
