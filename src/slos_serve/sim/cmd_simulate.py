@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
         hardware = hardware.with_kv_tokens(args.kv_tokens)
     systems = [find_system(name) for name in dict.fromkeys(args.system.split(","))]
     workload, max_model_len, trace = build_workload(args, hardware)
-    tell(workload.name, workload.num_requests, workload.duration_s if trace is None else trace.span_s, trace)
     entries = [simulate(args, system, workload, hardware, max_model_len) for system in systems]
+    tell(workload.name, workload.num_requests, workload.duration_s if trace is None else trace.span_s, trace)
     for entry in entries:
         entry.update({} if trace is None else {"trace": summary(trace)})
     if args.json:

@@ -20,8 +20,10 @@ import numpy as np
 from slos_serve.cache import complete_file
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.sim.traces import Trace, read_trace, spread_ties, write_trace
+from slos_serve.traces.rows import ReadOptions
 
 TIMEOUT_S = 30.0
+MOONCAKE = ReadOptions(time_unit="ms", block_tokens=512)
 CHUNK_BYTES = 1 << 16
 RAW = "https://raw.githubusercontent.com"
 AZURE = f"{RAW}/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data/AzureLLMInferenceTrace"
@@ -145,7 +147,7 @@ def fetch(
 
 def _read(dataset: Dataset, path: Path) -> Trace:
     try:
-        trace = read_trace(path, spread=False)
+        trace = read_trace(path, MOONCAKE if dataset.is_on_ticks else None, spread=False)
     except ValueError as error:
         raise FetchError(f"{dataset.name}: {error}: the file is another one or damaged, nothing was written") from error
     return replace(trace, arrived_at_s=np.round(trace.arrived_at_s, 6), source=dataset.name)

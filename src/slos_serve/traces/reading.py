@@ -78,8 +78,8 @@ class _Table:
                 self._cache, self._first_s = PrefixCache(self._source.block_tokens), row.at_s
             elif self._kind.is_sorted and row.at_s < before_s:
                 raise ValueError(
-                    f"{self._source.path}:{row.line}: {self._kind.time_name} = {row.at_s:.16g} s: expected not before "
-                    f"the row above ({before_s:.16g} s): sort the file by it"
+                    f"{self._source.path}:{row.line}: {self._kind.time_name} = {row.at_s:.12g} s: expected not before "
+                    f"the row above ({before_s:.12g} s): sort the file by it"
                 )
             if window is not None and before_s < row.at_s <= self._first_s + window[0]:
                 self._clear()

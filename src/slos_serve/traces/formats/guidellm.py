@@ -41,7 +41,7 @@ def rows(source: Source, options: ReadOptions) -> Rows:
             unit = "s"
             why = "as ms they would come too fast" if too_fast else "they have fractions"
             source.notes.append(f"{TIME} read as seconds: {why} (--time-unit ms if they are not)")
-    if unit is None and times:
+    if unit is None and len(set(times)) > 1:
         why = "whole numbers and no block ids" if not has_blocks(source) else "blocks of neither 512 nor 16 tokens"
         raise ask_for_unit(source, why)
     return length_rows(source, options, unit=unit)
