@@ -5,7 +5,6 @@ Each case runs the installed package in a process of its own.
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -46,12 +45,12 @@ def python(copy, tmp_path):
     """Start a Python on the copy; nothing of the caller's home or caches is known to it unless a test says so."""
     hidden = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "HOME", "USER", "LOGNAME", "TMPDIR")
 
-    def start(*arguments, before=None, prefix=(), **environ):
+    def start(*arguments, prefix=(), **environ):
         env = {name: value for name, value in os.environ.items() if name not in hidden}
         env |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_OPT": "0", **environ}
         return subprocess.Popen(
             [*prefix, sys.executable, *arguments],
-            env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before,
+            env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def run(*arguments, **options):
@@ -90,18 +89,16 @@ def test_help_and_version_work_without_a_home(python, copy):
 
 def test_a_verb_says_in_one_line_that_each_call_compiles(python, copy, tmp_path):
     block(copy)
-    state = "import sys; from slos_serve import cli, core; import slos_serve.core.perf; sys.exit(cli._tell_compiling('try'))"
-    status, out, err = python("-c", state, HOME="/proc/none")
+    code = "import slos_serve.core.perf; from slos_serve import cli; cli._tell_compiling('try')"
+    status, out, err = python("-c", code, HOME="/proc/none")
     assert (status, out) == (0, "")
     assert len(err.splitlines()) == 1
     assert "each call compiles: cannot cache function" in err
 
 
 def test_a_full_disk_costs_the_compiled_loop_and_nothing_else(python):
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
-
-    status, out, err = python("-c", LOOP, before=fill)
+    fill = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))"
+    status, out, err = python("-c", fill + LOOP)
     assert (status, err) == (0, "")
     assert out.startswith("0.005 ")
     assert "File too large" in out
@@ -159,11 +156,11 @@ class TestRandomUser:
         assert out.startswith("0.005 cannot cache function")
 
     def test_the_cache_is_a_private_folder_below_the_temporary_one(self, as_nobody, tmp_path):
-        code = "from slos_serve.cache import cache_folder, why_not_usual; print(cache_folder('profiles')); print(why_not_usual())"
+        code = "from slos_serve.cache import cache_folder, why_not_usual as why; print(cache_folder('profiles'), why())"
         for environ in ({}, {"HOME": "/"}, {"HOME": "/nonexistent"}):
             status, out, err = as_nobody("-c", code, **environ)
             assert (status, err) == (0, "")
-            folder, reason = out.splitlines()
+            folder, reason = out.split(maxsplit=1)
             assert folder == str(tmp_path / "tmp/slos-serve-12345/cache/profiles")
             assert reason
         assert (tmp_path / "tmp/slos-serve-12345").stat().st_mode & 0o777 == 0o700

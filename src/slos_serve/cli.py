@@ -112,7 +112,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if first not in verbs:
         print(f"slos-serve: {first!r}: expected one of {', '.join(verbs)}", file=sys.stderr)
         return 2
-    return _run(first, load(verbs[first]), arguments[1:])
+    status = _run(first, load(verbs[first]), arguments[1:])
+    if status == 0:
+        _tell_compiling(first)
+    return status
 
 
 def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
@@ -129,9 +132,7 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
     else:
         args = parser.parse_args(arguments)
     try:
-        status = verb.run(args)
-        _tell_compiling(name)
-        return status
+        return verb.run(args)
     except BrokenPipeError:
         # The reader left (`| head`): nothing more to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
