@@ -34,7 +34,8 @@ def rule(ours="", others="", forbidden=frozenset()):
 RULES = {
     "": Rule(frozenset()),
     "errors": rule(),
-    "cache": rule("errors"),
+    "places": rule(),
+    "cache": rule("errors places"),
     "figures": rule("errors", "matplotlib"),
     "pages": rule("figures"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
@@ -44,9 +45,9 @@ RULES = {
     "sim.vllm_replica": rule("sim traces core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(
-        "vllm_plugin core config errors http", "vllm torch numpy zmq msgspec starlette prometheus_client"
+        "vllm_plugin core config errors http places", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
-    "ray_serve": rule("ray_serve core config errors http", "ray grpc starlette numpy yaml"),
+    "ray_serve": rule("ray_serve core config errors http places", "ray grpc starlette numpy yaml"),
     "bench": rule(
         "bench cache core config errors figures pages traces sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",

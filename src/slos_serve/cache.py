@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from slos_serve.places import private_folder, writable
 
 
 def cache_folder(*parts: str) -> Path:
@@ -18,7 +18,7 @@ def cache_folder(*parts: str) -> Path:
     Where that cannot be written it is one below the temporary folder, of this user alone; `why_not_usual` says why.
     """
     try:
-        return _made(_usual_root().joinpath(*parts))
+        return writable(_usual_root().joinpath(*parts))
     except (OSError, RuntimeError):
         return private_folder("cache", *parts)
 
@@ -35,38 +35,15 @@ def cache_path(folder: str, name: str) -> Path:
 def why_not_usual() -> str:
     """Return why the cache is not in its usual place; "" where it is."""
     try:
-        _made(_usual_root())
+        writable(_usual_root())
     except (OSError, RuntimeError) as error:
         return " ".join(str(error).split())
     return ""
 
 
-def private_folder(*parts: str) -> Path:
-    """Return a folder below the temporary one that only this user can enter, made if absent.
-
-    `PermissionError` where somebody else has taken its name: what lies there cannot be trusted.
-    """
-    root = Path(tempfile.gettempdir()) / f"slos-serve-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        root.mkdir(mode=0o700)
-    found = root.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "expected a folder of this user", str(root))
-    if stat.S_IMODE(found.st_mode) != 0o700:
-        root.chmod(0o700)
-    return _made(root.joinpath(*parts))
-
-
 def _usual_root() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or ""
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "slos-serve"
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    return folder
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     """Yield every finding, in the order in which a user would mend them."""
     checks: list[Callable[[argparse.Namespace], Finding | None]] = [
         *(_python, _engine, _libnuma, _numba, _plots, _hook, _ray, _compiler, _memory),
-        *(_port, _slo_config, _model, _cache, _clock),
+        *(_port, _slo_config, _model, _cache, _sockets, _clock),
     ]
     for check in checks:
         try:
@@ -299,8 +299,24 @@ def _cache(_args: argparse.Namespace) -> Finding:
     if problem := _why_unwritable(folder):
         return Finding(check="cache", status=FAIL, detail=problem, advice=advice)
     if reason := why_not_usual():
-        return Finding(check="cache", status=WARN, detail=f"{reason}; using {folder}", advice=advice)
+        status = FAIL if os.environ.get("XDG_CACHE_HOME") else WARN  # what was asked for, or what merely is so
+        return Finding(check="cache", status=status, detail=f"{reason}; using {folder}", advice=advice)
     return Finding(check="cache", status=OK, detail=f"{folder} is writable")
+
+
+def _sockets(_args: argparse.Namespace) -> Finding:
+    from slos_serve.places import socket_root  # noqa: PLC0415
+
+    advice = "engine and API server meet there: set XDG_RUNTIME_DIR or TMPDIR to a short path on a local disk"
+    try:
+        folder = socket_root()
+    except OSError as error:
+        return Finding(check="sockets", status=FAIL, detail=_one_line(error), advice=advice)
+    wanted = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    if not folder.is_relative_to(wanted):
+        detail = f"{wanted} cannot hold sockets; using {folder}"
+        return Finding(check="sockets", status=WARN, detail=detail, advice=advice)
+    return Finding(check="sockets", status=OK, detail=f"{folder} can hold them")
 
 
 def _clock(_args: argparse.Namespace) -> Finding:

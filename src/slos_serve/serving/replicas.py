@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
 from slos_serve.serving.profiles import SPEED_ENVIRONMENT
-from slos_serve.serving.verb import Launch, measure, prepare, say
+from slos_serve.serving.verb import Launch, measure, prepare, remove_scratch, say
 
 # What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
 REFUSED = (
@@ -28,6 +27,7 @@ REFUSED = (
 )
 NOT_ENGINE = ("model", "host", "port", "served_model_name", "middleware", "additional_config", "scheduler_cls")
 EMULATED_CORES = 0.25  # a device that computes nothing; its API server, scheduler and tokenizer are real
+OF_ONE_ENGINE = ("profile_key", "channel_dir")  # settings that each replica has its own of
 PATIENCE_S = 310.0
 CONNECT_S = 5.0
 
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
                     say("finishing what is under way; again to stop at once")
                 return 0 if cluster.drain(PATIENCE_S) else 1
     finally:
-        if plan.scratch is not None:
-            shutil.rmtree(plan.scratch, ignore_errors=True)
+        remove_scratch(plan)
 
 
 def _import() -> tuple[Any, Any]:
@@ -126,7 +125,7 @@ def application(
 
     flags = engine_kwargs(plan.arguments)
     additional = dict(flags.get("additional_config") or {})
-    slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key != "profile_key"}
+    slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key not in OF_ONE_ENGINE}
     slo |= {"profile": profile, "router": args.router or "slo"}
     if args.record is None:
         slo.pop("record", None)

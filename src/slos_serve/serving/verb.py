@@ -25,6 +25,7 @@ from slos_serve.cache import cache_folder, why_not_usual
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.places import socket_root
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
@@ -105,6 +106,7 @@ class Launch:
     must_profile: bool = False
     record: Path | None = None
     scratch: Path | None = None
+    channel: Path | None = None
     key: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     patience_s: float = launch.PATIENCE_S
@@ -132,8 +134,14 @@ def run(args: argparse.Namespace) -> int:
             say(note)
         return _serve(plan, as_json=args.json)
     finally:
-        if plan.scratch is not None:
-            shutil.rmtree(plan.scratch, ignore_errors=True)
+        remove_scratch(plan)
+
+
+def remove_scratch(plan: Launch) -> None:
+    """Remove the folders that were made for this launch alone."""
+    for folder in (plan.scratch, plan.channel):
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_cluster(args: argparse.Namespace) -> bool:
@@ -304,6 +312,9 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
             record = scratch / "steps.jsonl"
     if record is not None:
         slo["record"] = str(record)
+    channel = _channel()
+    if channel is not None:
+        slo["channel_dir"] = str(channel)
     merge(slo, additional.get("slo") or {})
     additional["slo"] = slo
     name = "AsyncSloScheduler" if uses_async_scheduling(engine, arguments) else "SloScheduler"
@@ -316,10 +327,19 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         must_profile=must_profile,
         record=record,
         scratch=scratch,
+        channel=channel,
         key=key,
         notes=tuple(notes),
         **common,
     )
+
+
+def _channel() -> Path | None:
+    """Make the folder in which engine and API server meet; without one the engine says so, and only observes."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="s-", dir=socket_root()))
+    except OSError:
+        return None
 
 
 def _serve(plan: Launch, *, as_json: bool) -> int:

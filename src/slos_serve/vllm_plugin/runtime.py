@@ -17,7 +17,7 @@ from slos_serve.core.jit import why_not_kept
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
 from slos_serve.vllm_plugin import view
-from slos_serve.vllm_plugin.channel import Publisher, address
+from slos_serve.vllm_plugin.channel import Publisher, Seat, engine_folder
 from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.drafting import DraftWatch
 from slos_serve.vllm_plugin.effort import WorkLimit
@@ -80,7 +80,10 @@ class SloRuntime:
         self.faults = Faults(settings.fault_dir)
         index = int(config.parallel_config.data_parallel_index)
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
-        publisher = Publisher(address(config.instance_id, index))
+        self._seat = self._take_seat(str(config.instance_id), index)
+        publisher = Publisher(self._address("out"))
+        if publisher.problem:
+            self.differences.append(f"no channel to the API server ({publisher.problem})")
         self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
         self.promises = Promises(self.tracker, self.safety, self.outbox)
         self.expiry = Expiry()
@@ -113,7 +116,18 @@ class SloRuntime:
         logger.info("SLO scheduler: mode %s, effective %s. %s", mode, self.effective_mode, self.mode_reason)
         if self.differences:
             logger.warning("SLO scheduler only observes: %s", "; ".join(self.differences))
-        self.house = Housekeeper(self, address(config.instance_id, index, "control"))
+        self.house = Housekeeper(self, self._address("control"))
+
+    def _take_seat(self, instance_id: str, index: int) -> Seat | None:
+        """Take the engine's folder; without one verdicts reach nobody, so nothing is promised."""
+        try:
+            return Seat(engine_folder(instance_id, index, self.settings.channel_dir))
+        except OSError as error:
+            self.differences.append(f"no channel to the API server ({error})")
+            return None
+
+    def _address(self, purpose: str) -> str | None:
+        return f"ipc://{self._seat.folder / purpose}.sock" if self._seat else None
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
@@ -244,6 +258,9 @@ class SloRuntime:
         self.learnt.save()
         self.recorder.flush()
         self.outbox.publisher.close()
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat.leave()
 
     # -- before a step ----------------------------------------------------------------------------
 

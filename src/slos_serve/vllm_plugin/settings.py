@@ -28,10 +28,11 @@ class Settings:
     keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners). `report_s`: how
     often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
     up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
-    (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with. `use_prefix_hits`:
-    tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge stands in front of this
-    engine, so that only what it wrote into a request counts. `may_enforce`: the engine was verified, so that it may be
-    switched to enforcing; one that was started so, or runs on a CPU, may anyway.
+    (`None`: a private folder below the temporary one). `channel_dir`: the folder below which engine and API server meet
+    (`None`: a private one of this user). `publish_replica`: let snapshots carry what a router plans with.
+    `use_prefix_hits`: tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge stands
+    in front of this engine, so that only what it wrote into a request counts. `may_enforce`: the engine was verified, so
+    that it may be switched to enforcing; one that was started so, or runs on a CPU, may anyway.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -48,6 +49,7 @@ class Settings:
     report_s: float = 60.0
     thinking_end: str | tuple[int, ...] = "</think>"
     fault_dir: Path | None = None
+    channel_dir: str | None = None
     publish_replica: bool = False
     use_prefix_hits: bool = True
     edge: bool = False
