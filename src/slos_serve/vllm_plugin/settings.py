@@ -30,9 +30,9 @@ class Settings:
     up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
     (`None`: a private folder below the temporary one). `channel_dir`: the folder below which engine and API server meet
     (`None`: a private one of this user). `publish_replica`: let snapshots carry what a router plans with.
-    `use_prefix_hits`: tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge stands
-    in front of this engine, so that only what it wrote into a request counts. `may_enforce`: the engine was verified, so
-    that it may be switched to enforcing; one that was started so, or runs on a CPU, may anyway.
+    `use_prefix_hits`: tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge
+    stands in front of this engine, so that only what it wrote into a request counts. `may_enforce`: the engine was
+    verified, so that it may be switched to enforcing; one that was started so, or runs on a CPU, may anyway.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
