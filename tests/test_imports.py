@@ -35,6 +35,7 @@ RULES = {
     "": Rule(frozenset()),
     "errors": rule(),
     "places": rule(),
+    "lines": rule(),
     "cache": rule("errors places"),
     "figures": rule("errors", "matplotlib"),
     "pages": rule("figures"),
@@ -45,9 +46,9 @@ RULES = {
     "sim.vllm_replica": rule("sim traces core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(
-        "vllm_plugin core config errors http places", "vllm torch numpy zmq msgspec starlette prometheus_client"
+        "vllm_plugin core config errors http lines places", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
-    "ray_serve": rule("ray_serve core config errors http places", "ray grpc starlette numpy yaml"),
+    "ray_serve": rule("ray_serve core config errors http lines places", "ray grpc starlette numpy yaml"),
     "bench": rule(
         "bench cache core config errors figures pages traces sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",

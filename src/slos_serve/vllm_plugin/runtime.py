@@ -30,7 +30,7 @@ from slos_serve.vllm_plugin.outbox import Outbox
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.record import StepRecorder
-from slos_serve.vllm_plugin.recorded import engine_facts, request_facts
+from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety import StepDown
 from slos_serve.vllm_plugin.settings import Settings
@@ -73,7 +73,7 @@ class SloRuntime:
         )
         self.tracker.use_prefix_hits = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
-        self.recorder = StepRecorder(settings.record)
+        self.recorder = StepRecorder(settings.record, max_bytes=int(settings.record_max_mb * 1e6))
         self.safety = StepDown(settings.safety)
         self.watchdog = Watchdog(settings.safety.max_plan_s)
         self.drafts = DraftWatch() if self.limits.max_draft_length else None
@@ -409,7 +409,8 @@ class SloRuntime:
         self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
         if known:
             for end in self.outbox.finished[told:]:
-                line = {**known[end["request_id"]], **end, "enforced": self.is_enforcing}
+                facts = known[end["request_id"]]
+                line = request_line(facts, end, names=self.settings.record_names, enforced=self.is_enforcing)
                 self.recorder.add_fact("request", now, line)
 
     def _expire(self, expired: list[Live], outputs: dict[int, Any]) -> None:
