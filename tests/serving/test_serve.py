@@ -319,6 +319,23 @@ def measured(record, out):
     write_profile(out)
 
 
+def test_a_profile_outlives_a_measurement_that_fails(tmp_path):
+    from slos_serve.serving.profiles import set_aside
+
+    path = tmp_path / "p.json"
+    path.write_text("good")
+    with set_aside(path):
+        assert not path.exists()  # the server takes up what appears there
+    assert path.read_text() == "good"
+    with set_aside(path):
+        path.write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.json", "new")]
+    path.rename(tmp_path / "p.json.before")  # as a killed run leaves it
+    with set_aside(path):
+        pass
+    assert path.read_text() == "new"
+
+
 def test_it_is_profiled_once_and_the_cache_is_used_then(fake_vllm, model, free_port, profiling, monkeypatch, capsys):
     calls = profiling(measured)
     args = parse(model, "--port", free_port)

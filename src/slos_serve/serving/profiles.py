@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -
             raise
         return path, True
     return path, False
+
+
+@contextlib.contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Take a profile out of the way while a new one is measured; it comes back where none was.
+
+    One that a killed run left aside comes back too.
+    """
+    aside = path.with_name(f"{path.name}.before")
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(aside)
+    try:
+        yield
+    finally:
+        if path.exists():
+            aside.unlink(missing_ok=True)
+        elif aside.exists():
+            aside.replace(path)
 
 
 def read_profile(path: Path) -> dict[str, Any]:

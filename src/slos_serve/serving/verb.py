@@ -40,7 +40,7 @@ from slos_serve.serving.platforms import (
     num_cores,
     uses_async_scheduling,
 )
-from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
+from slos_serve.serving.profiles import choose_profile, profile_key, read_profile, set_aside
 from slos_serve.serving.verification import why_not_verified
 
 HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
@@ -344,7 +344,12 @@ def _channel() -> Path | None:
 
 def _serve(plan: Launch, *, as_json: bool) -> int:
     if plan.must_profile and plan.profile is not None:
-        plan.profile.unlink(missing_ok=True)
+        with set_aside(plan.profile):
+            return _run_server(plan, as_json=as_json)
+    return _run_server(plan, as_json=as_json)
+
+
+def _run_server(plan: Launch, *, as_json: bool) -> int:
     where = f" at {plan.url}" if plan.url else ""
     say(f"starting vLLM with {plan.model_name}{where} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
     child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)
