@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve import doctor, places
+from slos_serve import places
+from slos_serve.commands import doctor
 from slos_serve.places import open_new, private_folder, socket_root
 
 

@@ -26,7 +26,7 @@ print(round(float(batch_seconds(line, 3.0, 1.0, 0.0, 0.0, 0.0)), 6), jit.why_not
 # The two findings of `doctor` that this is about, without the seconds that importing vLLM takes.
 DOCTOR = """
 import dataclasses, json
-from slos_serve import doctor
+from slos_serve.commands import doctor
 print(json.dumps([dataclasses.asdict(check(None)) for check in (doctor._numba, doctor._cache)]))
 """
 

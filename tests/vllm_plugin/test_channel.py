@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from slos_serve.vllm_plugin import channel
-from slos_serve.vllm_plugin.channel import Publisher, Seat, address, clear_up, engine_folder, zmq
-from slos_serve.vllm_plugin.control import ControlServer, ask
 from slos_serve.vllm_plugin.scheduler import SloScheduler
 from slos_serve.vllm_plugin.testing import make_config, make_scheduler
+from slos_serve.vllm_plugin.wire import channel
+from slos_serve.vllm_plugin.wire.channel import Publisher, Seat, address, clear_up, engine_folder, zmq
+from slos_serve.vllm_plugin.wire.control import ControlServer, ask
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slos_serve.core.routing import Arrival, ReplicaSnapshot, Route, Router, make_router
+from slos_serve.core.routing.routers import Arrival, ReplicaSnapshot, Route, Router, make_router
 from slos_serve.lines import LineFile
 
 logger = logging.getLogger(__name__)

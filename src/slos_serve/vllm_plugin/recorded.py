@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import vllm
 
 from slos_serve.config import short
-from slos_serve.vllm_plugin.said import CLAIMS
+from slos_serve.vllm_plugin.engine.said import CLAIMS
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from slos_serve.vllm_plugin.engine.tracking import Tracker
     from slos_serve.vllm_plugin.runtime import SloRuntime
-    from slos_serve.vllm_plugin.tracking import Tracker
 
 NAMES = ("tenant", "session")  # of people: recorded only where the operator asks for them
 
