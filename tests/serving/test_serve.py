@@ -116,6 +116,10 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
     additional = json.loads(command[command.index("--additional-config") + 1])
     assert command.count("--additional-config") == 1
     assert additional["other"] == 1
+    channel = Path(additional["slo"].pop("channel_dir"))
+    assert (channel.is_dir(), channel.stat().st_mode & 0o777) == (True, 0o700)
+    prepare.remove_scratch(plan)
+    assert not channel.exists()
     assert additional["slo"] == {
         "mode": "enforce",
         "edge": True,
