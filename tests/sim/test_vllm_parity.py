@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tests.sim.worlds import hardware, sim, workload
 
-from slos_serve.core import ageing
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.core.planning import ageing
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 pytest.importorskip("vllm")
@@ -178,7 +178,7 @@ def test_who_is_turned_away_by_a_full_queue_counts_as_rejected_and_takes_nothing
 
 
 def test_two_replicas_count_their_steps_apart():
-    from slos_serve.sim.cluster import ClusterOptions
+    from slos_serve.sim.cluster.cluster import ClusterOptions
 
     planner = VllmPlanner(token_budget=64, prefill_interval=4)
     alone = run_workload(load_of(1), planner, hardware())
