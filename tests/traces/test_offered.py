@@ -142,3 +142,26 @@ def test_simulate_tells_machines_what_was_left_out(file, capsys):
     assert entry["num_requests"] == 2
     assert entry["trace"]["left_out"] == {"failed": 1}
     assert np.isclose(entry["trace"]["span_s"], 6)
+
+
+def test_the_first_requests_are_read_and_counted_without_the_rest(tmp_path):
+    path = tmp_path / "b.csv"
+    rows = "5,10,1\n6,20,0\n8,30,3\n9,40,4\n12,50,0\n13,60,6\nthis line is damaged\n"
+    path.write_text("Timestamp,Request tokens,Response tokens\n" + rows)
+    trace = offered("--trace", path, "--num-requests", 3)
+    assert trace.prompt_tokens.tolist() == [10, 30, 40]
+    assert trace.span_s == 8
+    assert trace.origin.left_out == {"failed": 2}
+    windowed = offered("--trace", f"{path}@2:100", "--num-requests", 1)
+    assert (windowed.prompt_tokens.tolist(), windowed.span_s) == ([30], 2)
+
+
+def test_the_first_requests_of_coarse_ticks_come_as_in_the_whole_file(tmp_path):
+    rows = [
+        {"timestamp": 3000 * (i // 4), "input_length": 600, "output_length": 5, "hash_ids": [i, -i]} for i in range(20)
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = offered("--trace", path, "--num-requests", 6)
+    assert first.arrived_at_s.tolist() == offered("--trace", path).arrived_at_s.tolist()[:6]
+    assert first.span_s == 4.5

@@ -138,7 +138,9 @@ def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[
             Offer(data=data, hardware=hardware, rate_rps=args.rate, seed=seed, max_requests=each)
             for seed in range(NUM_WINDOWS)
         ]
-        return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)
+        workloads = [scenario.offer(offer, slos) for offer in offers]
+        tell(scenario.name, sum(one.num_requests for one in workloads), sum(one.duration_s for one in workloads))
+        return workloads, scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
     trace = busiest(offered_trace(args, max_total_tokens=longest, stretch=False), args.max_requests)
