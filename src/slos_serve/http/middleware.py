@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
+import random
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -29,8 +29,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slos_serve.config import short
-from slos_serve.http import modes, replies, routes, seal
-from slos_serve.http.hub import HUB, Hub
+from slos_serve.core.words import Reason, Said
+from slos_serve.http import answers, modes, replies, routes, seal
+from slos_serve.http.hub import HUB, RETRY_AFTER_S, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
@@ -46,7 +47,7 @@ RETRIES_HEADER = b"x-stainless-retry-count"  # what the OpenAI and Anthropic SDK
 INVALID_BODY = b"{"
 LAST_WAIT_S = 0.1
 OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
-EXPOSED = b"x-slo-verdict, x-slo-reason, x-slo-class, x-slo-id, x-slo-predicted-ttft-ms, x-slo-hops, retry-after"
+EXPOSED = ", ".join(answers.EXPOSED_HEADERS).encode()
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -118,7 +119,7 @@ class SloMiddleware:
                     return
                 start, body = held[0], b"".join(one.get("body", b"") for one in held[1:])
                 record = self._record_for(response_id, scope)
-                body = body if record is None else write_into(body, annotation(record, ROUTES[RESPONSES], None))
+                body = body if record is None else write_into(body, answers.annotation(record, tier=None))
                 await send({**start, "headers": [*_without_length(start["headers"]), _length(body)]})
                 message = {"type": "http.response.body", "body": body}
             await send(message)
@@ -264,6 +265,7 @@ class _Exchange:
                 tenant=request.tenant,
                 arrival_s=self._arrival_s,
                 best_effort=request.best_effort,
+                reason=request.reason,
                 client_id=_client_id(self._scope["headers"], document),
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
             )
@@ -344,7 +346,7 @@ class _Exchange:
         await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
         if not self._hub.was_sent_away(self._slo_id):
             return False
-        await self._answer(replies.refusal("ttl-expired", self._hub.retry_after_s))
+        await self._answer(replies.refusal(Reason.TTL_EXPIRED, _spread(self._hub.retry_after_s)))
         return True
 
     async def _settle(self, *, ended: bool) -> None:
@@ -373,7 +375,7 @@ class _Exchange:
             headers = list(self._start["headers"])
             if content_length is not None:
                 headers = [*_without_length(headers), (b"content-length", str(content_length).encode())]
-            headers = _exposed([*headers, *_verdict_headers(self._record())])
+            headers = _exposed([*headers, *answers.headers(self._record())])
             await self._client_send({**self._start, "headers": headers})
             self._is_started = True
 
@@ -394,7 +396,8 @@ class _Exchange:
         slo_id = self._slo_id or uuid.uuid4().hex
         is_retry = any(name == RETRIES_HEADER and value.strip(b"0 ") for name, value in self._scope["headers"])
         self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason, is_retry=is_retry)
-        return await self._answer(replies.refusal(reason, self._hub.retry_after_s, slo_id=slo_id, slo_class=slo_class))
+        wait_s = _spread(self._hub.retry_after_s)
+        return await self._answer(replies.refusal(reason, wait_s, slo_id=slo_id, slo_class=slo_class))
 
     async def _answer(self, response: Response) -> bytes:
         """Answer in place of the server inside, as soon as its headers are known; returns a body it will not act on."""
@@ -417,22 +420,7 @@ class _Exchange:
         return self._hub.find(self._slo_id) or unknown
 
     def _extra(self) -> Mapping[str, Any]:
-        return annotation(self._record(), self._route, self._request.tier)
-
-
-def annotation(record: Record, route: Route, tier: str | None) -> Mapping[str, Any]:
-    """Return what an answer says of its request: `slo`, and the service tier that was used."""
-    keys = ["id", "class", "verdict", "reason", "predicted_ttft_ms", "hops"]
-    if record.get("outcome") != "none":
-        keys.append("outcome")
-    if record["verdict"] not in {"pending", "best-effort"}:
-        keys.append("slack_ms")
-    extra: dict[str, Any] = {"slo": {key: record[key] for key in keys if _is_known(record.get(key))}}
-    if route.has_tier and record["verdict"] == "best-effort":
-        extra["service_tier"] = "flex"
-    elif route.has_tier and record["verdict"] != "pending":
-        extra["service_tier"] = "priority" if tier == "priority" else "default"
-    return extra
+        return answers.annotation(self._record(), tier=self._request.tier, has_tier=self._route.has_tier)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -447,31 +435,16 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _is_no(verdict: Record) -> bool:
-    return bool(verdict["verdict"] == "best-effort" and verdict["reason"] != "observe")
+    return bool(verdict["verdict"] == Said.BEST_EFFORT and verdict["reason"] != Reason.OBSERVE)
 
 
 def _is_yes(verdict: Record | None) -> bool:
-    return verdict is not None and verdict["verdict"] in {"promised", "promoted"}
+    return verdict is not None and verdict["verdict"] in answers.PROMISED
 
 
-def _is_known(value: object) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _verdict_headers(record: Record) -> list[tuple[bytes, bytes]]:
-    said = {
-        b"x-slo-verdict": record["verdict"],
-        b"x-slo-reason": record["reason"],
-        b"x-slo-class": record["class"],
-        b"x-slo-id": record["id"],
-        b"x-slo-predicted-ttft-ms": _whole(record.get("predicted_ttft_ms")),
-        b"x-slo-hops": record.get("hops"),
-    }
-    return [(name, str(value).encode()) for name, value in said.items() if value not in {None, ""}]
-
-
-def _whole(number: float | None) -> int | None:
-    return None if number is None or not math.isfinite(number) else round(number)
+def _spread(wait_s: int) -> int:
+    """Return a time to wait of which not all who are refused now come back at once."""
+    return min(RETRY_AFTER_S[1], wait_s + random.randint(0, max(1, wait_s // 2)))
 
 
 def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slos_serve.config import BEST_EFFORT, CUSTOM, MAX_TEXT, OVERRIDES, SloConfig, short
+from slos_serve.core.words import Reason
 from slos_serve.errors import ConfigError
 from slos_serve.http.identity import Caller, Headers, Identities, RequestError, UnknownKeyError, single, text
 
@@ -58,7 +59,7 @@ class SloRequest:
 
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
     client nor the operator said anything: such a request is served as on any other server. `session`: what another
-    system's header names it, for the engine. `hold_s` bounds how long after arrival the
+    system's header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how long after arrival the
     response's headers wait for a verdict: until the first token is due, where that is known, but a class that
     wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may wait in the
     queue before the engine sends it away.
@@ -72,6 +73,7 @@ class SloRequest:
     tenant: str = ""
     session: str = ""
     tier: str | None = None
+    reason: str = Reason.REQUESTED
     hold_s: float = DEFAULT_HOLD_S
     ttl_s: float | None = None
 
@@ -129,7 +131,10 @@ class Operator:
         class_name, overrides = said or (None, {})
         label = self.config.label(class_name, overrides)
         ttl_s = self._ttl_s(label)
-        asked = label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
+        is_unnamed = label == BEST_EFFORT and class_name is None and self._is_unnamed_priority(body, caller)
+        asked = (
+            is_unnamed or label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
+        )
         if asked:
             # `custom` is a name for people: the engine gets the numbers and falls back on the default class.
             xargs |= {"slo_class": label} if label != CUSTOM else {}
@@ -145,7 +150,8 @@ class Operator:
             rejects=rejects,
             tenant=tenant,
             session=session,
-            tier=body.get("service_tier") if isinstance(body.get("service_tier"), str) else None,
+            tier=self._used_tier(body.get("service_tier")),
+            reason=Reason.NO_PRIORITY_CLASS if is_unnamed else Reason.REQUESTED,
             hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
             ttl_s=ttl_s,
         )
@@ -221,6 +227,15 @@ class Operator:
             case "priority":
                 return self.config.priority_class, {}
         return None  # not ours to refuse: vLLM knows which tiers exist
+
+    def _used_tier(self, tier: object) -> str | None:
+        if tier == "priority" and self.config.priority_class is None:
+            return "default"
+        return tier if isinstance(tier, str) else None
+
+    def _is_unnamed_priority(self, body: Mapping[str, Any], caller: Caller) -> bool:
+        """Tell whether a client pays for a tier that the operator has given no meaning, so that it hears of that."""
+        return body.get("service_tier") == "priority" and self.config.priority_class is None and caller.is_known
 
     def _mapped(self, caller: Caller, model: object, tenant: str) -> str | None:
         if caller.key is not None and caller.key.slo_class is not None:
