@@ -33,6 +33,7 @@ VERBS = {
     "whatif": "slos_serve.sim.cmd_whatif",
     "replay": "slos_serve.sim.cmd_replay",
     "explain": "slos_serve.serving.cmd_explain",
+    "config": "slos_serve.serving.cmd_config",
     "doctor": "slos_serve.doctor",
 }
 

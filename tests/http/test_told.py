@@ -112,3 +112,39 @@ def test_every_word_has_a_meaning():
     for one in lists:
         assert list(MEANINGS[one]) == list(one)
     assert json.loads(json.dumps(Said.BEST_EFFORT)) == "best-effort"
+
+
+def test_openapi_knows_slo_its_headers_and_the_pages(hub):
+    from slos_serve.http.openapi import augmented
+
+    schema = {"type": "object", "properties": {"model": {"type": "string"}}}
+    post = {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Chat"}}}}}
+    inside = {"openapi": "3.1.0", "paths": {CHAT: {"post": post}}, "components": {"schemas": {"Chat": schema}}}
+    document = json.loads(augmented(json.dumps(inside).encode(), SloConfig(classes=CLASSES)))
+    assert document["components"]["schemas"]["Chat"]["properties"]["slo"]["anyOf"][0]["$ref"].endswith("/Slo")
+    said = document["components"]["schemas"]["Slo"]["properties"]
+    assert set(said) == {"class", "ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms"} | {
+        *("stage", "tenant")
+    }
+    assert said["class"]["enum"] == list(CLASSES)
+    assert document["components"]["schemas"]["SloAnswer"]["properties"]["reason"]["enum"] == list(Reason)
+    operation = document["paths"][CHAT]["post"]
+    assert {one["name"] for one in operation["parameters"]} >= {"x-slo-class", "x-slo-ttft-ms", "x-slo-max-gap-ms"}
+    assert "429" in operation["responses"]
+    assert "post" in document["paths"]["/v1/slo/mode"]
+    for other in (b"{", b"[]", b"{}", b'{"paths": 5}'):
+        assert augmented(other, SloConfig()) == other
+
+
+def test_the_servers_openapi_page_is_the_augmented_one(vllm, hub):
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from slos_serve.http.middleware import SloMiddleware
+
+    app = vllm.app()
+    app.routes.append(Route("/openapi.json", lambda request: JSONResponse({"openapi": "3.1.0", "paths": {}})))
+    response = TestClient(SloMiddleware(app, hub)).get("/openapi.json")
+    assert "/v1/slo/status" in response.json()["paths"]
+    assert int(response.headers["content-length"]) == len(response.content)

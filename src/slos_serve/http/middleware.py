@@ -21,7 +21,8 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -30,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slos_serve.config import short
 from slos_serve.core.words import Reason, Said
-from slos_serve.http import answers, modes, replies, routes, seal
+from slos_serve.http import answers, modes, openapi, replies, routes, seal
 from slos_serve.http.hub import HUB, RETRY_AFTER_S, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.records import Record
@@ -38,7 +39,7 @@ from slos_serve.http.routes import ROUTES, SILENT, Route
 from slos_serve.http.slo import SloRequest
 from slos_serve.http.stream import EventTail, StreamTail, write_into
 
-RESPONSES = "/v1/responses"
+RESPONSES, OPENAPI = "/v1/responses", "/openapi.json"
 MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
 LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
@@ -71,7 +72,11 @@ class SloMiddleware:
                 await self._page(path.rstrip("/"), scope, receive, send)
                 return
             if method == "GET" and path.startswith(RESPONSES + "/"):
-                await self._retrieved(path.removeprefix(RESPONSES + "/"), scope, receive, send)
+                response_id = path.removeprefix(RESPONSES + "/")
+                await self._rewritten(scope, receive, send, partial(self._with_slo, response_id, scope))
+                return
+            if method == "GET" and path == OPENAPI:
+                await self._rewritten(scope, receive, send, partial(openapi.augmented, config=self.hub.config))
                 return
             if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
                 await replies.profiling()(scope, receive, send)
@@ -104,11 +109,11 @@ class SloMiddleware:
             return refused or await modes.switch(self.hub, await _read(receive))
         return replies.page(self.hub, path, caller)
 
-    async def _retrieved(self, response_id: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write into a stored response what its first answer said."""
+    async def _rewritten(self, scope: Scope, receive: Receive, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
+        """Let the server inside answer, and change its JSON."""
         held: list[Message] = []
 
-        async def send_annotated(message: Message) -> None:
+        async def send_rewritten(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] == HTTPStatus.OK and _is_json(message):
                     held.append(message)
@@ -117,14 +122,17 @@ class SloMiddleware:
                 held.append(message)
                 if message.get("more_body", False):
                     return
-                start, body = held[0], b"".join(one.get("body", b"") for one in held[1:])
-                record = self._record_for(response_id, scope)
-                body = body if record is None else write_into(body, answers.annotation(record, tier=None))
-                await send({**start, "headers": [*_without_length(start["headers"]), _length(body)]})
+                body = rewrite(b"".join(one.get("body", b"") for one in held[1:]))
+                await send({**held[0], "headers": [*_without_length(held[0]["headers"]), _length(body)]})
                 message = {"type": "http.response.body", "body": body}
             await send(message)
 
-        await self.app(scope, receive, send_annotated)
+        await self.app(scope, receive, send_rewritten)
+
+    def _with_slo(self, response_id: str, scope: Scope, body: bytes) -> bytes:
+        """Write into a stored response what its first answer said."""
+        record = self._record_for(response_id, scope)
+        return body if record is None else write_into(body, answers.annotation(record, tier=None))
 
     def _record_for(self, name: str, scope: Scope) -> Record | None:
         operator = self.hub.operator

@@ -59,10 +59,10 @@ class SloRequest:
 
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
     client nor the operator said anything: such a request is served as on any other server. `session`: what another
-    system's header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how long after arrival the
-    response's headers wait for a verdict: until the first token is due, where that is known, but a class that
-    wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may wait in the
-    queue before the engine sends it away.
+    system's header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how
+    long after arrival the response's headers wait for a verdict: until the first token is due, where that is known,
+    but a class that wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may
+    wait in the queue before the engine sends it away.
     """
 
     slo_class: str
