@@ -1,4 +1,4 @@
-"""Ten thousand hostile requests beside promised ones, over real sockets: the promised do not notice, and nothing grows."""
+"""Ten thousand hostile requests beside promised ones, over sockets: the promised do not notice, and nothing grows."""
 
 import asyncio
 import importlib.util
