@@ -5,8 +5,8 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slos_serve.core.deadlines import StreamGrader
 from slos_serve.core.perf import PerfModel
+from slos_serve.core.slo.deadlines import StreamGrader
 from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Slo
 

@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from slos_serve.config import BEST_EFFORT, CUSTOM, SloConfig
-from slos_serve.core.deadlines import STAGES
+from slos_serve.core.slo.deadlines import STAGES
 from slos_serve.core.words import Outcome, Reason, Said
 
 MAX_TENANTS = 100
