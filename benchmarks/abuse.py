@@ -167,13 +167,15 @@ async def exchange(target: Target, raw: bytes) -> tuple[str, bytes]:
     return (got[9:12].decode("latin-1") if got.startswith(b"HTTP/") else "closed"), got
 
 
-async def abuse(target: Target, num_requests: int, seed: int, tallies: dict[str, Tally]) -> None:
-    """Send so many hostile requests, `IN_FLIGHT` at a time, kinds in turn."""
-    rng, kinds = random.Random(seed), list(KINDS.items())
+async def abuse(target: Target, num_requests: int, seed: int, tallies: dict[str, Tally], limit_s: float) -> None:
+    """Send so many hostile requests, `IN_FLIGHT` at a time, kinds in turn; on a slow machine as many as time allows."""
+    rng, kinds, until = random.Random(seed), list(KINDS.items()), time.monotonic() + limit_s
     todo = iter(range(num_requests))
 
     async def worker() -> None:
         for i in todo:
+            if time.monotonic() > until:
+                return
             name, make = kinds[i % len(kinds)]
             status, _ = await exchange(target, make(target, rng))
             tallies.setdefault(name, Tally()).counts[status] += 1
@@ -231,7 +233,15 @@ async def promised(target: Target, tally: Tally, slo: dict[str, float], max_toke
 
 
 async def run(
-    target: Target, *, num_requests: int, seed: int, slo: dict[str, float], max_tokens: int, alone_s: float, size: int
+    target: Target,
+    *,
+    num_requests: int,
+    seed: int,
+    slo: dict[str, float],
+    max_tokens: int,
+    alone_s: float,
+    size: int,
+    limit_s: float = 600.0,
 ) -> dict[str, object]:
     """Return the table: promised traffic alone and beside the abuse, and answers by kind of abuse."""
     if target.host not in LOCAL:
@@ -244,7 +254,7 @@ async def run(
     started = time.monotonic()
     traffic = asyncio.create_task(promised(target, beside, slo, max_tokens))
     slow = asyncio.create_task(slow_senders(target, tallies))
-    work: list[Awaitable[None]] = [abuse(target, num_requests, seed, tallies)]
+    work: list[Awaitable[None]] = [abuse(target, num_requests, seed, tallies, limit_s)]
     work.append(oversized(target, tallies, size=size, count=3))
     await asyncio.gather(*work)
     seconds = time.monotonic() - started
@@ -271,6 +281,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--alone-s", type=float, default=20)
     parser.add_argument("--oversize-mb", type=float, default=8)
+    parser.add_argument("--limit-s", type=float, default=120, help="end the abuse after this long")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     url = urlsplit(args.target)
@@ -284,6 +295,7 @@ def main() -> None:
             max_tokens=args.max_tokens,
             alone_s=args.alone_s,
             size=int(args.oversize_mb * 2**20),
+            limit_s=args.limit_s,
         )
     )
     print(json.dumps(found, indent=1))

@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 from slos_serve.cli import main
-from slos_serve.config import ApiKey, SloClass, SloConfig, load_slo_config
 from slos_serve.commands.config import CLASS_KEYS, KEYS, as_yaml
+from slos_serve.config import ApiKey, SloClass, SloConfig, load_slo_config
 
 RICH = SloConfig(
     classes={

@@ -182,15 +182,16 @@ class Hub:
         best_effort: bool = False,
         reason: str = Reason.REQUESTED,
         client_id: str = "",
+        shown_tenant: str = "",
         **facts: Any,
     ) -> None:
         """Remember a request on its way to the engine; one that wants no promise has its verdict already, and `reason`.
 
-        `client_id` is how the client calls it. `facts` are kept as they are.
+        `client_id` is how the client calls it, `shown_tenant` the name on its page. `facts` are kept as they are.
         """
         with self._lock:
             record = self._records.make(slo_id, slo_class, tenant)
-            record.update(facts, arrival_s=arrival_s)
+            record.update(facts, arrival_s=arrival_s, tenant=shown_tenant or tenant)
             self._records.name(slo_id, client_id)
             if best_effort:
                 record.update(verdict=Said.BEST_EFFORT, reason=reason, _is_settled=True)

@@ -274,6 +274,7 @@ class _Exchange:
                 arrival_s=self._arrival_s,
                 best_effort=request.best_effort,
                 reason=request.reason,
+                shown_tenant=request.shown_tenant,
                 client_id=_client_id(self._scope["headers"], document),
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
             )

@@ -58,8 +58,9 @@ class SloRequest:
     """What one request asks for, checked.
 
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
-    client nor the operator said anything: such a request is served as on any other server. `session`: what another
-    system's header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how
+    client nor the operator said anything: such a request is served as on any other server. `shown_tenant`: the name on
+    the request's own page, where nobody is told apart also what a client calls itself. `session`: what another system's
+    header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how
     long after arrival the response's headers wait for a verdict: until the first token is due, where that is known,
     but a class that wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may
     wait in the queue before the engine sends it away.
@@ -71,6 +72,7 @@ class SloRequest:
     best_effort: bool = False
     rejects: bool = False
     tenant: str = ""
+    shown_tenant: str = ""
     session: str = ""
     tier: str | None = None
     reason: str = Reason.REQUESTED
@@ -115,7 +117,8 @@ class Operator:
         if not caller.is_known and self.config.unknown_keys == "refuse":
             raise UnknownKeyError("this server serves known API keys only")
         slo = _slo_object(body)
-        tenant = _named_tenant(named, slo, caller) or caller.tenant
+        claimed = _named_tenant(named, slo)
+        tenant = (claimed if caller.names_tenants else "") or caller.tenant
         stage = self._stage(named, slo) or ("loop" if body.get("tools") else "final")
         said = self._body(slo) or self._headers(named) or self._tier(body.get("service_tier"))
         own = _own_xargs(body)
@@ -149,6 +152,7 @@ class Operator:
             best_effort=label == BEST_EFFORT,
             rejects=rejects,
             tenant=tenant,
+            shown_tenant=self._shown(tenant, claimed),
             session=session,
             tier=self._used_tier(body.get("service_tier")),
             reason=Reason.NO_PRIORITY_CLASS if is_unnamed else Reason.REQUESTED,
@@ -228,6 +232,11 @@ class Operator:
                 return self.config.priority_class, {}
         return None  # not ours to refuse: vLLM knows which tiers exist
 
+    def _shown(self, tenant: str, claimed: str) -> str:
+        config = self.config
+        is_open = not (config.api_keys or config.tenants or config.trusted_proxies)
+        return tenant or (claimed if is_open else "")
+
     def _used_tier(self, tier: object) -> str | None:
         if tier == "priority" and self.config.priority_class is None:
             return "default"
@@ -286,23 +295,18 @@ def _refuse_unknown(named: Mapping[bytes, bytes]) -> None:
 
 
 def _own_xargs(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client may say in `vllm_xargs` itself, bounded in size; the engine judges it."""
+    """Return what a client may say in `vllm_xargs` itself, texts bounded in size; vLLM and the engine judge it."""
     xargs = body.get("vllm_xargs")
     found = {key: xargs[key] for key in OWN_KEYS if key in xargs} if isinstance(xargs, dict) else {}
-    return {key: value if _is_small(value) else "(unreadable)" for key, value in found.items()}
+    is_long = {key: isinstance(value, str | list) and len(value) > MAX_TEXT for key, value in found.items()}
+    return {key: "(unreadable)" if is_long[key] else value for key, value in found.items()}
 
 
-def _is_small(value: object) -> bool:
-    return (isinstance(value, str) and len(value) <= MAX_TEXT) or isinstance(value, int | float)
-
-
-def _named_tenant(named: Mapping[bytes, bytes], slo: Mapping[str, Any], caller: Caller) -> str:
-    """Return the tenant that a request names, where its word is taken; a name that is none is refused from anybody."""
+def _named_tenant(named: Mapping[bytes, bytes], slo: Mapping[str, Any]) -> str:
+    """Return the tenant that a request names, believed or not; a name that is none is refused from anybody."""
     name = _tenant("slo.tenant", slo.get("tenant"))
     if TENANT_HEADER in named:
         name = name or _tenant(TENANT_HEADER.decode(), text(named[TENANT_HEADER]))
-    if not caller.names_tenants:
-        return ""
     return name or short(text(named.get(FAIRNESS_HEADER, b"")))
 
 
