@@ -223,8 +223,10 @@ def test_other_statuses_teach_nothing(status):
             {"prompt as token ids"},
         ),
         (
-            '{"detail": [{"loc": ["body", "stream_options", "continuous_usage_stats"], '
-            '"msg": "Extra inputs are not permitted"}]}',
+            (
+                '{"detail": [{"loc": ["body", "stream_options", "continuous_usage_stats"], '
+                '"msg": "Extra inputs are not permitted"}]}'
+            ),
             set(VLLM_ONLY),
         ),
         ('unknown field "vllm_xargs"', set(VLLM_ONLY)),
