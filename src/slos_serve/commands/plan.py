@@ -169,6 +169,7 @@ def describe(workloads: list[Workload]) -> dict[str, Any]:
         "name": workloads[0].name,
         "rate_rps": sum(one.num_requests for one in workloads) / sum(one.duration_s for one in workloads),
         "num_requests": counts.total(),
+        "left_out": dict(sum((Counter(one.left_out) for one in workloads), Counter[str]())),
         "num_dropped": sum(workload.num_dropped for workload in workloads),
         "num_windows": len(workloads),
         "by_class": dict(sorted(counts.items())),
