@@ -121,4 +121,6 @@ def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,
     }
+    if (snapshot or {}).get("device"):  # an emulated one: everybody may know
+        document["device"] = (snapshot or {})["device"]
     return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}
