@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
+from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
@@ -65,6 +66,7 @@ class SloRuntime:
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
+        self.differences += view.mismatch(scheduler, is_async=is_async)
         self._work_limit = WorkLimit()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
@@ -85,7 +87,7 @@ class SloRuntime:
         if publisher.problem:
             self.differences.append(f"no channel to the API server ({publisher.problem})")
         self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
-        self.promises = Promises(self.tracker, self.safety, self.outbox)
+        self.promises = Promises(self.tracker, self.safety, self.outbox, self._is_too_tight)
         self.expiry = Expiry()
         self.ageing = Ageing()
         self.divergences: Counter[str] = Counter()
@@ -162,6 +164,23 @@ class SloRuntime:
         if not self.learner.has_model:
             return "no performance profile yet"
         return self.safety.reason
+
+    def _is_too_tight(self, live: Live) -> bool:
+        """Tell whether a request asks for more than this engine can do at all."""
+        model = self.learner.model
+        if model is None or not live.has_row:
+            return False
+        row = self.tracker.table.rows[self.tracker.table.index(live.request_id)]
+        return is_too_tight(
+            live.slo,
+            model,
+            prompt_tokens=int(row["num_prompt_tokens"]),
+            output_tokens=float(row["predicted_output_tokens"]),
+            budget=self.limits.max_num_batched_tokens,
+            cached_tokens=int(row["num_cached_tokens"]),
+            tokens_per_step=1 + self.limits.max_draft_length,
+            guard_s=self.limits.guard_s,
+        )
 
     def _sets_aside(self, slo_class: str) -> bool:
         return self.modes.sets_aside(slo_class)
