@@ -83,10 +83,7 @@ class SloRuntime:
         index = int(config.parallel_config.data_parallel_index)
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         self._seat = self._take_seat(str(config.instance_id), index)
-        publisher = Publisher(self._address("out"))
-        if publisher.problem:
-            self.differences.append(f"no channel to the API server ({publisher.problem})")
-        self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
+        self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self))
         self.promises = Promises(self.tracker, self.safety, self.outbox, self._is_too_tight)
         self.expiry = Expiry()
         self.ageing = Ageing()
@@ -127,6 +124,12 @@ class SloRuntime:
         except OSError as error:
             self.differences.append(f"no channel to the API server ({error})")
             return None
+
+    def _publisher(self) -> Publisher:
+        publisher = Publisher(self._address("out"))
+        if publisher.problem:
+            self.differences.append(f"no channel to the API server ({publisher.problem})")
+        return publisher
 
     def _address(self, purpose: str) -> str | None:
         return f"ipc://{self._seat.folder / purpose}.sock" if self._seat else None
