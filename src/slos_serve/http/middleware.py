@@ -308,7 +308,8 @@ class _Exchange:
         kind = headers.get(b"content-type", b"")
         if message["status"] != 200 or b"content-encoding" in headers:
             self._is_started = True
-            await self._client_send(message)
+            named = [(b"x-slo-id", self._slo_id.encode())]  # an answer that is none can be asked about all the same
+            await self._client_send({**message, "headers": _exposed([*message["headers"], *named])})
             return
         self._start = message
         if kind.startswith(b"text/event-stream"):
