@@ -68,7 +68,9 @@ class SloMiddleware:
             if method == "POST" and path in ROUTES:
                 await _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path]).run()
                 return
-            if path.startswith(replies.SLO_PREFIX) and (method in {"GET", "HEAD"} or path == MODE_PATH):
+            if path.startswith(replies.SLO_PREFIX) and (
+                method in {"GET", "HEAD"} or (method, path) == ("POST", MODE_PATH)
+            ):
                 await self._page(path.rstrip("/"), scope, receive, send)
                 return
             if method == "GET" and path.startswith(RESPONSES + "/"):
