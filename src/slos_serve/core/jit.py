@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 else:
     try:
         import numba
+        from numba.core import codegen
         from numba.core.caching import FunctionCache
     except ImportError:
         HAS_NUMBA = False
@@ -56,6 +57,10 @@ else:
 
     else:
         HAS_NUMBA = True
+        # llvmlite's handle on its library answers to any name with a function, `__dict__` included. vLLM, from 0.31 on,
+        # reads the `__dict__` of all that it finds in all modules when it makes a worker on CPUs, and ends there.
+        with contextlib.suppress(AttributeError):
+            codegen.ll.ffi.lib._fntab.setdefault("__dict__", {})  # noqa: SLF001
 
         class _Cache(FunctionCache):
             """Numba's cache, without its errors: a loop that cannot be loaded is compiled."""

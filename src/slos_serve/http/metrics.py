@@ -166,8 +166,8 @@ class SloMetrics:
             (self.headroom, "headroom_tokens_per_s"),
             (self.margin_coverage, "margin_coverage"),
         ):
-            if snapshot.get(key) is not None:
-                gauge.set(snapshot[key])
+            if key in snapshot:  # what is not known now is no number, least of all the last one
+                gauge.set(math.nan if snapshot[key] is None else snapshot[key])
         clock_error = (snapshot.get("clock_error_s") or {}).get("p50")
         if clock_error is not None:
             self.clock_error.set(clock_error)
