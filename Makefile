@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster serve test check bench faults conformance compat format clean
+.PHONY: help docs demo demo-cluster serve test check bench faults conformance compat format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -57,11 +57,16 @@ compat: ## every tested vLLM in an environment of its own (.compat/): tests, vLL
 	$(INSTALL) dev bench
 	@$(BIN)/python scripts/compat.py $(ARGS)
 
+docs: ## the documentation site, in site/: reference pages from the code, every warning an error
+	$(INSTALL) docs
+	@$(BIN)/python scripts/reference.py
+	@$(BIN)/mkdocs build --quiet --strict
+
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
 
 clean: ## remove the environment and everything generated
-	@rm -rf "$(VENV)" build dist demo-report cluster-report faults-report soak-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@rm -rf "$(VENV)" build dist site demo-report cluster-report faults-report soak-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
