@@ -35,6 +35,11 @@ MAX_TEXT = 128  # characters of what a client names: tenants, sessions, ids
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_MS = 1e12  # three decades; keeps every later sum finite
+DAY_MS = 86_400_000.0
+# What a client's own numbers may be unless the operator says otherwise: what no engine can mean is refused.
+SLO_LIMITS: Mapping[str, tuple[float, float]] = {
+    key: (1.0, DAY_MS) if key.endswith("_ms") else (1.0, 1000.0) for key in OVERRIDES
+}
 
 
 def short(text: str) -> str:
@@ -166,7 +171,8 @@ class SloConfig:
 
     `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
     override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
-    before new ones get a 429 (`None`: no limit).
+    before new ones get a 429 (`None`: no limit). `client_numbers`: whether clients may bring numbers of their
+    own; `slo_limits` bounds each of those, as (least, most).
 
     Who may say what: where `api_keys` is not empty, a request without one of them is served in the default class
     whatever it asks for, or gets a 401 (`unknown_keys: refuse`). `trusted_proxies` are the addresses or networks of
@@ -185,6 +191,8 @@ class SloConfig:
     trusted_proxies: tuple[str, ...] = ()
     pages: str = "open"
     max_body_bytes: int = 256 << 20
+    client_numbers: bool = True
+    slo_limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ttft_floor_ms: float = 200.0
     ttft_allowance_ms: float = 30.0
 
@@ -200,6 +208,10 @@ class SloConfig:
             raise ConfigError(
                 where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more"
             )
+        if not isinstance(self.client_numbers, bool):
+            raise ConfigError(where="slo", key="client_numbers", value=self.client_numbers, expected="true or false")
+        for key, bounds in self.slo_limits.items():
+            _check_bounds(key, bounds)
         self._check_class("default_class", self.default_class)
         for key, name in self._named_classes():
             if name is not None:
@@ -255,12 +267,21 @@ class SloConfig:
             value = overrides.get(key)
             if value is not None:
                 check_number(where, key, value, unit=" of milliseconds" if key.endswith("_ms") else "")
+                self._check_client(where, key, value)
         if overrides.get("ttft_ms") is not None and overrides.get("ttft_slowdown") is not None:
             expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
             raise ConfigError(where=where, key="ttft_slowdown", value=overrides["ttft_slowdown"], expected=expected)
         stage = overrides.get("stage")
         if stage is not None and stage not in STAGES:
             raise ConfigError(where=where, key="stage", value=stage, expected=f"one of {', '.join(STAGES)}")
+
+    def _check_client(self, where: str, key: str, value: float) -> None:
+        """Raise `ConfigError` for a client's number that the operator does not take."""
+        if not self.client_numbers:
+            raise ConfigError(where=where, key=key, value=value, expected="a class; this server takes no other numbers")
+        least, most = self.slo_limits.get(key, SLO_LIMITS[key])
+        if not least <= value <= most:
+            raise ConfigError(where=where, key=key, value=value, expected=f"a number from {least:.15g} to {most:.15g}")
 
     def check_promising(self, class_name: object, where: str = "slo") -> None:
         """Raise `ConfigError` unless requests can be promised something under this name."""
@@ -316,6 +337,7 @@ class SloConfig:
         document["classes"] = {name: slo_class.to_json() for name, slo_class in self.classes.items()}
         document["tenants"], document["models"] = dict(self.tenants), dict(self.models)
         document["trusted_proxies"] = list(self.trusted_proxies)
+        document["slo_limits"] = {key: list(bounds) for key, bounds in self.slo_limits.items()}
         document["api_keys"] = {
             tenant: {"key_sha256": key.key_sha256, "class": key.slo_class, "admin": key.admin, "proxy": key.proxy}
             for tenant, key in self.api_keys.items()
@@ -368,6 +390,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
+def _check_bounds(key: str, bounds: object) -> None:
+    """Raise `ConfigError` unless `bounds` are the least and the most that a client may ask for under `key`."""
+    if key not in OVERRIDES:
+        expected = f"one of the keys {', '.join(OVERRIDES)}"
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected=expected)
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected="two numbers: least and most")
+    for bound in bounds:
+        check_number("slo", f"slo_limits.{key}", bound, unit="")
+    if bounds[0] > bounds[1]:
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected="least before most")
+
+
 def _seconds(ms: float | None) -> float | None:
     return None if ms is None else ms / 1000
 
@@ -405,8 +440,11 @@ def _parse(document: object, where: str, shipped: Mapping[str, SloClass]) -> Slo
             classes[name] = _parse_class(where, name, section)
     classes.setdefault(BEST_EFFORT, SloClass(name=BEST_EFFORT))
     values["classes"] = classes
-    for key in ("tenants", "models"):
+    for key in ("tenants", "models", "slo_limits"):
         values[key] = _mapping(where, key, values.get(key, {}))
+    values["slo_limits"] = {
+        key: tuple(bounds) if isinstance(bounds, list) else bounds for key, bounds in values["slo_limits"].items()
+    }
     api_keys = _mapping(where, "api_keys", values.get("api_keys", {}))
     values["api_keys"] = {tenant: _parse_api_key(where, tenant, section) for tenant, section in api_keys.items()}
     try:

@@ -41,10 +41,10 @@ from slos_serve.core.demand import (
     REQUIRED,
     STEPS,
     STUCK,
-    TPOT,
     VALUE,
     VERIFY,
     Demand,
+    needed_each,
     prefill_rate,
 )
 from slos_serve.core.step import Stepping
@@ -194,7 +194,8 @@ class _Planning(Stepping):
         ).max(axis=0)
         too_big = self.start[index] > self.state.limits.num_kv_blocks
         past = self.deadline[index] <= self.now
-        hopeless = too_big | past | (self.now + alone > self.deadline[index] + EPS_S)
+        too_fast = needed_each(self.demand(index, self.held), self.now) < self.token_seconds(index) - EPS_S
+        hopeless = too_big | past | too_fast | (self.now + alone > self.deadline[index] + EPS_S)
         for k in np.flatnonzero(hopeless & self.pending[index]).tolist():
             reason = "memory" if too_big[k] else "deadline-passed" if past[k] else "compute"
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
@@ -262,7 +263,7 @@ class _Planning(Stepping):
     def headroom(self, demand: Demand) -> float:
         """Return the prefill rate that the promised decodes leave, in tokens per second."""
         machine = self.machine
-        periods = demand[TPOT] * demand[GAIN]
+        periods = needed_each(demand, self.now)
         per_s = 1.0 / periods
         rate = prefill_rate(
             machine.lines,

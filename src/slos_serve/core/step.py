@@ -24,9 +24,9 @@ from slos_serve.core.demand import (
     LIMIT,
     NUM_TOTALS,
     TOKENS,
-    TPOT,
     Demand,
     Effort,
+    needed_each,
 )
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.trial import simulate
@@ -96,7 +96,7 @@ class Stepping(Columns):
         preempted = NOBODY
         if len(order) < len(self.rows) or gives_way.any():
             preempted = self.make_room(order, index, counts, crowded_out)
-            window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
+            window = min(float(needed_each(demand, now).min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
             brief = until
             if len(order) and self.declined.any() and self.state.now_s % 1.0 >= OPEN_SHARE:
