@@ -32,6 +32,7 @@ class Promises:
     def __init__(self, tracker: Tracker, safety: StepDown, outbox: Outbox) -> None:
         self.tally = Tally()
         self.would_be: Counter[str] = Counter()
+        self.num_outrun = 0  # broken by outputs longer than predicted: nothing that planning did wrong
         self._tracker = tracker
         self._safety = safety
         self._outbox = outbox
@@ -65,6 +66,8 @@ class Promises:
                 return
             word = "promoted" if live.verdict == "best-effort" else "promised"
             live.was_promised = True
+            row = self._tracker.table.rows[self._tracker.table.index(live.request_id)]
+            live.promised_tokens = float(row["predicted_output_tokens"])
             if not live.num_output_tokens:
                 live.is_declined = False
                 if live.slo.ttft_s is not None:
@@ -119,7 +122,10 @@ class Promises:
             self._tracker.lengths.observe(live.slo_class, live.request.num_prompt_tokens, live.num_output_tokens)
         self.tally.add(live.slo_class, outcome, promised=live.was_promised)
         if live.was_promised and outcome in {"met", "missed"}:
-            self._safety.add_promise(outcome == "met")
+            if outcome == "missed" and live.has_outrun:
+                self.num_outrun += 1
+            else:
+                self._safety.add_promise(outcome == "met", live.tenant)
         first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
         self._outbox.finished.append(
             {

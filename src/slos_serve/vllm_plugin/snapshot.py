@@ -43,6 +43,7 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "model_error": {"mape": runtime.learner.mape},
         "invalid": runtime.tracker.num_invalid,
         "would_be": dict(runtime.promises.would_be),
+        "outrun": runtime.promises.num_outrun,
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
         "step_downs": runtime.safety.num_step_downs,

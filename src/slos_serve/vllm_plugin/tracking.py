@@ -59,6 +59,8 @@ class Live:
     is_stock: bool = False
     has_row: bool = False
     missed: bool = False
+    missed_at: int = 0  # output tokens when that became known
+    promised_tokens: float = math.inf  # the predicted output length when the promise was given
     num_output_tokens: int = 0
     num_thinking_tokens: int = 0
     first_token_s: float = math.inf
@@ -97,6 +99,11 @@ class Live:
     def has_slo(self) -> bool:
         """Tell whether the client asked for anything."""
         return not self.slo.is_empty
+
+    @property
+    def has_outrun(self) -> bool:
+        """Tell whether its SLO was missed by an output longer than predicted when the promise was given."""
+        return (self.missed_at or self.num_output_tokens) > self.promised_tokens
 
     @property
     def planned_slo(self) -> Slo:
@@ -394,7 +401,7 @@ class Tracker:
             if grader is not None:
                 grader.feed(now_s, count, thinking)
                 if grader.missed and not live.missed:
-                    live.missed = True
+                    live.missed, live.missed_at = True, live.num_output_tokens
                     if live.has_row:
                         self.table.rows["missed"][self.table.index(live.request_id)] = 1
 
