@@ -267,7 +267,7 @@ class SloConfig:
             value = overrides.get(key)
             if value is not None:
                 check_number(where, key, value, unit=" of milliseconds" if key.endswith("_ms") else "")
-                self._check_client(where, key, value)
+                self._check_client(where, key, float(value))  # type: ignore[arg-type] # checked above
         if overrides.get("ttft_ms") is not None and overrides.get("ttft_slowdown") is not None:
             expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
             raise ConfigError(where=where, key="ttft_slowdown", value=overrides["ttft_slowdown"], expected=expected)

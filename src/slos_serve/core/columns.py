@@ -32,7 +32,6 @@ from slos_serve.core.demand import (
     VERIFY,
     Demand,
     Machine,
-    needed_each,
 )
 from slos_serve.core.due import PROMISED, is_late, row_pace, row_scheduled, row_silence_ends
 from slos_serve.core.jit import jit
@@ -262,7 +261,7 @@ class Columns:
         state, classes = self.state, self.state.requests.classes
         acceptance = np.array([min(max(state.acceptance.get(name, 0.0), 0.0), MAX_ACCEPTANCE) for name in classes])
         current = np.array([1 + state.draft_lengths.get(name, -1) for name in classes])
-        tiers, tier = tiers_of(needed_each(self.demand(index, self.held), self.now))
+        tiers, tier = tiers_of(draft.paces(self.demand(index, self.held), self.now))
         keys, group = np.unique(tier * len(classes) + self.rows["class_index"][index], return_inverse=True)
         tpots, class_of = tiers[keys // len(classes)], keys % len(classes)
         # without a promise yet: half

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.demand import prefill_rate
+from slos_serve.core.demand import GAIN, TPOT, needed_s, prefill_rate
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Lengths change only where others are better by this share.
 SWITCH_GAIN = 0.02
+# Who is ahead of schedule is drafted for its TPOT all the same, but for so many times as often as it needs at most.
+HASTE = 4.0
 
 
 @jit
@@ -107,6 +109,16 @@ def _best_lengths(lines, margin, budget, tpot, gains, counts, context, max_verif
                     best_score = score
                     best[:] = verify
     return best, best_score
+
+
+@jit
+def paces(demand, now):  # type: ignore[no-untyped-def]
+    """Return the seconds per token that lengths are chosen for, shape (requests,)."""
+    each = np.empty(demand.shape[1])
+    for i in range(demand.shape[1]):
+        gain = demand[GAIN, i]
+        each[i] = max(gain * demand[TPOT, i], needed_s(demand, i, now) / HASTE)
+    return each
 
 
 def lengths(

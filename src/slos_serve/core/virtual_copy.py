@@ -202,7 +202,7 @@ class VirtualCopy:
         n = self.num_groups
         counts = np.concatenate([self.counts, np.full(len(rows), 0.5)])
         acceptance = np.concatenate([self.acceptance, [row.acceptance for row in rows]])
-        tpots, group = tiers_of(needed_each(demand, 0.0))
+        tpots, group = tiers_of(draft.paces(demand, 0.0))
         totals = np.bincount(group, counts, len(tpots)).astype(np.float64)
         mean = np.bincount(group, counts * acceptance, len(tpots)) / np.maximum(totals, 1e-9)
         verify = draft.lengths(
