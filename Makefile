@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster serve test check bench conformance format clean
+.PHONY: help demo demo-cluster serve test check bench conformance compat format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -48,6 +48,10 @@ bench: ## the claims: scheduler cost, then vLLM against slos-serve at five rates
 conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
 	$(INSTALL) cpu dev
 	@$(BIN)/python scripts/conformance.py $(ARGS)
+
+compat: ## every tested vLLM in an environment of its own (.compat/): tests, vLLM's tests, a request; docs/compatibility.md
+	$(INSTALL) dev bench
+	@$(BIN)/python scripts/compat.py $(ARGS)
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev

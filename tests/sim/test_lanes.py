@@ -1,13 +1,17 @@
 """Searches are answered from the journal first; what an interruption leaves behind is not run again."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 
 from slos_serve.errors import ConfigError
+from slos_serve.sim import cells, lanes, scenarios
+from slos_serve.sim.bounds import UnsolvedError
 from slos_serve.sim.capacity import Effort, Outcome, rate_at, search
 from slos_serve.sim.cells import Cell
-from slos_serve.sim.lanes import Journal, Lane, code_digest, run_lanes
+from slos_serve.sim.lanes import Journal, Lane, WorkerError, code_digest, run_lanes
 
 EFFORT = Effort(num_windows=3, coarse_windows=1, targets=(0.9,))
 
@@ -33,6 +37,12 @@ def pretend(one):
     """Attain 100 % at nothing, 90 % at 2 requests per second; fail for a system of that name."""
     if one.system == "broken":
         raise ConfigError(where="x", key="y", value=1, expected="z")
+    if one.system == "unsolved":
+        raise UnsolvedError("the linear programme was not solved: time limit")
+    if one.system == "faulty":
+        raise RuntimeError("a fault of ours")
+    if one.system == "gone":
+        os._exit(1)
     return outcome(met=round(10_000 * max(0.0, 1 - 0.05 * one.rate_rps)))
 
 
@@ -109,12 +119,38 @@ def test_a_stopped_run_answers_only_who_may_stop_too():
 
 
 def test_a_search_that_fails_leaves_the_others_alone():
-    lanes, ended = [lane("broken"), lane("a")], []
-    run_lanes(lanes, Journal(None), run=pretend, progress=lambda done, runs, name: ended.append(name) if name else None)
-    assert "ConfigError" in lanes[0].error
-    assert lanes[0].answer is None
-    assert lanes[1].answer is not None
+    several, ended = [lane("broken"), lane("a")], []
+    run_lanes(
+        several, Journal(None), run=pretend, progress=lambda done, runs, name: ended.append(name) if name else None
+    )
+    assert "ConfigError" in several[0].error
+    assert several[0].answer is None
+    assert several[1].answer is not None
     assert ended == ["broken", "a"]
+
+
+@pytest.mark.parametrize("name", ["unsolved", "faulty"])
+def test_a_run_that_fails_in_whatever_way_costs_its_own_search_alone(name):
+    several = [lane(name), lane("a")]
+    run_lanes(several, Journal(None), run=pretend)
+    assert "linear programme" in several[0].error or "RuntimeError" in several[0].error
+    assert several[1].answer is not None
+
+
+def test_a_search_whose_first_guess_fails_leaves_the_others_alone():
+    def guess():
+        raise RuntimeError("no guess")
+
+    broken = Lane(name="broken", search=search(("{}",), guess, EFFORT), cell_of=lambda _: cell())
+    several = [broken, lane("a")]
+    run_lanes(several, Journal(None), run=pretend)
+    assert several[0].error == "RuntimeError: no guess"
+    assert several[1].answer is not None
+
+
+def test_a_worker_that_dies_ends_the_job_in_words_and_keeps_what_is_known(tmp_path):
+    with Journal(tmp_path / "runs.jsonl") as journal, pytest.raises(WorkerError, match="--jobs"):
+        run_lanes([lane("gone")], journal, run=pretend, jobs=2)
 
 
 def test_several_processes_find_what_one_finds(tmp_path):
@@ -137,3 +173,29 @@ def test_a_cell_is_known_by_everything_that_its_outcome_depends_on(tmp_path):
     one = cell(hardware=str(file)).key()
     file.write_text("2")
     assert cell(hardware=str(file)).key() != one
+
+
+def test_a_run_is_made_again_after_the_promises_or_the_data_have_changed(tmp_path, monkeypatch):
+    (tmp_path / "traces").mkdir()
+    file = tmp_path / "traces" / "azure2023_conv.csv"
+    file.write_text("1")
+    before = cell(data=str(tmp_path)).key()
+    file.write_text("2")
+    cells._data_digest.cache_clear()  # as a later command would
+    changed = cell(data=str(tmp_path)).key()
+    assert changed != before
+    classes = scenarios.SCENARIO_SLOS.classes
+    tighter = {**classes, "chat": replace(classes["chat"], tpot_ms=1.0)}
+    monkeypatch.setattr(scenarios, "SCENARIO_SLOS", replace(scenarios.SCENARIO_SLOS, classes=tighter))
+    assert cell(data=str(tmp_path)).key() != changed
+
+
+@pytest.mark.parametrize("source", ["config.py", "core/planner.py", "sim/hardware/h100-8b-derived.json"])
+def test_the_code_is_known_by_every_file_that_bears_on_outcomes(source, monkeypatch, tmp_path):
+    for name in ("config.py", "core/planner.py", "sim/hardware/h100-8b-derived.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(lanes, "files", lambda _: tmp_path)
+    before = code_digest()
+    (tmp_path / source).write_text("2")
+    assert code_digest() != before

@@ -102,10 +102,14 @@ def test_lengths_without_arrivals_take_synthetic_ones(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "column 'arrived_at_s' is missing"),
+        ("", "column 'arrived_at_s' is missing: found an empty file"),
+        ("\n", "no rows"),
         ("arrived_at_s,prompt_tokens,output_tokens\n", "no rows"),
         ("arrived_at_s,prompt_tokens\n0,1\n", "column 'output_tokens' is missing"),
-        ("arrived_at_s,prompt_tokens,output_tokens\n0,1,1\n2,1,1\n1,1,1\n", "a.csv:4: arrived_at_s = 1"),
+        (
+            "arrived_at_s,prompt_tokens,output_tokens\n0,1,1\n2,1,1\n1,1,1\n",
+            "a.csv:4: arrived_at_s = 1 s: .*sort the file",
+        ),
         ("arrived_at_s,prompt_tokens,output_tokens\n0,1,1\n1,-4,1\n", "a.csv:3: prompt_tokens = '-4'"),
         ("arrived_at_s,prompt_tokens,output_tokens\n0,1,1.5\n", "a.csv:2: output_tokens = '1.5'"),
         ("arrived_at_s,prompt_tokens,output_tokens\n0,1,many\n", "a.csv:2: output_tokens = 'many'"),
@@ -124,21 +128,23 @@ def test_a_bad_csv_names_file_line_and_column(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n", "no rows"),
         ('{"timestamp": 0}\n', "m.jsonl:1: field 'input_length' is missing: found timestamp$"),
         ("{}\n", "m.jsonl:1: field 'timestamp' is missing: found an empty object$"),
-        ("[1]\n", r"m.jsonl:1: '\[1\]': expected a JSON object with timestamp"),
-        ("{\n", "m.jsonl:1: '{': expected a JSON object with timestamp"),
-        ('{"timestamp": null, "input_length": 1, "output_length": 1}\n', "timestamp = None: expected a number$"),
-        ('{"timestamp": 0, "input_length": Infinity, "output_length": 1}\n', "input_length = inf: expected a number$"),
+        ("[1]\n", r"m.jsonl:1: '\[1\]': expected a JSON object"),
+        ("{\n", "m.jsonl:1: '{': expected a JSON object"),
+        ('{"timestamp": null, "input_length": 1, "output_length": 1}\n', "timestamp = None: expected seconds"),
+        (
+            '{"timestamp": 0, "input_length": Infinity, "output_length": 1}\n',
+            "input_length = inf: expected a whole number",
+        ),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": 3}\n', "m.jsonl:1: hash_ids: "),
         ('{"timestamp": 0, "input_length": -1, "output_length": 1}\n', "m.jsonl:1: input_length"),
         (
             (
-                '{"timestamp": 9, "input_length": 1, "output_length": 1}\n'
-                '{"timestamp": 3, "input_length": 1, "output_length": 1}\n'
+                '{"timestamp": 9, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'
+                '{"timestamp": 3, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n'
             ),
-            "m.jsonl:2: timestamp = 3",
+            r"m.jsonl:2: timestamp = 0\.003 s: expected not before the row above \(0\.009 s\)",
         ),
     ],
 )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slos_serve.bench.wire import Wire, words
 from slos_serve.core.types import Slo
 from slos_serve.errors import MissingExtraError, SlosServeError
 
@@ -118,8 +119,7 @@ def request_body(request: BenchRequest, model: str, endpoint: str, slo_form: str
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
     if endpoint == "chat":  # about one token a word
-        words = " ".join("word" for _ in request.prompt_token_ids)
-        body["messages"] = [{"role": "user", "content": words}]
+        body["messages"] = [{"role": "user", "content": words(len(request.prompt_token_ids))}]
     else:
         body["prompt"] = list(request.prompt_token_ids)
     asked: dict[str, Any] = {"class": request.slo_class}
@@ -134,24 +134,30 @@ def request_body(request: BenchRequest, model: str, endpoint: str, slo_form: str
 
 async def discover_model(base_url: str, *, api_key: str | None = None) -> str:
     """Return the name of the first model that the server offers; `TargetError` where it does not answer."""
-    return str((await _first_model(base_url, api_key))["id"])
+    return str((await list_models(base_url, api_key=api_key))[0]["id"])
 
 
 async def max_model_length(base_url: str, *, api_key: str | None = None) -> int:
     """Return the longest context that the server takes, in tokens; 2048 where it does not say."""
-    return int((await _first_model(base_url, api_key)).get("max_model_len") or 2048)
+    return int((await list_models(base_url, api_key=api_key))[0].get("max_model_len") or 2048)
 
 
-async def _first_model(base_url: str, api_key: str | None, timeout_s: float = 10.0) -> dict[str, Any]:
+async def list_models(
+    base_url: str, *, api_key: str | None = None, headers: Mapping[str, str] = {}, timeout_s: float = 10.0
+) -> list[dict[str, Any]]:
+    """Return what the server says of its models, at least one; `TargetError` where it does not answer."""
     aiohttp = _aiohttp()
+    headers = {**_auth(api_key), **headers}
     url = f"{_v1(base_url)}/models"
     try:
         async with (
-            aiohttp.ClientSession(headers=_auth(api_key), timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+            aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
             session.get(url) as response,
         ):
             response.raise_for_status()
-            return dict((await response.json())["data"][0])
+            models = [dict(one) for one in (await response.json())["data"]]
+            _ = models[0]["id"]
+            return models
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
         reason = str(error) or type(error).__name__
         raise TargetError(f"--target {url}: no model list ({reason}): is the server up?") from None
@@ -187,6 +193,8 @@ class Client:
         endpoint: str = "completions",
         slo_form: str = "body",
         api_key: str | None = None,
+        headers: Mapping[str, str] = {},
+        wire: Wire | None = None,
         request_timeout_s: float = 600.0,
     ) -> None:
         self.url = f"{_v1(base_url)}/{'chat/completions' if endpoint == 'chat' else 'completions'}"
@@ -194,7 +202,8 @@ class Client:
         self.start = time.perf_counter()
         self._endpoint = endpoint
         self._slo_form = slo_form
-        self._headers = {**_auth(api_key), "content-type": "application/json"}
+        self._headers = {**_auth(api_key), "content-type": "application/json", **headers}
+        self._wire = wire or Wire()
         self._timeout_s = request_timeout_s
         self._session: ClientSession
 
@@ -211,8 +220,8 @@ class Client:
         await self._session.close()
 
     def body(self, request: BenchRequest) -> bytes:
-        """Return the bytes to send for a request."""
-        return json.dumps(request_body(request, self.model, self._endpoint, self._slo_form)).encode()
+        """Return the bytes to send for a request, of what the server takes as far as that is known."""
+        return json.dumps(self._wire.adapt(request_body(request, self.model, self._endpoint, self._slo_form))).encode()
 
     def now_s(self) -> float:
         """Return the time since the run's start."""
@@ -235,7 +244,7 @@ class Client:
                 await asyncio.sleep(request.offset_s - self.now_s())
                 result = StreamResult(request_id=request.request_id, sent_s=request.offset_s)
                 results[request.request_id] = result
-                tasks.append(asyncio.create_task(self.stream(body, result, on_result)))
+                tasks.append(asyncio.create_task(self.stream(body, result, on_result, request=request)))
             if tasks:
                 await asyncio.wait(tasks, timeout=drain_timeout_s)
         finally:
@@ -243,22 +252,24 @@ class Client:
         return [results[request.request_id] for request in requests]
 
     async def stream(
-        self, body: bytes, result: StreamResult, on_result: Callable[[StreamResult], None] | None = None
+        self,
+        body: bytes,
+        result: StreamResult,
+        on_result: Callable[[StreamResult], None] | None = None,
+        *,
+        request: BenchRequest | None = None,
     ) -> None:
-        """Send one request now and read its stream to the end; whatever goes wrong is noted in `result`."""
+        """Send one request now and read its stream to the end; whatever goes wrong is noted in `result`.
+
+        With `request` it is sent again, and counts from then, where the server refused a field of the body.
+        """
         aiohttp = _aiohttp()
-        now = self.now_s()
-        result.sent_s, result.lag_s = now, now - result.sent_s
+        due_s, generation = result.sent_s, self._wire.generation
+        if request is not None and generation:
+            body = self.body(request)
         try:
-            async with self._session.post(self.url, data=body) as response:
-                result.status = response.status
-                result.headers = {k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-slo-")}
-                if response.status != 200:
-                    result.error = f"HTTP {response.status}: {(await response.text())[:300]}"
-                else:
-                    await self.read_events(response, result)
-                    if result.error is None and result.finish_reason is None:
-                        result.error = "the stream ended without a finish reason"
+            while await self._exchange(body, result, due_s, generation) and request is not None:
+                body, generation = self.body(request), self._wire.generation
         except asyncio.CancelledError:
             result.error = "cut off: still running at the end of the run"
             raise
@@ -268,6 +279,22 @@ class Client:
             result.finished_s = self.now_s()
             if on_result is not None:
                 on_result(result)
+
+    async def _exchange(self, body: bytes, result: StreamResult, due_s: float, generation: int) -> bool:
+        """Send a body and read what comes; tell whether it should be sent again with fewer fields."""
+        result.sent_s = self.now_s()
+        result.lag_s, result.error = result.sent_s - due_s, None
+        async with self._session.post(self.url, data=body) as response:
+            result.status = response.status
+            result.headers = {k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-slo-")}
+            if response.status == 200:
+                await self.read_events(response, result)
+                if result.error is None and result.finish_reason is None:
+                    result.error = "the stream ended without a finish reason"
+                return False
+            answer = await response.text()
+            result.error = f"HTTP {response.status}: {answer[:300]}"
+            return self._wire.learn(response.status, answer, generation)
 
     async def read_events(self, response: ClientResponse, result: StreamResult) -> None:
         """Read server-sent events to the end."""

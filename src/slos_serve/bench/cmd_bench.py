@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,20 @@ from slos_serve.bench.client import (
     SLO_FORMS,
     BenchRequest,
     StreamResult,
-    discover_model,
-    max_model_length,
-    offer,
 )
 from slos_serve.bench.grade import GradedStream, entry, grade_run, request_row, verdict
 from slos_serve.bench.profile_file import Profile, write_json
 from slos_serve.bench.progress import Progress
-from slos_serve.bench.workload import build_requests, parse_goodput, parse_mix, with_classes
+from slos_serve.bench.target import Target
+from slos_serve.bench.wire import Wire, parse_extra_body, parse_headers
+from slos_serve.bench.workload import build_requests, parse_goodput
 from slos_serve.config import load_slo_config
 from slos_serve.errors import ConfigError
-from slos_serve.sim.traces import SMALL_TRACE, Trace, read_trace, synthetic_arrivals
+from slos_serve.sim.traces import Trace
+from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
+from slos_serve.traces.rows import TOO_LONG
 
 HELP = "Offer load to any OpenAI URL, open loop, and grade it by class."
-RANDOM_STREAMS = 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,23 +44,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", metavar="URL", required=True, help="server to load, such as http://127.0.0.1:8000")
     parser.add_argument("--model", metavar="NAME", help="model name (default: the server's first)")
-    parser.add_argument(
-        "--trace", metavar="FILE[@start:duration]", help="arrivals and lengths (default: a small trace that is shipped)"
-    )
-    parser.add_argument(
-        "--arrivals", metavar="PROCESS", help="replace arrivals: poisson, gamma:CV, bursts:FACTOR:S:SHARE"
-    )
-    parser.add_argument("--mix", metavar="CLASS=SHARE,..", help="classes of requests that name none (default: chat=1)")
+    add_options(parser)
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="frozen reference that slowdown SLOs are graded with"
     )
     parser.add_argument("--goodput", metavar="ttft:MS,tpot:MS", help="the same promises for every request instead")
-    parser.add_argument("--rate", type=float, metavar="R", help="requests per second, by stretching time")
-    parser.add_argument("--num-requests", type=int, metavar="N", help="offer only the first N")
     parser.add_argument("--system", metavar="NAME", help="name of the system in the results (default: by its verdicts)")
     parser.add_argument("--endpoint", choices=ENDPOINTS, default="completions", help="completions")
     parser.add_argument("--slo-form", choices=SLO_FORMS, default="body", help="where the SLO is said: body")
+    parser.add_argument(
+        "--plain", action="store_true", help="send only what every OpenAI server knows (default: until one is refused)"
+    )
+    parser.add_argument(
+        "--header", metavar="NAME=VALUE", action="append", default=[], help="an HTTP header to send; may be repeated"
+    )
+    parser.add_argument(
+        "--extra-body", metavar="JSON", help="fields put over those of every request's body; null leaves one out"
+    )
     parser.add_argument("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, requests.jsonl and report.html")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="0")
@@ -71,30 +71,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Offer the load and print the grades; 1 where every request failed."""
     _check(args)
-    api_key = args.api_key or os.environ.get("OPENAI_API_KEY")
-    trace = read_workload(args)
-    model = args.model or asyncio.run(discover_model(args.target, api_key=api_key))
-    longest = asyncio.run(max_model_length(args.target, api_key=api_key))
-    trace, dropped = trace.limited_to(longest - 1)
+    target = Target(
+        url=args.target,
+        api_key=args.api_key or os.environ.get("OPENAI_API_KEY"),
+        headers=parse_headers(args.header),
+        wire=Wire(parse_extra_body(args.extra_body), is_plain=args.plain),
+    )
+    model, longest = asyncio.run(target.model(args.model))
+    trace = offered_trace(args, max_total_tokens=None if longest is None else longest - 1)
     requests = make_requests(args, trace)
-    results = _offer(args, model, requests, trace.span_s, api_key)
+    tell(trace.source, len(requests), trace.span_s, trace)
+    results = _offer(args, target, model, requests)
     streams = grade_run(requests, results)
+    span_s = trace.span_s or 1.0  # all at one instant: as `tell` says
     system = args.system or ("slos-serve" if any(verdict(result) for result in results) else "vllm")
-    graded = entry(streams, system=system, scenario=_scenario(args), span_s=trace.span_s, rate_rps=trace.rate_rps)
+    graded = entry(streams, system=system, scenario=_scenario(args), span_s=span_s, rate_rps=len(trace) / span_s)
     document = {
         "target": args.target,
         "model": model,
         "workload": {
             "trace": trace.source,
             "num_requests": len(requests),
-            "rate_rps": trace.rate_rps,
+            "rate_rps": len(trace) / span_s,
             "gap_cv": trace.gap_cv,
-            "dropped_too_long": dropped,
+            "dropped_too_long": trace.origin.left_out.get(TOO_LONG, 0),
+            "read": summary(trace),
+            "max_model_len": longest,
             "seed": args.seed,
         },
         "client": {
             "max_lag_s": max(result.lag_s for result in results),
             "counted_by": sorted({result.counted_by for result in results if result.counted_by}),
+            "fields_left_out": sorted(target.wire.refused),
             "errors": sorted({result.error for result in results if result.error})[:10],
         },
         "systems": {system: [graded]},
@@ -106,30 +114,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for key in ("rate", "num_requests"):
-        value = getattr(args, key)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            flag = "--" + key.replace("_", "-")
-            raise ConfigError(where="bench", key=flag, value=value, expected="a positive number")
+    check_options("bench", args)
     if args.seed < 0:
         raise ConfigError(where="bench", key="--seed", value=args.seed, expected="0 or more")
-
-
-def read_workload(args: argparse.Namespace) -> Trace:
-    """Return the trace to offer: file, window, arrivals, classes, rate, number."""
-    trace = read_trace(args.trace if args.trace is not None else SMALL_TRACE)
-    rng = np.random.default_rng([args.seed, RANDOM_STREAMS])
-    if args.num_requests is not None and args.num_requests < len(trace):
-        share = args.num_requests / len(trace)
-        end = float(trace.arrived_at_s[args.num_requests])
-        trace = trace.select(slice(args.num_requests))
-        trace = trace.with_arrivals(trace.arrived_at_s, span_s=end or trace.span_s * share)
-    if args.arrivals is not None:
-        rate = args.rate or (trace.rate_rps if math.isfinite(trace.rate_rps) else 1.0)
-        trace = trace.with_arrivals(synthetic_arrivals(args.arrivals, rate, len(trace), rng), span_s=len(trace) / rate)
-    if args.rate is not None:
-        trace = trace.at_rate(args.rate)
-    return with_classes(trace, parse_mix(args.mix) if args.mix else {"chat": 1.0}, rng)
 
 
 def make_requests(args: argparse.Namespace, trace: Trace) -> list[BenchRequest]:
@@ -153,11 +140,10 @@ def _scenario(args: argparse.Namespace) -> str:
     return Path(str(args.trace)).name if args.trace is not None else "small"
 
 
-def _offer(
-    args: argparse.Namespace, model: str, requests: list[BenchRequest], span_s: float, api_key: str | None
-) -> list[StreamResult]:
+def _offer(args: argparse.Namespace, target: Target, model: str, requests: list[BenchRequest]) -> list[StreamResult]:
     done = 0
-    with Progress(f"offering {len(requests)} requests in {span_s:.0f} s") as progress:
+    last_s = max(request.offset_s for request in requests)
+    with Progress(f"offering {len(requests)} requests in {last_s:.0f} s") as progress:
 
         def note(_: StreamResult) -> None:
             nonlocal done
@@ -165,15 +151,7 @@ def _offer(
             progress(done / len(requests))
 
         return asyncio.run(
-            offer(
-                args.target,
-                model,
-                requests,
-                endpoint=args.endpoint,
-                slo_form=args.slo_form,
-                api_key=api_key,
-                on_result=note,
-            )
+            target.offer(model, requests, endpoint=args.endpoint, slo_form=args.slo_form, on_result=note)
         )
 
 
@@ -210,6 +188,10 @@ def _print(args: argparse.Namespace, document: dict[str, Any], system: str) -> N
     for key, name in (("ttft_s", "time to first token"), ("tpot_s", "time per token")):
         values = ", ".join(f"{rank} {v * 1e3:.0f} ms" for rank, v in graded[key].items() if v is not None)
         print(f"{name}: {values or 'none'}")
+    for reason, count in document["workload"]["read"]["left_out"].items():
+        print(f"left out: {count} {reason}")
+    if document["client"]["fields_left_out"]:
+        print(f"the server refuses {', '.join(document['client']['fields_left_out'])}: sent without")
     for error in document["client"]["errors"][:3]:
         print(f"failed: {error}")
     if args.out is not None:

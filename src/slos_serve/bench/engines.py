@@ -108,12 +108,12 @@ class Fleet:
             engine.stop()
         self.engines.clear()
 
-    def start(self, name: str, model: str, flags: Sequence[str]) -> Engine:
-        """Start `slos-serve serve` on a free port; returns at once."""
+    def start(self, name: str, model: str, flags: Sequence[str], *, python: str = sys.executable) -> Engine:
+        """Start `slos-serve serve` on a free port, with the package of an interpreter; returns at once."""
         port = free_port()
         log = self.log_folder / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "slos_serve.cli", "serve", model]
+        command = [python, "-m", "slos_serve.cli", "serve", model]
         command += ["--host", "127.0.0.1", "--port", str(port), *flags]
         with log.open("wb") as file:
             process = subprocess.Popen(

@@ -50,22 +50,6 @@ def _lognormal(median: float, sigma: float, bounds: tuple[int, int], count: int,
     return np.clip(values, *bounds).astype(np.int64)
 
 
-def parse_mix(text: str) -> dict[str, float]:
-    """Parse `chat=0.5,coding=0.5` into shares that add up to 1; `ValueError` names what is wrong."""
-    shares: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = part.strip().partition("=")
-        try:
-            share = float(number)
-        except ValueError:
-            share = math.nan
-        if not (name and equals and math.isfinite(share) and share > 0) or name in shares:
-            raise ValueError(f"--mix {text!r}: {part!r}: expected CLASS=SHARE with a positive share, each class once")
-        shares[name] = share
-    total = sum(shares.values())
-    return {name: share / total for name, share in shares.items()}
-
-
 def parse_goodput(text: str) -> Slo:
     """Parse `ttft:400,tpot:50` (milliseconds; also e2el, e2e) into promises."""
     names = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s", "e2el": "e2e_s"}
@@ -77,19 +61,6 @@ def parse_goodput(text: str) -> Slo:
         except (KeyError, ValueError):
             raise ValueError(f"--goodput {text!r}: {part!r}: expected ttft:MS, tpot:MS or e2el:MS") from None
     return Slo(**values)
-
-
-def with_classes(trace: Trace, mix: Mapping[str, float], rng: np.random.Generator) -> Trace:
-    """Return the trace with a class for every request that has none, drawn from `mix`."""
-    drawn = rng.choice(list(mix), len(trace), p=list(mix.values()))
-    classes = np.where(trace.slo_class == "", drawn, trace.slo_class)
-    columns = {
-        name: getattr(trace, name)
-        for name in ("prompt_tokens", "output_tokens", "thinking_tokens", "cached_tokens", "session_id", "turn")
-    }
-    return Trace.build(
-        arrived_at_s=trace.arrived_at_s, span_s=trace.span_s, source=trace.source, slo_class=classes, **columns
-    )
 
 
 def synthetic_trace(

@@ -15,8 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from slos_serve.bench.engines import handling
@@ -25,6 +24,7 @@ from slos_serve.http import seal
 
 PROBE_HEADER = "x-slos-serve-probe"
 POLL_S = 0.25
+PATIENCE_S = 15.0  # shorter than those have who end us: `bench.engines`, and orchestrators' usual 30 s
 PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,25 +51,44 @@ def start(command: Sequence[str], env: Mapping[str, str], *, stdout_to_stderr: b
     )
 
 
-def forwarding(child: subprocess.Popen[bytes]) -> AbstractContextManager[None]:
-    """Pass the signals that ask us to end on to the child."""
+def wait(child: subprocess.Popen[bytes], *, patience_s: float, tell: Callable[[], None]) -> int:
+    """Wait for the child's end and return its code; pass on the signals that ask us to end.
+
+    vLLM waits for open connections without a bound, and has by then stopped the engine that would end them: it is made
+    to end `patience_s` after the first signal, and `tell` is called before.
+    """
+    told: list[float] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        told.append(time.monotonic())
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
 
-    return handling(FORWARDED, forward)
+    with handling(FORWARDED, forward):
+        while child.poll() is None:
+            if told and time.monotonic() - told[0] > patience_s:
+                tell()
+                kill(child)
+                break
+            time.sleep(POLL_S)
+    return child.wait()
 
 
-def end(child: subprocess.Popen[bytes], *, patience_s: float = 30.0) -> None:
+def end(child: subprocess.Popen[bytes], *, patience_s: float = PATIENCE_S) -> None:
     """Ask the child to end, and make it where it does not."""
     if child.poll() is None:
         child.terminate()
         try:
             child.wait(patience_s)
         except subprocess.TimeoutExpired:
-            child.kill()
+            kill(child)
             child.wait()
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child and the processes that it has started, at once."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def exit_status(code: int) -> int:

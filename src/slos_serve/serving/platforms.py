@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from slos_serve.emulated.emulation import Emulation
 from slos_serve.errors import ConfigError
 from slos_serve.serving.arguments import EngineArguments
 
-PINNED = "0.29.0"
+# `make compat` runs the plug-in's tests and vLLM's own scheduler tests on each of these: docs/compatibility.md.
+TESTED = ("0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
+TESTED_WORDS = f"vLLM {TESTED[0]} to {TESTED[-1]}"
+OLDEST = (0, 29)
 SMALL_MACHINE_CORES = 8
 MIB = 1 << 20
 KV_CACHE_LIMIT = 4096 * MIB
@@ -36,9 +40,17 @@ class Engine:
     emulation: Emulation | None = None
 
     @property
-    def is_pinned(self) -> bool:
-        """Tell whether it is the version that this release was tested with."""
-        return self.version.split("+")[0] == PINNED
+    def standing(self) -> str:
+        """Return tested, older or untested: where the version stands to `TESTED`.
+
+        A development build is untested, whatever number it gives itself: the structure of its source decides.
+        """
+        version = self.version.split("+")[0]
+        if version in TESTED:
+            return "tested"
+        found = re.match(r"(\d+)\.(\d+)", version)
+        is_older = found is not None and "dev" not in version and tuple(map(int, found.groups())) < OLDEST
+        return "older" if is_older else "untested"
 
 
 def installed_engines() -> list[Engine]:

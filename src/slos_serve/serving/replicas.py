@@ -124,7 +124,7 @@ def application(
     """Return what `ray_serve.app.build_openai_app` takes, from the launch of a single server."""
     from slos_serve.vllm_plugin.flags import engine_kwargs  # noqa: PLC0415
 
-    flags = engine_kwargs(plan.command[plan.command.index("--model") :])
+    flags = engine_kwargs(plan.arguments)
     additional = dict(flags.get("additional_config") or {})
     slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key != "profile_key"}
     slo |= {"profile": profile, "router": args.router or "slo"}

@@ -27,6 +27,7 @@ from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
+    TESTED_WORDS,
     Engine,
     available_memory,
     check_emulation,
@@ -45,6 +46,8 @@ TAKES_UNKNOWN = True
 
 SCHEDULER = "slos_serve.vllm_plugin.scheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
+VLLM_SERVE = "slos_serve.serving.vllm_command"
+NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
 ACCEPT_PROFILE_S = 60.0
 EMULATE_HELP = "run no model: steps take as long as this hardware file says (see docs/rehearse.md)"
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
@@ -86,9 +89,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What will be started: command, environment, where it answers, and the profile to use or make."""
+    """What will be started: vLLM's arguments, MODEL first, environment, where it answers, the profile to use or make.
 
-    command: list[str]
+    `url` is "" where nothing answers HTTP over TCP; `patience_s` bounds how long the server may take to end.
+    """
+
+    arguments: list[str]
     env: dict[str, str]
     url: str
     model_name: str
@@ -100,12 +106,20 @@ class Launch:
     scratch: Path | None = None
     key: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    patience_s: float = launch.PATIENCE_S
+
+    @property
+    def command(self) -> list[str]:
+        """What runs vLLM's own `serve` command in this interpreter."""
+        return [sys.executable, "-m", VLLM_SERVE, *self.arguments]
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to end; return vLLM's own exit status."""
     engine = find_engine(args.emulate)
     check(args)
+    if not args.no_slo:
+        check_engine(engine)
     check_emulation(engine, EngineArguments(args.extra), os.environ, args.model)
     if is_cluster(args):
         from slos_serve.serving import replicas  # noqa: PLC0415
@@ -193,6 +207,19 @@ def find_engine(emulate: str | None = None) -> Engine:
     return replace(engines[0], emulation=emulation)
 
 
+def check_engine(engine: Engine) -> None:
+    """Raise `ConfigError` for a vLLM that has no scheduler of the kind that ours derives from."""
+    if engine.standing == "older":
+        expected = f"{TESTED_WORDS}, or --no-slo to serve with this one as it is"
+        raise ConfigError(where="environment", key=engine.package, value=engine.version, expected=expected)
+
+
+def shutdown_timeout(arguments: EngineArguments) -> float:
+    """Return the seconds for which vLLM goes on serving after it is told to end: its flag, or its default, 0."""
+    value = arguments.get("shutdown-timeout") or "0"
+    return float(value) if value.isdigit() else 0.0
+
+
 def local_name(model: str) -> str:
     """Return a model's folder with `~` resolved, or its name as it is."""
     path = Path(model).expanduser()
@@ -227,23 +254,24 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     """
     arguments = EngineArguments(args.extra)
     notes: list[str] = []
-    if not engine.is_pinned:
-        notes.append(f"vLLM {engine.version} is not the version this release was tested with; see slos-serve doctor")
+    if engine.standing != "tested":
+        notes.append(f"vLLM {engine.version} is none that this release was tested with ({TESTED_WORDS}): see doctor")
     if engine.emulation is not None:
         notes.append(f"the device is EMULATED: {engine.emulation.text}: {LEAVES_OUT}")
     env, flags = platform_settings(engine, arguments, environ, share=share)
     model = local_name(args.model)
     tls = arguments.has("ssl-certfile", "ssl-keyfile")
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--port", str(args.port), *(["--host", args.host] if args.host else [])]
+    command = [model, "--port", str(args.port), *(["--host", args.host] if args.host else [])]
+    is_asked = not arguments.has(*NOT_ASKED)
     common: dict[str, Any] = {
         "env": env,
-        "url": launch.base_url(args.host, args.port, tls=tls),
+        "url": launch.base_url(args.host, args.port, tls=tls) if is_asked else "",
+        "patience_s": launch.PATIENCE_S + shutdown_timeout(arguments),
         "model_name": arguments.get("served-model-name") or model,
         "api_key": arguments.get("api-key") or environ.get("VLLM_API_KEY"),
     }
     if args.no_slo:
-        return Launch(command=[*command, *flags, *arguments.arguments], mode="none", notes=tuple(notes), **common)
+        return Launch(arguments=[*command, *flags, *arguments.arguments], mode="none", notes=tuple(notes), **common)
     if arguments.has("scheduler-cls"):
         value = arguments.get("scheduler-cls")
         expected = "none: serve brings its own (--no-slo keeps yours)"
@@ -261,8 +289,9 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
     record: Path | None = args.record.resolve() if args.record else None
     scratch: Path | None = None
-    if must_profile and (tls or arguments.has("uds", "headless")):
-        notes.append("no profile yet, and none can be measured over TLS, a Unix socket or headless: observing only")
+    if must_profile and (tls or not is_asked):
+        where = "over TLS, a Unix socket or gRPC, or headless"
+        notes.append(f"no profile yet, and none can be measured {where}: observing only")
         must_profile = False
     elif profile is not None:
         slo["profile"] = str(profile)
@@ -278,7 +307,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     command += ["--scheduler-cls", f"{SCHEDULER}.{name}", "--middleware", MIDDLEWARE]
     command += ["--additional-config", json.dumps(additional)]
     return Launch(
-        command=[*command, *flags, *arguments.arguments],
+        arguments=[*command, *flags, *arguments.arguments],
         mode=str(slo["mode"]),
         profile=profile,
         must_profile=must_profile,
@@ -293,7 +322,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
 def _serve(plan: Launch, *, as_json: bool) -> int:
     if plan.must_profile and plan.profile is not None:
         plan.profile.unlink(missing_ok=True)
-    say(f"starting vLLM with {plan.model_name} at {plan.url} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
+    where = f" at {plan.url}" if plan.url else ""
+    say(f"starting vLLM with {plan.model_name}{where} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
     child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)
     failures: list[str] = []
 
@@ -306,14 +336,18 @@ def _serve(plan: Launch, *, as_json: bool) -> int:
             failures.append(f"{type(error).__name__}: {error}")
             launch.end(child)
 
-    with launch.forwarding(child):
-        thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
+    def tell() -> None:
+        say(f"vLLM was told to end {plan.patience_s:.0f} s ago and still waits for its connections: ending it")
+
+    thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
+    if plan.url:
         thread.start()
-        try:
-            code = child.wait()
-        finally:
-            launch.end(child)
-    thread.join(timeout=5)
+    try:
+        code = launch.wait(child, patience_s=plan.patience_s, tell=tell)
+    finally:
+        launch.end(child)
+    if plan.url:
+        thread.join(timeout=5)
     if failures:
         say(f"not ready, so stopped: {' '.join(failures[0].split())}")
         return 1

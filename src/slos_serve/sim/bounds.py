@@ -38,7 +38,7 @@ import numpy as np
 
 from slos_serve.core.deadlines import CHECK_EVERY
 from slos_serve.core.perf import batch_seconds
-from slos_serve.errors import MissingExtraError
+from slos_serve.errors import MissingExtraError, SlosServeError
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 RESOLUTION_S = 0.05
 COARSE_S = 1.0
 CUTS = (1, 2, 3, 4, 6)  # tokens verified at which Acc is cut off, beside the most; fewer are in the requests' favour
+
+
+class UnsolvedError(SlosServeError):
+    """The solver gave no answer to a linear programme, so that this one bound is not known."""
 
 
 @dataclass(slots=True)
@@ -236,7 +240,7 @@ class _Programme:
             bounds[column, 1] = limit
         answer: Any = linprog(cost, A_ub=matrix, b_ub=np.array(rows.limits), bounds=bounds, method="highs-ipm")
         if answer.status != 0:
-            raise RuntimeError(f"the linear programme was not solved: {answer.message}")
+            raise UnsolvedError(f"the linear programme was not solved: {answer.message}")
         return float(answer.x[0])
 
 

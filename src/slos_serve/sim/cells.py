@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,31 @@ class Cell:
     may_stop: bool = False
 
     def key(self) -> str:
-        """Return what the outcome depends on, as text."""
+        """Return what the outcome depends on beside the code, as text: names, promises, and the files' contents."""
         values = asdict(self)
         del values["may_stop"]
         path = Path(self.hardware)
         if path.is_file():
-            values["hardware_digest"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            values["hardware_digest"] = _digest(path.read_bytes())
+        values["data_digest"] = _data_digest(self.data)
+        values["slo_digest"] = _digest(repr(scaled_slos(self.slo_scale)).encode())
         return json.dumps(values, sort_keys=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _data_digest(folder: str) -> str:
+    """Return a digest of the files that scenarios read; a folder is taken not to change during one command."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for kind in ("traces", "lengths") for path in Path(folder, kind).glob("*") if path.is_file()
+    ):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def deploy(cell: Cell) -> tuple[Planner, ClusterOptions]:

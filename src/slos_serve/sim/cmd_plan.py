@@ -22,8 +22,9 @@ from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scena
 from slos_serve.sim.sizing import Deployment, faster, fewest, highest_factor, with_burst
 from slos_serve.sim.standins import SYNTHETIC, data_folder
 from slos_serve.sim.systems import SYSTEMS, find_system
-from slos_serve.sim.traces import SMALL_TRACE, Trace, read_trace
+from slos_serve.sim.traces import Trace
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+from slos_serve.traces.offered import add_options, check_options, offered_trace, tell
 
 if TYPE_CHECKING:
     from slos_serve.sim.hardware import Hardware
@@ -37,13 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     parser.epilog = "example: slos-serve plan --trace mine.csv --rate 20 --hardware a100-80g-7b-measured --burst 3"
     parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
-    parser.add_argument(
-        "--trace", metavar="FILE[@start:duration]", help="a trace file (default: the small one shipped)"
-    )
+    add_options(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
-    parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
-    parser.add_argument("--rate", metavar="R", type=float, help="requests per second (default: the trace's own)")
     parser.add_argument(
         "--hardware",
         metavar="NAMES|FILES",
@@ -113,11 +110,9 @@ def run(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Check the arguments."""
     where = "plan"
-    if args.scenario is not None and args.trace is not None:
-        raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
+    check_options(where, args)
     find_system(args.system)
     bounds = {
-        "rate": (0.0, 1e6),
         "target_attainment": (0.0, 1.0 + 1e-12),
         "burst": (1.0, 1e3),
         "acceptance": (-1e-9, 1.0),
@@ -146,10 +141,10 @@ def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[
         return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
-    trace = read_trace(args.trace) if args.trace is not None else replace(read_trace(SMALL_TRACE), source="mixed_small")
-    trace = busiest(trace, args.max_requests)
+    trace = busiest(offered_trace(args, max_total_tokens=longest, stretch=False), args.max_requests)
     factory = RequestFactory(config, hardware.reference_s, longest)
     workload = trace_workload(trace, factory, max_model_len=longest, default_class=args.slo_class, rate_rps=args.rate)
+    tell(workload.name, workload.num_requests, workload.duration_s if trace.span_s else 0.0, trace)
     return [workload], longest
 
 

@@ -25,30 +25,23 @@ from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
 from slos_serve.sim.standins import SYNTHETIC, data_folder
 from slos_serve.sim.systems import SYSTEMS, System, find_system
-from slos_serve.sim.trace_files import COUNTS, LABELS, REQUIRED
-from slos_serve.sim.traces import SMALL_TRACE, read_trace
 from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
 
 if TYPE_CHECKING:
     from slos_serve.sim.hardware import Hardware
+    from slos_serve.sim.traces import Trace
 
 HELP = "serve a trace on a virtual clock and grade it by class"
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
 MAX_REPLICAS = 1024
-OPTIONAL_COLUMNS = [name for name in (*COUNTS, *LABELS) if name not in REQUIRED]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
     parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
     parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
-    parser.add_argument(
-        "--trace",
-        metavar="FILE[@start:duration]",
-        help=f"a CSV file with the columns {', '.join(REQUIRED)}, if wanted {', '.join(OPTIONAL_COLUMNS)}; "
-        "or one of Azure's or Mooncake's (default: the small one shipped)",
-    )
-    parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of rows that name none (chat)")
+    add_options(parser)
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
     parser.add_argument(
         "--system",
@@ -67,7 +60,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
     )
     parser.add_argument("--kv-tokens", metavar="N", type=int, help="KV room in tokens (default: the hardware's)")
-    parser.add_argument("--rate", metavar="R", type=float, help="requests per second in all, by stretching time")
     parser.add_argument(
         "--replicas", metavar="N", type=int, default=1, help="replicas (1), or units of a system that needs several"
     )
@@ -110,8 +102,11 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_tokens is not None:
         hardware = hardware.with_kv_tokens(args.kv_tokens)
     systems = [find_system(name) for name in dict.fromkeys(args.system.split(","))]
-    workload, max_model_len = build_workload(args, hardware)
+    workload, max_model_len, trace = build_workload(args, hardware)
     entries = [simulate(args, system, workload, hardware, max_model_len) for system in systems]
+    tell(workload.name, workload.num_requests, workload.duration_s if trace is None else trace.span_s, trace)
+    for entry in entries:
+        entry.update({} if trace is None else {"trace": summary(trace)})
     if args.json:
         json.dump(entries if len(entries) > 1 else entries[0], sys.stdout, indent=2)
         print()
@@ -122,14 +117,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     where = "simulate"
-    if args.scenario is not None and args.trace is not None:
-        raise ConfigError(where=where, key="trace", value=args.trace, expected="either --scenario or --trace")
+    check_options(where, args)
     if not 1 <= args.replicas <= MAX_REPLICAS:
         raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
     if args.hops is not None and args.hops < 0:
         raise ConfigError(where=where, key="hops", value=args.hops, expected="0 or more")
     bounds = {
-        "rate": (0.0, 1e6),
         "noise": (-1e-9, 2.0),
         "acceptance": (-1e-9, 1.0),
         "model_error": (0.0, 100.0),
@@ -163,8 +156,8 @@ def parse_settings(system: System, texts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Workload, int]:
-    """Return what is offered, and the context length it is offered under."""
+def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Workload, int, Trace | None]:
+    """Return what is offered, the context length it is offered under, and the trace it was made of, if any."""
     if args.scenario is not None:
         scenario = find_scenario(args.scenario)
         slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
@@ -175,18 +168,13 @@ def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Worklo
             part=args.part,
             seed=args.seed,
         )
-        return scenario.offer(offer, slos), scenario.max_model_len(hardware)
+        return scenario.offer(offer, slos), scenario.max_model_len(hardware), None
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
-    trace = read_trace(args.trace) if args.trace is not None else replace(read_trace(SMALL_TRACE), source="mixed_small")
-    workload = trace_workload(
-        trace,
-        RequestFactory(config, hardware.reference_s, longest),
-        max_model_len=longest,
-        default_class=args.slo_class,
-        rate_rps=args.rate,
-    )
-    return workload, longest
+    trace = offered_trace(args, max_total_tokens=longest)
+    factory = RequestFactory(config, hardware.reference_s, longest)
+    workload = trace_workload(trace, factory, max_model_len=longest, default_class=args.slo_class)
+    return workload, longest, trace
 
 
 def simulate(

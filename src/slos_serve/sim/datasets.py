@@ -12,17 +12,18 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from slos_serve.cache import complete_file
 from slos_serve.errors import ConfigError, SlosServeError
-from slos_serve.sim.trace_files import read_csv, read_mooncake
-from slos_serve.sim.traces import Trace, write_trace
+from slos_serve.sim.traces import Trace, read_trace, spread_ties, write_trace
+from slos_serve.traces.rows import ReadOptions
 
 TIMEOUT_S = 30.0
+MOONCAKE = ReadOptions(time_unit="ms", block_tokens=512)
 CHUNK_BYTES = 1 << 16
 RAW = "https://raw.githubusercontent.com"
 AZURE = f"{RAW}/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data/AzureLLMInferenceTrace"
@@ -45,9 +46,9 @@ class Dataset:
     digest: str
 
     @property
-    def has_arrivals(self) -> bool:
-        """Tell whether the file says when requests arrive."""
-        return self.target.startswith("traces/")
+    def is_on_ticks(self) -> bool:
+        """Tell whether the file's arrivals sit on coarse ticks, inside which they are spread."""
+        return self.url.endswith(".jsonl")
 
 
 _DATASETS = (
@@ -137,25 +138,19 @@ def fetch(
                 f"{dataset.name}: {len(trace)} requests with checksum {found[:16]}: expected {dataset.num_requests} "
                 f"with {dataset.digest[:16]}: the file is another one or damaged, nothing was written"
             )
-        if _is_jsonl(source):
-            trace = trace.spread_ties()
+        if dataset.is_on_ticks:
+            trace = replace(trace, arrived_at_s=spread_ties(trace.arrived_at_s))
     with complete_file(target) as draft:
         write_trace(trace, draft)
     return target
 
 
-def _is_jsonl(path: Path) -> bool:
-    """Tell whether a file is Mooncake's JSON lines, whose arrivals sit on coarse ticks."""
-    return ".jsonl" in path.suffixes
-
-
 def _read(dataset: Dataset, path: Path) -> Trace:
     try:
-        columns = read_mooncake(path) if _is_jsonl(path) else read_csv(path, with_arrivals=dataset.has_arrivals)
-        columns["arrived_at_s"] = np.round(columns["arrived_at_s"], 6)
-        return Trace.build(**columns, source=dataset.name)
+        trace = read_trace(path, MOONCAKE if dataset.is_on_ticks else None, spread=False)
     except ValueError as error:
         raise FetchError(f"{dataset.name}: {error}: the file is another one or damaged, nothing was written") from error
+    return replace(trace, arrived_at_s=np.round(trace.arrived_at_s, 6), source=dataset.name)
 
 
 def _download(dataset: Dataset, path: Path, progress: Callable[[int, int], None] | None) -> Path:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -26,18 +27,26 @@ from slos_serve.sim.cells import Cell, run_cell
 if TYPE_CHECKING:
     from typing import Self
 
-SOURCES = ("core", "sim", "sim/hardware")
+SOURCES = ("core", "sim", "traces", "config.py")
 PRESENTATION = ("cmd_", "capacity", "lanes", "progress")  # no outcome depends on these
 
 
 def code_digest() -> str:
     """Return a digest of the code and hardware files that outcomes depend on."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for entry in sorted(files("slos_serve").joinpath(folder).iterdir(), key=lambda entry: entry.name):
-            if entry.name.endswith((".py", ".json")) and not entry.name.startswith(PRESENTATION):
-                digest.update(entry.name.encode() + entry.read_bytes())
+    for source in SOURCES:
+        for file in _files_below(files("slos_serve").joinpath(source)):
+            if file.name.endswith((".py", ".json")) and not file.name.startswith(PRESENTATION):
+                digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _files_below(entry: Traversable) -> Iterator[Traversable]:
+    if entry.is_file():
+        yield entry
+    elif entry.is_dir():
+        for inner in sorted(entry.iterdir(), key=lambda inner: inner.name):
+            yield from _files_below(inner)
 
 
 class Journal:
@@ -125,12 +134,10 @@ class Lane:
     is_done: bool = False
     _asked: list[Point] = field(default_factory=list)
 
-    def start(self) -> None:
-        """Take the first question."""
-        self._asked = next(self.search)
-
     def step(self, journal: Journal) -> list[Cell]:
         """Go on as far as the journal's answers go; return the runs that are needed next, none at the end."""
+        if not self._asked:
+            self._asked = next(self.search)
         while True:
             cells = [self.cell_of(point) for point in self._asked]
             outcomes = [journal.find(cell) for cell in cells]
@@ -153,7 +160,10 @@ class Lane:
 
 Progress = Callable[[int, int, str], None]
 RunFunction = Callable[[Cell], Outcome]
-FAULTS = (SlosServeError, ArithmeticError, LookupError, TypeError, ValueError)  # of one search: the others go on
+
+
+class WorkerError(SlosServeError):
+    """A process that made runs is gone, so that no search can go on."""
 
 
 class _Here(Executor):
@@ -163,7 +173,7 @@ class _Here(Executor):
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except FAULTS as error:
+        except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
             future.set_exception(error)
         return future
 
@@ -187,9 +197,7 @@ class _Work:
                 lane, cell = self.ready.popleft()
                 self.pending[pool.submit(run, cell)] = lane, cell
             else:
-                lane = self.waiting.popleft()
-                lane.start()
-                self._advance(lane)
+                self._advance(self.waiting.popleft())
 
     def collect(self) -> None:
         """Wait for a run, keep its outcome, and let its search go on when it was the last one asked for."""
@@ -199,7 +207,11 @@ class _Work:
             self._open[lane.name] -= 1
             try:
                 self._journal.add(cell, future.result())
-            except FAULTS as error:
+            except BrokenExecutor as error:
+                raise WorkerError(
+                    f"a process that made runs has ended ({error}): fewer --jobs need less memory"
+                ) from error
+            except Exception as error:  # noqa: BLE001 - of one search: the others go on
                 self._fail(lane, error)
                 continue
             self.num_runs += 1
@@ -210,7 +222,7 @@ class _Work:
     def _advance(self, lane: Lane) -> None:
         try:
             cells = lane.step(self._journal)
-        except FAULTS as error:
+        except Exception as error:  # noqa: BLE001 - of one search: the others go on
             self._fail(lane, error)
             return
         if lane.is_done:

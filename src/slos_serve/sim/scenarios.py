@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,8 @@ Windows = Mapping[str, tuple[tuple[float, float], ...]]
 HISTORY_END_S = 900.0
 
 
-_read_trace, _read_lengths = lru_cache(maxsize=8)(read_trace), lru_cache(maxsize=8)(read_lengths)
+_read_trace = lru_cache(maxsize=8)(partial(read_trace, from_first=False))  # windows are on the files' own clock
+_read_lengths = lru_cache(maxsize=8)(read_lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

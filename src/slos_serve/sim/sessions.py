@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.sim.workload import RequestFactory, Workload, first_of
+from slos_serve.sim.traces import first_of
+from slos_serve.sim.workload import RequestFactory, Workload
 
 if TYPE_CHECKING:
     from slos_serve.sim.records import SimRequest

@@ -1,28 +1,26 @@
 """Workloads as columns: when requests arrive and how long they are.
 
 A `Trace` is one table, read from a file (`read_trace`) or put together from lengths (`read_lengths`) and
-arrival times made here (`synthetic_arrivals`). Three formats are understood, told apart by their
-content: our columns as CSV (`arrived_at_s`, `prompt_tokens`, `output_tokens`; optional `thinking_tokens`,
-`cached_tokens`, `session_id`, `turn`, `slo_class`), Azure's published CSV (`TIMESTAMP`, `ContextTokens`,
-`GeneratedTokens`) and Mooncake's JSON lines (`timestamp` in ms, `input_length`, `output_length`,
-`hash_ids`). Each may be gzipped. `FILE@start:duration` takes a window, in seconds.
+arrival times made here (`synthetic_arrivals`). A file may be in any format of `slos_serve.traces.formats`, which is
+told by its content, and may be gzipped. `FILE@start:duration` takes a window, in seconds from the first request.
 
 The rate is varied by stretching time, which keeps a trace's shape: gaps, bursts and order stay.
-Times are seconds from the start of the trace or window, lengths are tokens.
+Times are seconds from the trace's first request, or from the window's start; lengths are tokens.
 """
 
 from __future__ import annotations
 
 import gzip
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from slos_serve.sim.trace_files import COUNTS, LABELS, read_csv, read_mooncake
+from slos_serve.traces.reading import Loaded, load
+from slos_serve.traces.rows import COUNTS, LABELS, Origin, ReadOptions
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 StrArray = npt.NDArray[np.str_]
+BoolArray = npt.NDArray[np.bool_]
 
 SMALL_TRACE = Path(__file__).parent / "data" / "mixed_small.csv.gz"  # made by `small_trace`, ships with the package
 
@@ -39,6 +38,7 @@ class Trace:
     """Requests in arrival order, one array per column; labels are "" where the file says nothing.
 
     `span_s` is the time the requests are spread over, so that `rate_rps` is requests per second of it.
+    `origin`: the format it was read from, and what was left out.
     Raises `ValueError` for columns of unequal length, no rows, negative lengths or unsorted arrivals.
     """
 
@@ -52,6 +52,7 @@ class Trace:
     slo_class: StrArray
     span_s: float
     source: str = "trace"
+    origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -69,7 +70,8 @@ class Trace:
 
     @classmethod
     def build(cls, *, arrived_at_s: npt.ArrayLike, prompt_tokens: npt.ArrayLike, output_tokens: npt.ArrayLike,
-              source: str = "trace", span_s: float | None = None, **columns: Any) -> Self:  # fmt: skip
+              source: str = "trace", span_s: float | None = None, origin: Origin | None = None,
+              **columns: Any) -> Self:  # fmt: skip
         """Build from what is known; other counts are 0, labels "", and the span follows from the gaps."""
         times = np.array(arrived_at_s, np.float64)
         filled: dict[str, npt.NDArray[np.generic]] = {}
@@ -82,7 +84,7 @@ class Trace:
             raise ValueError(f"{source}: columns {sorted(given)}: expected names among {[*COUNTS, *LABELS]}")
         if span_s is None:  # n gaps for n requests: the last one is taken to be an average one
             span_s = float(times[-1] - times[0]) * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
-        return cls(arrived_at_s=times, span_s=span_s, source=source, **filled)  # type: ignore[arg-type]
+        return cls(arrived_at_s=times, span_s=span_s, source=source, origin=origin or Origin(), **filled)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.arrived_at_s)
@@ -106,12 +108,7 @@ class Trace:
     def window(self, start_s: float, duration_s: float) -> Self:
         """Return what arrives in [start_s, start_s + duration_s), with time 0 at the window's start."""
         where = f"{self.source}@{start_s:g}:{duration_s:g}"
-        if not (math.isfinite(start_s) and start_s >= 0 and math.isfinite(duration_s) and duration_s > 0):
-            raise ValueError(f"{where}: expected a start >= 0 and a duration > 0, in seconds")
-        inside = (self.arrived_at_s >= start_s) & (self.arrived_at_s < start_s + duration_s)
-        if not inside.any():
-            last = float(self.arrived_at_s[-1])
-            raise ValueError(f"{where}: no request arrives in this window: the last one comes at {last:g} s")
+        inside = _inside(where, self.arrived_at_s, (start_s, duration_s))
         cut = self.select(inside)
         return replace(cut, arrived_at_s=cut.arrived_at_s - start_s, span_s=duration_s, source=where)
 
@@ -134,30 +131,77 @@ class Trace:
     def with_arrivals(self, arrived_at_s: FloatArray, *, span_s: float | None = None) -> Self:
         """Return the same lengths under other arrival times."""
         columns = {name: getattr(self, name) for name in (*COUNTS, *LABELS)}
-        return self.build(arrived_at_s=arrived_at_s, span_s=span_s, source=self.source, **columns)
-
-    def spread_ties(self) -> Self:
-        """Spread arrivals that share a coarse tick evenly until the next one."""
-        ticks, first, counts = np.unique(self.arrived_at_s, return_index=True, return_counts=True)
-        gaps = np.diff(ticks)
-        gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0.0)
-        rank = np.arange(len(self)) - np.repeat(first, counts)
-        return replace(self, arrived_at_s=self.arrived_at_s + rank * np.repeat(gaps / counts, counts))
+        return self.build(arrived_at_s=arrived_at_s, span_s=span_s, source=self.source, origin=self.origin, **columns)
 
 
-def read_trace(spec: str | Path) -> Trace:
-    """Read `FILE` or `FILE@start:duration` (seconds). `ValueError` names file and line or column."""
+def read_trace(
+    spec: str | Path, options: ReadOptions | None = None, *, from_first: bool = True, spread: bool = True
+) -> Trace:
+    """Read `FILE` or `FILE@start:duration`, seconds from the first request. `ValueError` names file and line or column.
+
+    `from_first` false: times stay on the file's clock, whose 0 a window then counts from. `spread` false: arrivals
+    stay on the coarse ticks that some formats have.
+    """
     path, window = _split_spec(str(spec))
-    if ".jsonl" in path.suffixes:  # Mooncake's arrivals sit on coarse ticks
-        trace = Trace.build(**read_mooncake(path), source=str(path)).spread_ties()
-    else:
-        trace = Trace.build(**read_csv(path), source=str(path))
-    return trace.window(*window) if window else trace
+    loaded = load(path, options or ReadOptions(), window if from_first else None)
+    times = loaded.columns["arrived_at_s"] - (loaded.first_s if from_first else 0.0)
+    if loaded.format.on_ticks and spread:
+        times = spread_ties(times)
+    inside = np.ones(len(times), np.bool_) if window is None else _inside(str(spec), times, window)
+    return _trace_of(loaded, times, inside, str(spec), window)
+
+
+def first_of(trace: Trace, max_requests: int | None) -> Trace:
+    """Return the first rows of a trace, spread over the time until the row after them."""
+    if max_requests is None or len(trace) <= max_requests:
+        return trace
+    span_s = float(trace.arrived_at_s[max_requests])
+    return replace(trace.select(slice(max_requests)), span_s=span_s)
+
+
+def _trace_of(
+    loaded: Loaded, times: FloatArray, inside: BoolArray, source: str, window: tuple[float, float] | None
+) -> Trace:
+    """Return what is kept of some rows; the span is that of all of them, so that the rate of what is kept is true."""
+    rows = Trace.build(
+        **{name: column[inside] for name, column in loaded.columns.items() if name != "arrived_at_s"},
+        arrived_at_s=times[inside] - (window[0] if window else 0.0),
+        span_s=window[1] if window else None,
+        source=source,
+        origin=loaded.origin(inside),
+    )
+    kept = loaded.reasons[inside] == ""
+    if not kept.any():
+        why = ", ".join(f"{count} {reason}" for reason, count in rows.origin.left_out.items())
+        raise ValueError(f"{source}: no request is left to serve: {why}")
+    return rows if kept.all() else rows.select(kept)
+
+
+def _inside(where: str, times: FloatArray, window: tuple[float, float]) -> BoolArray:
+    """Tell which times are in a window; `ValueError` for one that is none or holds none."""
+    start_s, duration_s = window
+    if not (math.isfinite(start_s) and start_s >= 0 and math.isfinite(duration_s) and duration_s > 0):
+        raise ValueError(f"{where}: expected a start >= 0 and a duration > 0, in seconds")
+    inside: BoolArray = (times >= start_s) & (times < start_s + duration_s)
+    if not inside.any():
+        after = times[times >= start_s]
+        near = f"the next one comes at {after[0]:.10g} s" if len(after) else f"the last one comes at {times[-1]:.10g} s"
+        raise ValueError(f"{where}: no request arrives in this window, which counts from the first: {near}")
+    return inside
+
+
+def spread_ties(arrived_at_s: FloatArray) -> FloatArray:
+    """Return arrivals that share a coarse tick spread evenly until the next one."""
+    ticks, first, counts = np.unique(arrived_at_s, return_index=True, return_counts=True)
+    gaps = np.diff(ticks)
+    gaps = np.append(gaps, np.median(gaps) if len(gaps) else 0.0)
+    rank = np.arange(len(arrived_at_s)) - np.repeat(first, counts)
+    return np.asarray(arrived_at_s + rank * np.repeat(gaps / counts, counts), np.float64)
 
 
 def read_lengths(path: str | Path) -> Trace:
     """Read a CSV of lengths without arrival times; all arrive at 0 until `with_arrivals`."""
-    return Trace.build(**read_csv(Path(path), with_arrivals=False), source=str(path))
+    return read_trace(path)
 
 
 def synthetic_arrivals(process: str, rate_rps: float, num_requests: int, rng: np.random.Generator) -> FloatArray:

@@ -20,6 +20,8 @@ import numpy as np
 from slos_serve.core.lengths import LengthModel
 from slos_serve.core.types import Request
 from slos_serve.sim.records import SimRequest
+from slos_serve.sim.traces import first_of
+from slos_serve.traces.rows import TOO_LONG
 
 if TYPE_CHECKING:
     from slos_serve.config import SloConfig
@@ -130,14 +132,6 @@ class RequestFactory:
         )
 
 
-def first_of(trace: Trace, max_requests: int | None) -> Trace:
-    """Return the first rows of a trace, spread over the time until the row after them."""
-    if max_requests is None or len(trace) <= max_requests:
-        return trace
-    span_s = float(trace.arrived_at_s[max_requests])
-    return replace(trace.select(slice(max_requests)), span_s=span_s)
-
-
 def trace_workload(
     trace: Trace,
     factory: RequestFactory,
@@ -153,7 +147,7 @@ def trace_workload(
 
     A row's `slo_class` counts where the trace has one, else `default_class`. Prefix hits are the trace's.
     `max_requests`: only so many from the start, over the time until the next one. What is too long for the
-    context is dropped and counted.
+    context is dropped and counted, with what was left out for that when the trace was read.
     """
     fitting, dropped = trace.limited_to(max_model_len)
     kept = first_of(fitting, max_requests)
@@ -187,7 +181,7 @@ def trace_workload(
         name=name or kept.source,
         arrivals=arrivals,
         duration_s=span_s,
-        num_dropped=dropped,
+        num_dropped=dropped + trace.origin.left_out.get(TOO_LONG, 0),
         history=history,
         hints=factory.hints,
     )

@@ -17,7 +17,7 @@ NOT_ARGUMENTS = frozenset({"model_tag", "config", "headless", "api_server_count"
 
 
 def engine_kwargs(tokens: Sequence[str]) -> dict[str, Any]:
-    """Return what the flags set, by vLLM's own names, without what they leave at its default.
+    """Return what the flags set, by vLLM's own names, without what they leave at its default; MODEL is `model`.
 
     `ConfigError` for a flag that vLLM does not know.
     """
@@ -28,6 +28,7 @@ def engine_kwargs(tokens: Sequence[str]) -> dict[str, Any]:
 
     parser = make_arg_parser(Parser())
     given = vars(parser.parse_args(list(tokens)))
+    given["model"] = given["model_tag"] or given["model"]
     return {
         name: value for name, value in given.items() if name not in NOT_ARGUMENTS and value != parser.get_default(name)
     }

@@ -3,20 +3,36 @@
 `SloScheduler` is for synchronous scheduling (CPUs, or `--no-async-scheduling`), `AsyncSloScheduler` for
 asynchronous scheduling, vLLM's default on GPUs. Both run vLLM's own `schedule()`; the planner's decisions
 reach it through one method that vLLM asks for the size of every share (see `steer`).
+
+What plans is imported with the first scheduler, which vLLM makes after its worker. Numba before the worker ends an
+engine on CPUs from vLLM 0.31 on; and a vLLM that lacks what we import serves on in its own order.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from slos_serve.vllm_plugin.runtime import SloRuntime
-
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
+
+    from slos_serve.vllm_plugin.runtime import SloRuntime
+
+logger = logging.getLogger("vllm.slos_serve")
+
+
+def make_runtime(scheduler: Any) -> SloRuntime | None:
+    """Return the plug-in's state for a scheduler; None, said in one line, on a vLLM that lacks what it imports."""
+    try:
+        from slos_serve.vllm_plugin.runtime import SloRuntime  # noqa: PLC0415
+    except ImportError as error:
+        logger.warning("SLO scheduler is off and vLLM's own order runs: this vLLM is unknown (%s)", error)
+        return None
+    return SloRuntime(scheduler, is_async=isinstance(scheduler, AsyncScheduler))
 
 
 class SloMixin:
@@ -30,7 +46,7 @@ class SloMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.slo = SloRuntime(self, is_async=isinstance(self, AsyncScheduler))
+        self.slo = make_runtime(self)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """Cap a request's share at what the plan gives it; 0 holds it.

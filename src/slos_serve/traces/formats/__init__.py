@@ -1,0 +1,1 @@
+"""One module for each format. See `slos_serve.traces.registry`."""
