@@ -8,8 +8,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from states import MODELS, STEPPED, add_decode, make_limits, make_request, make_state
 
-from slos_serve.core.demand import DEADLINE, DUE, GAIN, GAP, LEFT, NUM_COLUMNS, OUTPUT_LEFT, TPOT, VERIFY, needed_s
 from slos_serve.core.planner import SloPlanner
+from slos_serve.core.planning.demand import (
+    DEADLINE,
+    DUE,
+    GAIN,
+    GAP,
+    LEFT,
+    NUM_COLUMNS,
+    OUTPUT_LEFT,
+    TPOT,
+    VERIFY,
+    needed_s,
+)
 from slos_serve.core.types import RequestTable, Status, Tier
 
 YEARS_30 = 30 * 365 * 86_400.0

@@ -8,7 +8,7 @@ from tests.sim.worlds import MODEL, hardware, sim, workload
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import Slo
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 YEARS_30 = 30 * 365 * 86_400.0
