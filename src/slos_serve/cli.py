@@ -21,7 +21,7 @@ from slos_serve import __version__
 from slos_serve.errors import MissingExtraError, SlosServeError
 
 VERBS = {
-    "serve": "slos_serve.serving.prepare",
+    "serve": "slos_serve.commands.serve",
     "demo": "slos_serve.commands.demo",
     "bench": "slos_serve.commands.bench",
     "profile": "slos_serve.commands.profile",
