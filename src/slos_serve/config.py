@@ -171,8 +171,9 @@ class SloConfig:
 
     `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
     override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
-    before new ones get a 429 (`None`: no limit). `client_numbers`: whether clients may bring numbers of their
-    own; `slo_limits` bounds each of those, as (least, most).
+    before new ones get a 429 (`None`: no limit). `max_promises_per_tenant`: how many live requests of one tenant may
+    hold or ask for a promise (`None`: no limit); more are served as best-effort work. `client_numbers`: whether
+    clients may bring numbers of their own; `slo_limits` bounds each of those, as (least, most).
 
     Who may say what: where `api_keys` is not empty, a request without one of them is served in the default class
     whatever it asks for, or gets a 401 (`unknown_keys: refuse`). `trusted_proxies` are the addresses or networks of
@@ -191,6 +192,7 @@ class SloConfig:
     trusted_proxies: tuple[str, ...] = ()
     pages: str = "open"
     max_body_bytes: int = 256 << 20
+    max_promises_per_tenant: int | None = None
     client_numbers: bool = True
     slo_limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ttft_floor_ms: float = 200.0
@@ -203,11 +205,10 @@ class SloConfig:
             )
         for key in ("ttft_floor_ms", "ttft_allowance_ms"):
             check_number("slo", key, getattr(self, key), unit=" of milliseconds", zero=True)
-        limit = self.max_best_effort_queue
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ConfigError(
-                where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more"
-            )
+        for key in ("max_best_effort_queue", "max_promises_per_tenant"):
+            limit = getattr(self, key)
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+                raise ConfigError(where="slo", key=key, value=limit, expected="a whole number, 0 or more")
         if not isinstance(self.client_numbers, bool):
             raise ConfigError(where="slo", key="client_numbers", value=self.client_numbers, expected="true or false")
         for key, bounds in self.slo_limits.items():

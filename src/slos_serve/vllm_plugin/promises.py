@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from slos_serve.vllm_plugin.engine.tracking import Live, Tracker
+    from slos_serve.vllm_plugin.safety.faults import Faults
     from slos_serve.vllm_plugin.safety.rules import StepDown
     from slos_serve.vllm_plugin.wire.outbox import Outbox
 
@@ -29,21 +30,25 @@ if TYPE_CHECKING:
 class Promises:
     """Apply verdicts to the table and to what clients hear; grade what ends."""
 
-    def __init__(self, tracker: Tracker, safety: StepDown, outbox: Outbox) -> None:
+    def __init__(self, tracker: Tracker, safety: StepDown, outbox: Outbox, faults: Faults) -> None:
         self.tally = Tally()
         self.would_be: Counter[str] = Counter()
         self.num_outrun = 0  # broken by outputs longer than predicted: nothing that planning did wrong
         self._tracker = tracker
         self._safety = safety
         self._outbox = outbox
+        self._faults = faults
 
-    def welcome(self, live: Live, *, enforcing: bool) -> None:
-        """Say at once what no plan can change."""
+    def welcome(self, live: Live, *, enforcing: bool, is_paused: bool = False) -> None:
+        """Say at once what no plan can change, or that no plan is made."""
         if not live.has_slo and live.is_resolved:
             live.verdict = "best-effort"
             self._tell(live, "best-effort", live.reason)
+        elif is_paused and live.is_resolved and not live.is_set_aside:
+            live.verdict, live.reason, live.is_declined = "best-effort", "paused", True  # until a plan promotes it
+            self._tell(live, "best-effort", "paused")
         elif not enforcing or live.is_set_aside:
-            self._tell(live, "best-effort", "observe")
+            self._tell(live, "best-effort", "share" if live.is_over_share and enforcing else "observe")
 
     def apply(self, plan: Plan, now_s: float, *, enforcing: bool) -> None:
         """Write a plan's verdicts into the table; tell them where plans are carried out."""
@@ -98,10 +103,14 @@ class Promises:
     ) -> None:
         """Grade and forget requests that have ended; `outputs` are the step's, where a step ended them."""
         ends: dict[str, str] = {}
-        for request in requests:
-            live = self._tracker.remove(request.request_id)
-            if live is not None:
-                ends[request.request_id] = self._grade(live, now_s, enforcing=enforcing)
+        gone = [(request.request_id, self._tracker.remove(request.request_id)) for request in requests]
+        for request_id, live in gone:
+            if live is None:
+                continue
+            try:
+                ends[request_id] = self._grade(live, now_s, enforcing=enforcing)
+            except Exception as error:  # noqa: BLE001 - one that cannot be graded takes nobody along
+                self._faults.add("grade", error)
         if outputs and ends:
             _set_stop_reasons(outputs, ends)
 

@@ -45,6 +45,17 @@ CROWDED_FIXED_MULTIPLE = 1.5
 OPEN_SHARE = 0.1
 
 
+def _turns(tenant: IntArray, arrival_s: FloatArray, seq: IntArray) -> IntArray:
+    """Return how many requests of the same tenant are older, for each request; 0 for all where there is one tenant."""
+    turns: IntArray = np.zeros(len(tenant), np.int64)
+    if not len(tenant) or (tenant == tenant[0]).all():
+        return turns
+    order = np.lexsort((seq, arrival_s, tenant))
+    begins = np.flatnonzero(np.diff(tenant[order], prepend=tenant[order[0]] - 1))
+    turns[order] = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    return turns
+
+
 class Stepping(Columns):
     """A state, and the batches that it allows; `effort` is what trials may still cost."""
 
@@ -158,7 +169,8 @@ class Stepping(Columns):
     def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> tuple[IntArray, IntArray]:
         """Return the rows outside `order` that may run in what it leaves.
 
-        First what was promised and is at risk or late, then the undecided and best-effort work.
+        First what was promised and is at risk or late, then the undecided and best-effort work, of each tenant the
+        oldest before anybody's next.
         """
         rows = self.rows
         mask = ~(self.undecided & (self.left == 1))
@@ -169,7 +181,8 @@ class Stepping(Columns):
         rest = np.flatnonzero(mask)
         rank = np.where(owed[rest], 0, np.where(self.pending[rest], 1, 2))
         urgency = np.where(rank == 2, rows["arrival_s"][rest], np.minimum(self.deadline, self.due)[rest])
-        ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
+        turn = np.where(rank == 2, _turns(rows["tenant"][rest], rows["arrival_s"][rest], rows["seq"][rest]), 0)
+        ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, turn, rank))]
         num_owed = int((rank == 0).sum())
         return ordered[:num_owed], ordered[num_owed:]
 

@@ -118,7 +118,7 @@ class Replica:
         self.engine = Engine(limits)
         self.table = self.engine.table
         self.lengths = lengths
-        self.ageing = Ageing()
+        self.ageing = Ageing(limits)
         self.plan_s = array("d")
         self.num_steps = 0
         self.tokens_computed = 0
