@@ -83,7 +83,7 @@ def test_a_request_with_an_image_is_planned_as_best_effort_work_whatever_it_asks
     live = scheduler.slo.tracker.add(request)
     assert live is not None
     scheduler.slo.promises.welcome(live, enforcing=True)
-    scheduler.slo.outbox.beat(scheduler.slo.clock.peek(), at_once=True)
+    scheduler.slo.outbox.flush(scheduler.slo.clock.now(), is_idle=False)
     assert live.has_row
     assert live.is_set_aside
     assert not scheduler.slo.tracker.stock
@@ -124,7 +124,7 @@ def test_the_seat_of_a_paused_session_is_promised_to_nobody(build) -> None:
 
 
 def test_a_grammar_that_gets_ready_inside_a_step_costs_nobody_the_promise(build, monkeypatch) -> None:
-    scheduler = build(SloPlanner(), always_plan=None)
+    scheduler = build(SloPlanner(), slo={"always_plan": False})
     engine, told = Engine(scheduler), listen(scheduler)
     request = make_request("json", grammar=True, args=RELAXED)
     scheduler.add_request(request)
@@ -133,7 +133,7 @@ def test_a_grammar_that_gets_ready_inside_a_step_costs_nobody_the_promise(build,
     monkeypatch.setattr(view, "promote", lambda *_: False)  # not yet when the step is planned
     request.structured_output_request.grammar = SimpleNamespace()  # but when vLLM looks
     monkeypatch.setattr(scheduler, "get_grammar_bitmask", lambda *_: None)
-    monkeypatch.setattr(scheduler.structured_output_manager, "should_advance", lambda *_: False)
+    monkeypatch.setattr(scheduler.structured_output_manager, "should_advance", lambda *_, **__: False)
     for _ in range(9):
         engine.step()
         assert request.num_computed_tokens == 0
@@ -233,7 +233,6 @@ def test_the_time_of_a_pause_breaks_no_promise(build, kind) -> None:
     scheduler.set_pause_state(kind)
     assert scheduler.slo.mode_reason == "paused by the operator"
     add(scheduler, "during", clock, prompt_tokens=64, max_tokens=5, args={"slo_ttft_ms": 500, "slo_tpot_ms": 50})
-    scheduler.slo.outbox.beat(clock.now, at_once=True)
     assert [(v["verdict"], v["reason"]) for v in told["verdicts"] if v["request_id"] == "during"] == [
         ("best-effort", "paused")
     ]
@@ -253,7 +252,7 @@ def test_the_time_of_a_pause_breaks_no_promise(build, kind) -> None:
 
 
 def test_hits_of_an_emptied_prefix_cache_are_looked_up_again(build) -> None:
-    scheduler = build(SloPlanner(), max_num_seqs=1)
+    scheduler = build(SloPlanner(), max_num_seqs=1, prefix_caching=True)
     engine = Engine(scheduler)
     add(scheduler, "first", prompt_tokens=320, max_tokens=30, args=RELAXED, seed=1)
     for _ in range(5):

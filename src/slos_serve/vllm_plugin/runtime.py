@@ -183,8 +183,10 @@ class SloRuntime:
             if live is not None:
                 self.promises.welcome(live, enforcing=self.is_enforcing, is_paused=bool(self.pauses.kind))
                 self.expiry.add(live, self.settings.config.ttl_ms(live.slo_class))
+            self._tell_while_paused()
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("add", error)
+            self._reconcile()
 
     def before_schedule(self) -> dict[str, int] | None:
         """Plan the next step; return its caps, None where vLLM's own order is to run."""
@@ -215,9 +217,14 @@ class SloRuntime:
         """Note that the operator paused or resumed the engine."""
         try:
             self.pauses.change(view.pause_of(self.scheduler), self.clock.now(), self.tracker)
-            self.outbox.beat(self.clock.peek(), at_once=True)
+            self.outbox.flush(self.clock.now(), is_idle=True)
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("pause", error)
+
+    def _tell_while_paused(self) -> None:
+        """Let out at once what no step will."""
+        if self.pauses.kind:
+            self.outbox.flush(self.clock.now(), is_idle=False)
 
     def on_cache_reset(self) -> None:
         """Note that the prefix cache has been emptied."""
@@ -250,6 +257,7 @@ class SloRuntime:
         if not self._is_updating:
             try:
                 self._finish_freed(self.clock.now(), None)
+                self._tell_while_paused()
             except Exception as error:  # noqa: BLE001 - the engine must go on
                 self.faults.add("finish", error)
 
