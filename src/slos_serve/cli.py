@@ -33,6 +33,7 @@ VERBS = {
     "whatif": "slos_serve.commands.whatif",
     "replay": "slos_serve.commands.replay",
     "explain": "slos_serve.commands.explain",
+    "config": "slos_serve.commands.config",
     "doctor": "slos_serve.commands.doctor",
 }
 

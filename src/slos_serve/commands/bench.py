@@ -192,7 +192,7 @@ def _print(args: argparse.Namespace, document: dict[str, Any], system: str) -> N
     for reason, count in document["workload"]["read"]["left_out"].items():
         print(f"left out: {count} {reason}")
     if document["client"]["fields_left_out"]:
-        print(f"the server refuses {', '.join(document['client']['fields_left_out'])}: sent without")
+        print(f"sent without {', '.join(document['client']['fields_left_out'])}, which this server does not take")
     for error in document["client"]["errors"][:3]:
         print(f"failed: {error}")
     if args.out is not None:

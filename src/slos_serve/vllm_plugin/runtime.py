@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.planning.ageing import Ageing
+from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Plan, ReplicaState, Tier
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
@@ -66,6 +67,7 @@ class SloRuntime:
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
+        self.differences += view.mismatch(scheduler, is_async=is_async)
         self._work_limit = WorkLimit()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
@@ -83,7 +85,7 @@ class SloRuntime:
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         publisher = Publisher(address(config.instance_id, index))
         self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self))
-        self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults)
+        self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
         self.pauses = Pauses()
         self.expiry = Expiry()
         self.ageing = Ageing(self.limits)
@@ -150,6 +152,23 @@ class SloRuntime:
         if not self.learner.has_model:
             return "no performance profile yet"
         return self.safety.reason
+
+    def _is_too_tight(self, live: Live) -> bool:
+        """Tell whether a request asks for more than this engine can do at all."""
+        model = self.learner.model
+        if model is None or not live.has_row:
+            return False
+        row = self.tracker.table.rows[self.tracker.table.index(live.request_id)]
+        return is_too_tight(
+            live.slo,
+            model,
+            prompt_tokens=int(row["num_prompt_tokens"]),
+            output_tokens=float(row["predicted_output_tokens"]),
+            budget=self.limits.max_num_batched_tokens,
+            cached_tokens=int(row["num_cached_tokens"]),
+            tokens_per_step=1 + self.limits.max_draft_length,
+            guard_s=self.limits.guard_s,
+        )
 
     def _sets_aside(self, slo_class: str) -> bool:
         return self.modes.sets_aside(slo_class)
