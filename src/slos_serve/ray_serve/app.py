@@ -22,8 +22,8 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from slos_serve.config import load_slo_config
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
+from slos_serve.named import check_router
 from slos_serve.ray_serve import ingress, names
 from slos_serve.ray_serve.server import SloServer, digest_of, slo_settings
 
@@ -74,9 +74,7 @@ def read_slo(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
         raise ConfigError(where=WHERE, key="slo", value=given, expected="a mapping")
     slo = dict(given or {})
     router, options = slo.pop("router", "slo"), slo.pop("router_options", {})
-    if router not in (*ROUTERS, RAYS_OWN):
-        expected = f"one of {', '.join((*ROUTERS, RAYS_OWN))}"
-        raise ConfigError(where=WHERE, key="slo.router", value=router, expected=expected)
+    check_router(str(router), where=WHERE, key="slo.router", more=(RAYS_OWN,))
     if not isinstance(options, Mapping):
         raise ConfigError(where=WHERE, key="slo.router_options", value=options, expected="a mapping")
     slo["config"] = load_slo_config(slo.get("config")).to_json()
