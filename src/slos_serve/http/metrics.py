@@ -23,6 +23,7 @@ MAX_TENANTS = 100
 OTHER = "other"
 MODES = {"observe": 1, "enforce": 2}
 PROMISE_RESULTS = ("kept", "broken")
+HOPS = ("served", "passed", "lost", "broken", "refused")
 FAULT_KINDS = ("sync", "plan", "apply", "add", "scheduled", "update", "finish", "starved", "housekeeping", "warm-up")
 VERDICTS = (
     *((Said.PROMISED, Reason.NONE), (Said.PROMOTED, Reason.NONE)),
@@ -68,7 +69,9 @@ class SloMetrics:
         }
         self.numbers["margin_coverage"].set(math.nan)  # type: ignore[union-attr] # unknown is not 0
         self.faults = counter("slos_serve_planner_faults_total", "Steps the planner did not plan.", "kind")
-        self.hops = counter("slos_serve_router_hops_total", "Requests sent to a replica, by what it did.", "outcome")
+        self.hops = counter(
+            "slos_serve_router_hops_total", f"Requests sent to a replica, by what it did: {', '.join(HOPS)}.", "outcome"
+        )
         self.slack = Histogram(
             "slos_serve_slack_seconds",
             "Planned time to spare before a promised deadline.",
@@ -144,6 +147,11 @@ class SloMetrics:
         """Count a promise as kept or broken; one whose client left is neither."""
         if outcome != Outcome.CANCELLED:
             self.promises.labels(slo_class, PROMISE_RESULTS[outcome != Outcome.MET]).inc()
+
+    def know_hops(self) -> None:
+        """Show a router's counters from the start."""
+        for outcome in HOPS:
+            self.hops.labels(outcome)
 
     def count_hop(self, outcome: str) -> None:
         """Count one replica's answer to a request: served, passed, lost, broken or refused."""
