@@ -284,8 +284,8 @@ class SloConfig:
         """Raise `ConfigError` for a client's number that the operator does not take."""
         if not self.client_numbers:
             raise ConfigError(where=where, key=key, value=value, expected="a class; this server takes no other numbers")
-        key = SAME.get(key, key)
-        least, most = self.slo_limits.get(key, SLO_LIMITS[key])
+        known = SAME.get(key, key)
+        least, most = self.slo_limits.get(known, SLO_LIMITS[known])
         if not least <= value <= most:
             raise ConfigError(where=where, key=key, value=value, expected=f"a number from {least:.15g} to {most:.15g}")
 
