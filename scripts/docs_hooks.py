@@ -1,6 +1,7 @@
-"""Bring the pages that live in the repository's root into the documentation site.
+"""Bring what pages link to outside `docs/` into the documentation site.
 
-MkDocs reads `docs/` alone, and SECURITY.md, CHANGELOG.md and CONTRIBUTING.md belong where GitHub looks for them.
+MkDocs reads `docs/` alone. SECURITY.md, CHANGELOG.md and CONTRIBUTING.md belong where GitHub looks for them, examples where
+people run them.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+HOMES = PAGES | {f"examples/{path.name}": f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the root's pages, their links to `docs/` rewritten."""
-    for name, page in PAGES.items():
+    """Add them, their links to `docs/` rewritten."""
+    for name, page in HOMES.items():
         text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links at the root's pages to where they are in the site."""
+    """Point links at them to where they are in the site."""
     here = posixpath.dirname(page.file.src_uri)
 
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", here, match[1]))
-        if target not in PAGES:
+        if target not in HOMES:
             return match[0]
-        return f"]({posixpath.relpath(PAGES[target], here or '.')}{match[2] or ''})"
+        return f"]({posixpath.relpath(HOMES[target], here or '.')}{match[2] or ''})"
 
     return LINK.sub(moved, markdown)

@@ -50,7 +50,7 @@ SETTINGS = {
     "record_max_mb": "what records may take on disk in MB, older ones beside the file included",
     "record_names": "let records say tenants and sessions",
     "guard_ms": "taken off every deadline: a step's end until the client has its token (30 on a cluster)",
-    "planner": "a planner's class: see [A scheduler](../extend/scheduler.md)",
+    "planner": "a planner's class: see [A scheduler or router](../extend/scheduler.md)",
     "planner_options": "its keyword arguments",
     "always_plan": "plan even while no request has an SLO",
     "report_s": "seconds between two lines of the log about attainment",
