@@ -60,7 +60,7 @@ compat: ## every tested vLLM in an environment of its own (.compat/): tests, vLL
 docs: ## the documentation site, in site/: reference pages from the code, every warning an error
 	$(INSTALL) docs
 	@$(BIN)/python scripts/reference.py
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev

@@ -1,7 +1,7 @@
 """Bring what pages link to outside `docs/` into the documentation site.
 
-MkDocs reads `docs/` alone. SECURITY.md, CHANGELOG.md and CONTRIBUTING.md belong where GitHub looks for them, examples where
-people run them.
+MkDocs reads `docs/` alone. SECURITY.md, CHANGELOG.md and CONTRIBUTING.md belong where GitHub looks for them, examples
+where people run them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 HOMES = PAGES | {f"examples/{path.name}": f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+ESCAPED = re.compile(r"`[^`\n]*`")  # GitHub's tables want \| inside code, MkDocs' show it
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
@@ -37,4 +38,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return match[0]
         return f"]({posixpath.relpath(HOMES[target], here or '.')}{match[2] or ''})"
 
-    return LINK.sub(moved, markdown)
+    return ESCAPED.sub(lambda code: code[0].replace("\\|", "|"), LINK.sub(moved, markdown))
