@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from slos_serve.core.planning import admission, steady
-from slos_serve.core.planning.columns import Columns
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, Columns
 from slos_serve.core.planning.demand import (
     CONTEXT,
     DEADLINE,
@@ -79,7 +79,7 @@ class SloPlanner:
     def __init__(
         self,
         *,
-        batch_fixed_multiple: float = 8.0,
+        batch_fixed_multiple: float = BATCH_FIXED_MULTIPLE,
         brief_fixed_multiple: float = 4.0,
         reserve: float = 2.0,
         admission_name: str = "dp",

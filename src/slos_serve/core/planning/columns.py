@@ -45,6 +45,7 @@ RUNNING = int(Status.RUNNING)
 PENDING, BEST_EFFORT = int(Tier.PENDING), int(Tier.BEST_EFFORT)
 MAX_ACCEPTANCE = 0.99
 MIN_TPOT_S = 1e-6
+BATCH_FIXED_MULTIPLE = 8.0  # a batch lasts at most so many times the fixed cost of a step
 
 # rows of the flags
 IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE = range(8)

@@ -21,7 +21,7 @@ import numpy as np
 
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
 from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.columns import planned_rests
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, planned_rests
 from slos_serve.core.planning.demand import Demand, Machine
 from slos_serve.core.planning.programme import merge_tiers
 from slos_serve.core.slo.due import late, next_due_s, pace_s
@@ -36,8 +36,6 @@ VERSION = 1
 MODES = ("observe", "enforce")
 MAX_PREFILLS = 64  # rows beyond it are merged into the last one
 MAX_SESSIONS = 256
-MIN_TPOT_S = 1e-6
-BATCH_FIXED_MULTIPLE = 8.0  # as the planner bounds a batch
 # Decodes of one TPOT are told apart by how many periods ahead of schedule they are.
 AHEAD_PERIODS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
