@@ -5,6 +5,7 @@ python fake_server.py PORT
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 
@@ -47,12 +48,9 @@ async def health(_request):
 if __name__ == "__main__":
     if sys.argv[2:] != ["EngineCore"]:  # the launcher: it ends as its engine does
         child = subprocess.Popen([sys.executable, __file__, sys.argv[1], "EngineCore"])
-        try:
-            sys.exit(abs(child.wait()))
-        except KeyboardInterrupt:
-            sys.exit(child.wait())
-        finally:
-            child.terminate()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: child.terminate())
+        sys.exit(abs(child.wait()))
     routes = [Route("/health", health), Route("/v1/slo/status", status),
               Route("/v1/completions", complete, methods=["POST"])]  # fmt: skip
     uvicorn.run(Starlette(routes=routes), port=int(sys.argv[1]), log_level="critical", timeout_graceful_shutdown=1)
