@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help docs demo demo-cluster serve test check bench faults conformance compat format clean
+.PHONY: help docs demo demo-cluster serve test check bench faults audit conformance compat format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -49,6 +49,11 @@ faults: ## every kind of trouble on one real server under load: a table of what 
 	$(INSTALL) cpu bench dev
 	@$(BIN)/python benchmarks/faults.py $(ARGS)
 
+audit: ## known vulnerabilities of the locked packages (asks the public advisory database)
+	$(INSTALL) dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	@for lock in requirements/lock/*.txt; do $(BIN)/pip-audit --disable-pip --no-deps -r "$$lock" || exit 1; done
+
 conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
 	$(INSTALL) cpu dev
 	@$(BIN)/python scripts/conformance.py $(ARGS)
@@ -60,7 +65,7 @@ compat: ## every tested vLLM in an environment of its own (.compat/): tests, vLL
 docs: ## the documentation site, in site/: reference pages from the code, every warning an error
 	$(INSTALL) docs
 	@$(BIN)/python scripts/reference.py
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: ## rewrite the sources the way check wants them
 	$(INSTALL) dev

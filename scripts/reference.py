@@ -351,7 +351,7 @@ def _signature(name: str, value: Any) -> str:
         return ""
     if inspect.isclass(value) and hasattr(value, "__members__"):
         return f"`{', '.join(value.__members__)}`"
-    return f"```python\n{name}{_parameters(value)}\n```"
+    return f"```py\n{name}{_parameters(value)}\n```"
 
 
 def _parameters(value: Callable[..., Any]) -> str:

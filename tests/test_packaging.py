@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slos_serve import __version__ as PROJECT_VERSION
 from slos_serve.commands import doctor
 from slos_serve.commands.doctor import RAY_PINNED
 from slos_serve.serving.platforms import OLDEST, TESTED
@@ -97,3 +98,45 @@ def test_a_placeholder_never_takes_the_place_of_a_real_package(name, tmp_path):
     assert done.returncode
     assert f"a real {name} is installed here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Build the sdist, the wheel from it, and install that into a folder of its own: what a user of a release gets."""
+    folder = tmp_path_factory.mktemp("release")
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "site", "*.egg-info", "__pycache__", "*.nb[ic]", "*-report")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    build = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]))"
+    run([sys.executable, "-c", build, str(folder)], cwd=tree)
+    (sdist,) = folder.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    run([*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(folder), str(sdist)])
+    (wheel,) = folder.glob("*.whl")
+    run([*pip, "install", "--no-deps", "--no-index", "--target", str(folder / "site"), str(wheel)])
+    return folder
+
+
+def run(command, **more):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_release_installs_from_sdist_and_wheel_and_works_without_the_repository(installed):
+    version = PROJECT_VERSION
+    assert [path.name for path in installed.glob("*.tar.gz")] == [f"slos_serve-{version}.tar.gz"]
+    assert [path.name for path in installed.glob("*.whl")] == [f"slos_serve-{version}-py3-none-any.whl"]
+    site = installed / "site"
+    env = {**os.environ, "PYTHONPATH": str(site), "NUMBA_CACHE_DIR": str(installed / "numba")}
+    assert run([sys.executable, str(site / "bin" / "slos-serve"), "--version"], env=env, cwd=site) == f"slos-serve {version}\n"
+    where = "import slos_serve, sys; print(slos_serve.__file__)"
+    assert Path(run([sys.executable, "-c", where], env=env, cwd=site)).is_relative_to(site)
+    simulate = ["-m", "slos_serve.cli", "simulate", "--system", "vllm", "--rate", "3", "--num-requests", "20", "--json"]
+    answer = json.loads(run([sys.executable, *simulate], env=env, cwd=site))
+    assert answer["num_requests"] == 20
+
+
+def test_the_changelog_says_when_this_version_came():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(PROJECT_VERSION)} \(\d{{4}}-\d\d-\d\d\)$", text, re.MULTILINE)
