@@ -1,6 +1,9 @@
 """What is installed is what is here: data files travel, and every range and pin says the same versions."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve import __version__ as PROJECT_VERSION
+import slos_serve
 from slos_serve.commands import doctor
 from slos_serve.commands.doctor import RAY_PINNED
 from slos_serve.serving.platforms import OLDEST, TESTED
@@ -124,12 +127,13 @@ def run(command, **more):
 
 
 def test_a_release_installs_from_sdist_and_wheel_and_works_without_the_repository(installed):
-    version = PROJECT_VERSION
+    version = slos_serve.__version__
     assert [path.name for path in installed.glob("*.tar.gz")] == [f"slos_serve-{version}.tar.gz"]
     assert [path.name for path in installed.glob("*.whl")] == [f"slos_serve-{version}-py3-none-any.whl"]
     site = installed / "site"
     env = {**os.environ, "PYTHONPATH": str(site), "NUMBA_CACHE_DIR": str(installed / "numba")}
-    assert run([sys.executable, str(site / "bin" / "slos-serve"), "--version"], env=env, cwd=site) == f"slos-serve {version}\n"
+    command = [sys.executable, str(site / "bin" / "slos-serve"), "--version"]
+    assert run(command, env=env, cwd=site) == f"slos-serve {version}\n"
     where = "import slos_serve, sys; print(slos_serve.__file__)"
     assert Path(run([sys.executable, "-c", where], env=env, cwd=site)).is_relative_to(site)
     simulate = ["-m", "slos_serve.cli", "simulate", "--system", "vllm", "--rate", "3", "--num-requests", "20", "--json"]
@@ -139,4 +143,4 @@ def test_a_release_installs_from_sdist_and_wheel_and_works_without_the_repositor
 
 def test_the_changelog_says_when_this_version_came():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(rf"^## {re.escape(PROJECT_VERSION)} \(\d{{4}}-\d\d-\d\d\)$", text, re.MULTILINE)
+    assert re.search(rf"^## {re.escape(slos_serve.__version__)} \(\d{{4}}-\d\d-\d\d\)$", text, re.MULTILINE)
