@@ -33,7 +33,7 @@ class Device:
         expected = self.pipeline.starts_at(self.now)
         start = max(self.now, self.free_at)
         self.free_at = start + true_s
-        entry = InFlight(object(), SHAPE, self.now, self.now, expected, None, true_s * bias, 0.0)
+        entry = InFlight(object(), SHAPE, self.now, self.now, expected, None, true_s * bias, 0, 0.0, 0.0)
         self.pipeline.add(entry)
         self.queue.append((entry, self.free_at))
         return expected - start

@@ -28,7 +28,9 @@ class InFlight:
     """One scheduled batch on its way through the engine.
 
     `added_s`: when it was handed over, `starts_at_s`: when it was expected to start, on the wall clock. `began`: when
-    its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s` without.
+    its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s` without. `plan_age`: steps
+    since its plan was made. `cost_s`: the CPU time of our code since the hand-over before; `delay_s`: what the device
+    waited of it.
     """
 
     output: SchedulerOutput
@@ -38,7 +40,10 @@ class InFlight:
     starts_at_s: float
     planned_s: float | None
     predicted_s: float | None
-    overhead_s: float
+    plan_age: int
+    cost_s: float
+    delay_s: float
+    undrafted: frozenset[str] = frozenset()  # who came back without drafts, having been held
 
 
 class Pipeline:
@@ -61,6 +66,13 @@ class Pipeline:
             ends_at_s = max(free_at_s, entry.added_s) + (entry.predicted_s or 0.0)
             free_at_s = max(ends_at_s, now_s)  # what should have ended and has not ends any moment
         return max(now_s, free_at_s)
+
+    def waited_s(self, now_s: float) -> float:
+        """Return for how long the device has had nothing to do; what is in flight is taken to last as predicted."""
+        free_at_s = self._free_at_s
+        for entry in self._entries:
+            free_at_s = max(free_at_s, entry.added_s) + (math.inf if entry.predicted_s is None else entry.predicted_s)
+        return max(0.0, now_s - free_at_s)
 
     def take(self, output: SchedulerOutput, now_s: float) -> tuple[InFlight, float] | None:
         """Return the batch whose output has come and its seconds; None for one that was not noted.

@@ -119,7 +119,7 @@ class Promises:
             self._tracker.lengths.observe(live.slo_class, live.request.num_prompt_tokens, live.num_output_tokens)
         self.tally.add(live.slo_class, outcome, promised=live.was_promised)
         if live.was_promised and outcome in {"met", "missed"}:
-            self._safety.add_promise(outcome == "met")
+            self._safety.add_promise(outcome == "met", arrival_s=live.arrival_s)
         first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
         self._outbox.finished.append(
             {
