@@ -107,7 +107,7 @@ class StepRecorder:
                 "seconds": round(seconds, 7),
                 "planned_s": None if planned_s is None else round(planned_s, 7),
                 "predicted_s": None if predicted_s is None else round(predicted_s, 7),
-                "plan_age": plan_age,
+                **({"plan_age": plan_age} if plan_age else {}),
             }
         )
 

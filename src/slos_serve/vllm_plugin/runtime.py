@@ -344,7 +344,8 @@ class SloRuntime:
         tracker = self.tracker
         if tracker.stock or tracker.blocked or not hasattr(self.planner, "count_steps"):
             return  # what they need, or how a planner that cannot tell would go on, is seen by planning
-        foretold = foretell(state, plan, self._work_limit.run_steps)
+        left = tracker.left[state.requests.find(plan.batch.request_ids)]
+        foretold = foretell(state, plan, int(left.min(initial=self._work_limit.run_steps)))
         if foretold is not None:
             self._carried = Carried(foretold, steering, tracker.version, self.modes)
 
@@ -398,7 +399,7 @@ class SloRuntime:
         if self._steering is not None and output.num_scheduled_tokens != self._steering.expected:
             self._carried = None
             self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
-        now = self.clock.now()
+        now, ended = self.clock.now(), time.perf_counter()
         self._cost.stop()
         cost_s = self._cost.take()
         self._cost.start()
@@ -406,7 +407,7 @@ class SloRuntime:
             InFlight(
                 output=output,
                 shape=shape,
-                began=self._began,
+                began=ended if self.tracker.is_async else self._began,
                 added_s=now,
                 starts_at_s=self._pipeline.starts_at(now) if self._state is None else self._state.now_s,
                 planned_s=None if predicted is None else predicted * self.learner.margin(shape),
@@ -460,6 +461,8 @@ class SloRuntime:
         known = request_facts(self.tracker, freed) if self.recorder.is_open else {}
         told = len(self.outbox.finished)
         self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
+        if not self.tracker.live:
+            self._pipeline.rest()
         if known:
             for end in self.outbox.finished[told:]:
                 line = {**known[end["request_id"]], **end, "enforced": self.is_enforcing}

@@ -145,6 +145,7 @@ class Tracker:
         self._lookups: deque[str] = deque()
         # as of the last sync, in row order
         self.running = np.zeros(0, np.bool_)
+        self.left = np.zeros(0, np.int64)  # tokens that vLLM will still schedule
         self._steps = 0
         self._last_output_s = clock.now()
         self._block_size = int(scheduler.block_size)
@@ -307,8 +308,12 @@ class Tracker:
         moved = produced > rows["num_output_tokens"]
         if moved.any():  # what came since the last step came with the last output
             rows["last_token_s"][moved] = self._last_output_s
+        self.left = view.tokens_left(requests)
         if self.is_async:
-            self._foretell(rows, view.are_in_flight(requests), ends_s)
+            in_flight = view.are_in_flight(requests)
+            self._foretell(rows, in_flight, ends_s)
+            has_all = in_flight & (self.left <= 0)  # it will be asked for no more tokens, whatever its class may have
+            rows["max_output_tokens"][has_all] = produced[has_all]
         rows["status"] = running
         rows["num_computed_tokens"] = computed
         rows["num_output_tokens"] = produced

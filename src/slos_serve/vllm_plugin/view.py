@@ -220,6 +220,15 @@ def are_in_flight(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:
     return np.array([request.num_output_placeholders > 0 for request in requests], dtype=np.bool_)
 
 
+def tokens_left(requests: Sequence[Request]) -> IntArray:
+    """Return for how many more tokens vLLM will schedule each request that decodes; drafts in flight count for none."""
+    left = [
+        r.num_prompt_tokens + r.max_tokens - r.num_computed_tokens + max(r.num_output_placeholders, 1) - 2
+        for r in requests
+    ]
+    return np.array(left, dtype=np.int64)
+
+
 def drop_stale_drafts(scheduler: Any, scheduled: Mapping[str, int]) -> list[str]:
     """Forget the placeholders of decodes that a step under asynchronous scheduling holds; return their ids.
 
