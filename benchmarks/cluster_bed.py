@@ -24,13 +24,14 @@ from ray import serve
 
 from slos_serve.bench.client import BenchRequest
 from slos_serve.bench.model import ensure_demo_model
-from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import build_requests, synthetic_trace
 from slos_serve.ray_serve.app import STATS_PERIOD_S, build_openai_app
 from slos_serve.ray_serve.cluster import APPLICATION, Cluster
-from slos_serve.serving import replicas, verb
+from slos_serve.records.profile import Profile
+from slos_serve.serving import prepare as verb
+from slos_serve.serving import replicas
 from slos_serve.serving.platforms import num_cores
 
 MODEL = "demo"

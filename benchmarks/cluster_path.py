@@ -15,7 +15,8 @@ from cluster_terminal import say
 
 from slos_serve.bench.client import BenchRequest, offer
 from slos_serve.bench.profiling import warm_up
-from slos_serve.serving import launch, verb
+from slos_serve.serving import launch
+from slos_serve.serving import prepare as verb
 
 
 def one_by_one(url: str, count: int, seed: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 
-from slos_serve.core.routing import make_router
+from slos_serve.core.routing.routers import make_router
 from slos_serve.ray_serve.router import SloRequestRouter
 
 RAYS_OWN = "ray"

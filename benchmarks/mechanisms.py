@@ -34,10 +34,10 @@ from slos_serve.core import planner
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import BatchPlan, Plan, ReplicaState
 from slos_serve.sim.hardware import Hardware, load_hardware
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
-from slos_serve.sim.traces import Trace, synthetic_arrivals
-from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
+from slos_serve.traces.trace import Trace, synthetic_arrivals
 
 MAX_CONTEXT = 4096
 MODEL_ERROR = 1.1

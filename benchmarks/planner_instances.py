@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.core import admission, draft
-from slos_serve.core import demand as columns
-from slos_serve.core.demand import Demand, Effort, Machine
-from slos_serve.core.trial import last_deadline, simulate
+from slos_serve.core.planning import admission, draft
+from slos_serve.core.planning import demand as columns
+from slos_serve.core.planning.demand import Demand, Effort, Machine
+from slos_serve.core.planning.trial import last_deadline, simulate
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 
 TAIL_S = 1.0

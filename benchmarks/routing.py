@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing import ROUTERS, Arrival, Router, make_router, snapshot_of
-from slos_serve.core.snapshots import ReplicaSnapshot
+from slos_serve.core.routing.routers import ROUTERS, Arrival, Router, make_router, snapshot_of
+from slos_serve.core.routing.snapshots import ReplicaSnapshot
 from slos_serve.core.types import Limits, ReplicaState, Request, RequestTable, Slo, Status, Tier
 
 RIVAL = "least-load"

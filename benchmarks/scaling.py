@@ -24,11 +24,11 @@ import numpy as np
 
 from slos_serve.config import SloConfig
 from slos_serve.sim.hardware import Hardware, load_hardware
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult, run_workload
 from slos_serve.sim.systems import find_system
-from slos_serve.sim.traces import read_trace, synthetic_arrivals
-from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
+from slos_serve.traces.trace import read_trace, synthetic_arrivals
 
 SLOS = SloConfig(ttft_floor_ms=0.0, ttft_allowance_ms=0.0)
 TARGET, TOLERANCE = 0.90, 0.03

@@ -25,13 +25,13 @@ import numpy as np
 
 from slos_serve.config import SloConfig
 from slos_serve.core.types import BatchPlan, Plan, Planner, ReplicaState, Status
-from slos_serve.sim.cluster import ClusterOptions
+from slos_serve.sim.cluster.cluster import ClusterOptions
 from slos_serve.sim.hardware import load_hardware
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 from slos_serve.sim.systems import find_system
-from slos_serve.sim.traces import Trace, synthetic_arrivals
-from slos_serve.sim.workload import RequestFactory, Workload, trace_workload
+from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
+from slos_serve.traces.trace import Trace, synthetic_arrivals
 
 DIGESTS = Path(__file__).with_name("simulator_digests.json")
 HARDWARE = load_hardware("a100-80g-7b-measured")

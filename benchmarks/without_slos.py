@@ -26,10 +26,10 @@ from slos_serve.bench.compare import OURS, STOCK
 from slos_serve.bench.engines import Engine, ending_by_signal
 from slos_serve.bench.lab import MODEL_NAME, OURS_BUDGET, Lab, describe_engine
 from slos_serve.bench.model import ensure_demo_model
-from slos_serve.bench.profile_file import write_json
 from slos_serve.bench.profiling import warm_up
-from slos_serve.bench.progress import Progress
 from slos_serve.errors import SlosServeError
+from slos_serve.records.profile import write_json
+from slos_serve.terminal.progress import Progress
 
 BLOCK = (OURS, STOCK, STOCK, OURS)
 PROMPT_TOKENS = 96

@@ -99,7 +99,7 @@ def make_environment(version: str, env: Path) -> None:
 
 def probe(python: str, _env: Path) -> dict[str, Any]:
     """Ask the plug-in how this vLLM differs from what it steers by."""
-    code = "import json; from slos_serve.vllm_plugin.view import probe; print('found', json.dumps(probe()))"
+    code = "import json; from slos_serve.vllm_plugin.engine.view import probe; print('found', json.dumps(probe()))"
     done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     answers = [line.removeprefix("found ") for line in done.stdout.splitlines() if line.startswith("found ")]
     return {"differences": json.loads(answers[0]) if answers else [(done.stderr.splitlines() or ["no answer"])[-1]]}

@@ -45,8 +45,9 @@ qwen2_vl.Qwen2VLProcessingInfo.get_mm_max_tokens_per_item = _image_tokens
 if KIND != "stock":
     from slos_serve.core.baselines import VllmPlanner
     from slos_serve.core.perf import PerfModel
-    from slos_serve.vllm_plugin import faults, runtime
-    from slos_serve.vllm_plugin.modes import Modes
+    from slos_serve.vllm_plugin import runtime
+    from slos_serve.vllm_plugin.safety import faults
+    from slos_serve.vllm_plugin.safety.modes import Modes
     from slos_serve.vllm_plugin.scheduler import SloMixin
 
     MODEL = PerfModel.from_terms([{"per_token_s": 1e-5, "fixed_s": 1e-3}])

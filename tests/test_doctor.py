@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from slos_serve import cli, doctor
+from slos_serve import cli
+from slos_serve.commands import doctor
 from slos_serve.serving import platforms
 from slos_serve.serving.platforms import Engine
 
@@ -22,10 +23,10 @@ def report(capsys, monkeypatch, tmp_path):
     def call(*arguments, engines=(PINNED_CPU,), differences=()):
         monkeypatch.setattr(platforms, "installed_engines", lambda: list(engines))
         monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: engines or None)
-        view = types.ModuleType("slos_serve.vllm_plugin.view")
+        view = types.ModuleType("slos_serve.vllm_plugin.engine.view")
         if differences is not None:
             view.probe = lambda: list(differences)
-        monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.view", view)
+        monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.engine.view", view)
         status = doctor.run(parse("--json", *arguments))
         document = json.loads(capsys.readouterr().out)
         return status, {finding["check"]: finding for finding in document["findings"]}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve import doctor
-from slos_serve.doctor import RAY_PINNED
+from slos_serve.commands import doctor
+from slos_serve.commands.doctor import RAY_PINNED
 from slos_serve.serving.platforms import OLDEST, TESTED
 
 ROOT = Path(__file__).parents[1]

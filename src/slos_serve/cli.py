@@ -21,19 +21,19 @@ from slos_serve import __version__
 from slos_serve.errors import MissingExtraError, SlosServeError
 
 VERBS = {
-    "serve": "slos_serve.serving.verb",
-    "demo": "slos_serve.bench.cmd_demo",
-    "bench": "slos_serve.bench.cmd_bench",
-    "profile": "slos_serve.bench.cmd_profile",
-    "simulate": "slos_serve.sim.cmd_simulate",
-    "capacity": "slos_serve.sim.cmd_capacity",
-    "plan": "slos_serve.sim.cmd_plan",
-    "data": "slos_serve.sim.cmd_data",
-    "verify": "slos_serve.serving.cmd_verify",
-    "whatif": "slos_serve.sim.cmd_whatif",
-    "replay": "slos_serve.sim.cmd_replay",
-    "explain": "slos_serve.serving.cmd_explain",
-    "doctor": "slos_serve.doctor",
+    "serve": "slos_serve.serving.prepare",
+    "demo": "slos_serve.commands.demo",
+    "bench": "slos_serve.commands.bench",
+    "profile": "slos_serve.commands.profile",
+    "simulate": "slos_serve.commands.simulate",
+    "capacity": "slos_serve.commands.capacity",
+    "plan": "slos_serve.commands.plan",
+    "data": "slos_serve.commands.data",
+    "verify": "slos_serve.commands.verify",
+    "whatif": "slos_serve.commands.whatif",
+    "replay": "slos_serve.commands.replay",
+    "explain": "slos_serve.commands.explain",
+    "doctor": "slos_serve.commands.doctor",
 }
 
 

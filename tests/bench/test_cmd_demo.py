@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from slos_serve.bench import cmd_demo
 from slos_serve.bench.engines import EngineError
 from slos_serve.cli import main
+from slos_serve.commands import demo as cmd_demo
 
 
 @pytest.mark.parametrize(

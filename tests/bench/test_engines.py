@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.bench.engines import Engine, EngineError, Fleet, ending_by_signal, free_port
-from slos_serve.bench.progress import Progress
+from slos_serve.terminal.progress import Progress
 
 SERVER = """
 import http.server, subprocess, sys
@@ -114,7 +114,7 @@ def test_progress_is_one_line_where_nobody_watches():
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setattr("slos_serve.bench.progress.REFRESH_S", 0.0)
+    monkeypatch.setattr("slos_serve.terminal.progress.REFRESH_S", 0.0)
     stream = Terminal()
     with Progress("measuring", stream=stream) as progress:
         progress(0.5)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from slos_serve.vllm_plugin.tracking import Tracker
+from slos_serve.vllm_plugin.engine.tracking import Tracker
 
 
 @pytest.mark.parametrize(

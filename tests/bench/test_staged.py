@@ -8,10 +8,10 @@ import pytest
 from slos_serve.bench import staged
 from slos_serve.bench.compare import save_run
 from slos_serve.bench.grade import grade_run
-from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.staged_report import counted, holds_until, ratio, run_counts, summary
 from slos_serve.core.perf import PerfModel
+from slos_serve.records.profile import Profile
 
 CPU = PerfModel.from_terms([{"per_token_s": 5e-4, "per_request_s": 1e-3, "per_pair_s": 1e-7, "fixed_s": 0.02}])
 

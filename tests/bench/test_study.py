@@ -8,7 +8,6 @@ import pytest
 
 from slos_serve.bench.compare import best_setting, load_run, pooled, save_run
 from slos_serve.bench.demo import Options, Outcome, read_overhead, systems_of, write_report
-from slos_serve.bench.profile_file import Profile, write_json
 from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.study import (
     StudyOptions,
@@ -21,6 +20,7 @@ from slos_serve.bench.study import (
     verdict,
     write_study,
 )
+from slos_serve.records.profile import Profile, write_json
 
 
 def part(met, offered, promised=0):

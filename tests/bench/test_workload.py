@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import (
     build_requests,
@@ -14,8 +13,9 @@ from slos_serve.bench.workload import (
 from slos_serve.config import load_slo_config
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Slo
-from slos_serve.sim.traces import Trace
+from slos_serve.records.profile import Profile
 from slos_serve.traces.offered import parse_mix, with_classes
+from slos_serve.traces.trace import Trace
 
 TRACE = Trace.build(
     arrived_at_s=[0.0, 1.0, 2.0],

@@ -1,6 +1,6 @@
 """The optimum of two reduced models, by exhaustive search, and of the fluid one by mixed-integer programming.
 
-In whole batches (`keeps_in_batches`): see `slos_serve.core.programme`. As a fluid (`is_feasible`): requests in
+In whole batches (`keeps_in_batches`): see `slos_serve.core.planning.programme`. As a fluid (`is_feasible`): requests in
 order of prefill deadline; until a request's deadline the engine earns prefill tokens
 at the budget rate
 

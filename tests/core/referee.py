@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slos_serve.core.deadlines import StreamGrader
+from slos_serve.core.slo.deadlines import StreamGrader
 from slos_serve.core.types import Limits, ReplicaState, RequestTable, Status, Tier
 
 POLL_S = 0.001

@@ -10,8 +10,8 @@ from referee import Referee, check_plan
 from states import CONTEXT, STEPPED, TPOTS, add_decode, make_limits, make_request, make_state
 from test_admission import LINES, programme
 
-from slos_serve.core import draft
 from slos_serve.core.planner import SloPlanner
+from slos_serve.core.planning import draft
 from slos_serve.core.types import REQUEST_DTYPE, RequestTable, Tier
 
 ENGINE = Engine(lines=LINES, token_budget=16384)

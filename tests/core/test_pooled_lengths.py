@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import add_decode, make_limits, make_request, make_state
 
-from slos_serve.core.columns import Columns, planned_rests
-from slos_serve.core.demand import OUTPUT_LEFT
 from slos_serve.core.lengths import LengthModel, turn
+from slos_serve.core.planning.columns import Columns, planned_rests
+from slos_serve.core.planning.demand import OUTPUT_LEFT
 from slos_serve.core.types import RequestTable, Tier
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import CONTEXT, MODELS, STEPPED, add_decode, make_limits, make_request, make_state
 
-from slos_serve.core.due import next_due_s
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.steady import LOOK_STEPS, foretell
+from slos_serve.core.planning.steady import LOOK_STEPS, foretell
+from slos_serve.core.slo.due import next_due_s
 from slos_serve.core.types import RequestTable, Tier
 
 PLANNER = SloPlanner()

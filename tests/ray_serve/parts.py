@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing import Arrival
-from slos_serve.core.snapshots import ReplicaSnapshot
+from slos_serve.core.routing.routers import Arrival
+from slos_serve.core.routing.snapshots import ReplicaSnapshot
 from slos_serve.core.types import Limits
 from slos_serve.ray_serve.hops import Note
 from slos_serve.ray_serve.reports import KEY, VERSION

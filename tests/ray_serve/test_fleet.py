@@ -1,8 +1,8 @@
 import pytest
 from parts import arrival, replica_state, stats
 
-from slos_serve.core.routing import make_router
-from slos_serve.core.snapshots import PrefillRow
+from slos_serve.core.routing.routers import make_router
+from slos_serve.core.routing.snapshots import PrefillRow
 from slos_serve.ray_serve.fleet import fleet_of
 from slos_serve.ray_serve.hops import Hop
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from parts import FakeStream, arrival, note, stats
 
-from slos_serve.core.routing import make_router
+from slos_serve.core.routing.routers import make_router
 from slos_serve.ray_serve import journey
 from slos_serve.ray_serve.hops import FINISHED, VERDICT
 from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller

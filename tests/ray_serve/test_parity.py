@@ -18,21 +18,22 @@ import numpy as np
 import pytest
 from parts import Clocks, stats
 
-from slos_serve.core import draft, trial, virtual_copy
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.routing import make_router
+from slos_serve.core.planning import draft, trial
+from slos_serve.core.routing import virtual_copy
+from slos_serve.core.routing.routers import make_router
 from slos_serve.core.types import Request, Slo
 from slos_serve.core.warmup import warm_up_router
 from slos_serve.ray_serve.decisions import Recorded, replayed
 from slos_serve.ray_serve.fleet import Fleet
 from slos_serve.ray_serve.hops import Hop
-from slos_serve.sim.cluster import ClusterOptions
+from slos_serve.sim.cluster.cluster import ClusterOptions
 from slos_serve.sim.hardware import Hardware
-from slos_serve.sim.records import SimRequest
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
+from slos_serve.sim.replica.requests import SimRequest
 from slos_serve.sim.run import run_workload
-from slos_serve.sim.workload import Workload
+from slos_serve.sim.workloads.workload import Workload
 
 pytest.importorskip("ray.serve.llm")
 

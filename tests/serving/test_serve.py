@@ -15,7 +15,7 @@ import pytest
 
 from slos_serve import cli
 from slos_serve.core.perf import PerfModel
-from slos_serve.serving import verb
+from slos_serve.serving import prepare as verb
 from slos_serve.serving.platforms import Engine
 from slos_serve.serving.profiles import SCHEMA
 

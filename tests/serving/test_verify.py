@@ -10,7 +10,8 @@ import pytest
 
 from slos_serve import cli
 from slos_serve.bench.acceptance import alternate, repeat
-from slos_serve.serving import checks, verb
+from slos_serve.serving import checks
+from slos_serve.serving import prepare as verb
 from slos_serve.serving.platforms import Engine
 from slos_serve.serving.verification import (
     PASS,

@@ -9,7 +9,7 @@ from tests.sim.worlds import MODEL, hardware, sim, workload
 from slos_serve.config import SloConfig
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 HARDWARE = hardware(max_num_batched_tokens=512, max_num_seqs=32)

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from slos_serve.cli import main
-from slos_serve.core.summary import GradedRequest
+from slos_serve.commands.capacity import read_replicas, read_systems
+from slos_serve.core.slo.summary import GradedRequest
 from slos_serve.core.types import Slo
-from slos_serve.sim.capacity import Answer, Curve, Outcome, index_of, rate_at
-from slos_serve.sim.capacity_detail import burst_runs, first_share, graded, summary
-from slos_serve.sim.capacity_report import scaling, tabs
-from slos_serve.sim.capacity_study import QUICK, Study
-from slos_serve.sim.capacity_table import as_text, hardware_entry, is_baseline, number, scenario_entry
-from slos_serve.sim.cells import Cell
-from slos_serve.sim.cmd_capacity import read_replicas, read_systems
+from slos_serve.sim.capacity.detail import burst_runs, first_share, graded, summary
+from slos_serve.sim.capacity.report import scaling, tabs
+from slos_serve.sim.capacity.runs import Cell
+from slos_serve.sim.capacity.search import Answer, Curve, Outcome, index_of, rate_at
+from slos_serve.sim.capacity.study import QUICK, Study
+from slos_serve.sim.capacity.table import as_text, hardware_entry, is_baseline, number, scenario_entry
 from slos_serve.sim.hardware import load_hardware
-from slos_serve.sim.standins import SYNTHETIC, write_stand_ins
 from slos_serve.sim.systems import SYSTEMS
-from slos_serve.sim.traces import read_trace, write_trace
+from slos_serve.traces.standins import SYNTHETIC, write_stand_ins
+from slos_serve.traces.trace import read_trace, write_trace
 
 KEYS = {
     *("capacity_rps", "capacity_95_rps", "capacity_99_rps", "ratio", "ratio_interval", "ratio_spec"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slos_serve.cli import main
-from slos_serve.core.deadlines import OUTCOMES
+from slos_serve.core.slo.deadlines import OUTCOMES
 
 KEYS = {
     *("system", "scenario", "rate_rps", "num_requests", "met", "missed", "declined", "rejected", "failed", "cancelled"),

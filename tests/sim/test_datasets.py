@@ -7,9 +7,9 @@ import pytest
 
 from slos_serve.cli import main
 from slos_serve.errors import ConfigError
-from slos_serve.sim.datasets import DATASETS, FetchError, digest_of, fetch, find_dataset
-from slos_serve.sim.scenarios import ARXIV, CODE, CONV
-from slos_serve.sim.traces import Trace, read_lengths, read_trace
+from slos_serve.sim.workloads.scenarios import ARXIV, CODE, CONV
+from slos_serve.traces.datasets import DATASETS, FetchError, digest_of, fetch, find_dataset
+from slos_serve.traces.trace import Trace, read_lengths, read_trace
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"

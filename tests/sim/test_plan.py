@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.sim.worlds import hardware, sim, workload
 
 from slos_serve.cli import main
-from slos_serve.sim.sizing import Deployment, faster, fewest, highest_factor, with_burst
+from slos_serve.sim.capacity.sizing import Deployment, faster, fewest, highest_factor, with_burst
 from slos_serve.sim.systems import find_system
 
 

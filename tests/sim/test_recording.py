@@ -7,8 +7,8 @@ from tests.sim.records_made import write_record
 
 from slos_serve import cli
 from slos_serve.errors import ConfigError
-from slos_serve.sim.recording import read_recording
-from slos_serve.sim.replay import replay
+from slos_serve.records.reader import read_recording
+from slos_serve.records.replay import replay
 
 
 def lines_of(path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slos_serve.sim.traces import (
+from slos_serve.traces.trace import (
     SMALL_TRACE,
     Trace,
     read_lengths,

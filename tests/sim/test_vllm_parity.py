@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tests.sim.worlds import hardware, sim, workload
 
-from slos_serve.core import ageing
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.core.planning import ageing
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 pytest.importorskip("vllm")

@@ -7,10 +7,10 @@ import pytest
 from tests.sim.records_made import CONFIG, write_record
 
 from slos_serve import cli
+from slos_serve.commands.whatif import what_if
 from slos_serve.errors import ConfigError
-from slos_serve.sim.cmd_whatif import what_if
+from slos_serve.records.reader import read_recording
 from slos_serve.sim.observed import Observed, Pace
-from slos_serve.sim.recording import read_recording
 
 BUSY = 9.0
 

@@ -3,8 +3,8 @@
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Request, Slo
 from slos_serve.sim.hardware import Hardware
-from slos_serve.sim.records import SimRequest
-from slos_serve.sim.workload import Workload
+from slos_serve.sim.replica.requests import SimRequest
+from slos_serve.sim.workloads.workload import Workload
 
 MODEL = PerfModel.from_terms(
     [{"per_token_s": 1e-3, "per_context_token_s": 1e-6, "per_draft_step_s": 2e-3, "fixed_s": 0.01}]

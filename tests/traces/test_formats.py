@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from slos_serve.sim.traces import read_trace
 from slos_serve.traces.registry import all_formats, find_format
 from slos_serve.traces.rows import ReadOptions
 from slos_serve.traces.source import opened
+from slos_serve.traces.trace import read_trace
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 AZURE_2023 = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slos_serve.core import ageing
+from slos_serve.core.planning import ageing
 from slos_serve.vllm_plugin.testing import Engine, make_request
 
 

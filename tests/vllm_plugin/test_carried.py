@@ -91,7 +91,7 @@ def test_a_plan_is_made_anew_when_steps_start_later_than_foretold(engine) -> Non
 
 
 def test_a_plan_is_made_anew_where_blocks_are_short(engine, monkeypatch) -> None:
-    from slos_serve.vllm_plugin import view
+    from slos_serve.vllm_plugin.engine import view
 
     add(engine, "r", max_tokens=300)
     steps(engine, 40)

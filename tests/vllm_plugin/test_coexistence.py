@@ -9,7 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from slos_serve.http.seal import sealed
-from slos_serve.vllm_plugin import view
+from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_config, make_request, make_scheduler
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_steered_is_refused_in_words(tmp_path, change, words) -> 
 
 
 def test_an_engine_of_several_publishes_on_an_address_of_its_own(tmp_path, perf) -> None:
-    from slos_serve.vllm_plugin.channel import address
+    from slos_serve.vllm_plugin.wire.channel import address
 
     config = make_config(tmp_path, slo={"mode": "enforce"})
     config.parallel_config.data_parallel_index = 3  # vLLM treats independent engines as one engine each

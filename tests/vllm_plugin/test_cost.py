@@ -6,11 +6,12 @@ import pytest
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.vllm_plugin import cost as cost_module
-from slos_serve.vllm_plugin import effort, runtime
 from slos_serve.vllm_plugin import pipeline as pipeline_module
-from slos_serve.vllm_plugin.effort import WorkLimit
+from slos_serve.vllm_plugin import runtime
 from slos_serve.vllm_plugin.pipeline import Pipeline
-from slos_serve.vllm_plugin.safety import SafetyLimits, StepDown
+from slos_serve.vllm_plugin.safety import work_limit as effort
+from slos_serve.vllm_plugin.safety.rules import SafetyLimits, StepDown
+from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request
 

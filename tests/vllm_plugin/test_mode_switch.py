@@ -8,10 +8,10 @@ import pytest
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.types import Plan, Tier, Verdict
-from slos_serve.vllm_plugin.channel import address
-from slos_serve.vllm_plugin.control import ask
-from slos_serve.vllm_plugin.modes import Modes
+from slos_serve.vllm_plugin.safety.modes import Modes
 from slos_serve.vllm_plugin.testing import Engine, make_request
+from slos_serve.vllm_plugin.wire.channel import address
+from slos_serve.vllm_plugin.wire.control import ask
 
 
 class PromiseAll:
@@ -158,7 +158,7 @@ def test_an_engine_that_nobody_verified_is_not_switched_to_enforcing(scheduler) 
 
 
 def test_an_engine_may_enforce_that_was_verified_or_started_so_or_runs_on_a_cpu(build, monkeypatch) -> None:
-    from slos_serve.vllm_plugin import view
+    from slos_serve.vllm_plugin.engine import view
 
     monkeypatch.setattr(view, "is_cpu", lambda: False)
     settings = ({"mode": "observe"}, {"mode": "enforce"}, {"mode": "observe", "may_enforce": True})

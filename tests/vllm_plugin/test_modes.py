@@ -11,7 +11,7 @@ from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Plan, ReplicaState, Status, Tier, Verdict
 from slos_serve.http.seal import sealed
-from slos_serve.vllm_plugin.learning import FIT_STEPS
+from slos_serve.vllm_plugin.learning.learner import FIT_STEPS
 from slos_serve.vllm_plugin.scheduler import SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 

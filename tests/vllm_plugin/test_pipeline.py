@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slos_serve.core.perf import PerfModel
+from slos_serve.records.writer import BatchShape
 from slos_serve.vllm_plugin import pipeline as pipeline_module
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
-from slos_serve.vllm_plugin.record import BatchShape
 from slos_serve.vllm_plugin.testing import Engine, make_request, write_profile
 
 SHAPE = BatchShape(1, 1, 1, 0, 0.0, has_prefill=False)

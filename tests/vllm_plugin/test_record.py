@@ -10,10 +10,10 @@ import pytest
 
 from slos_serve.core.types import BatchPlan, Limits, Plan, ReplicaState, Request, RequestTable, Slo, Verdict
 from slos_serve.http.seal import sealed
-from slos_serve.sim.recording import read_recording
-from slos_serve.sim.replay import replay
-from slos_serve.vllm_plugin import record
-from slos_serve.vllm_plugin.record import StepRecorder
+from slos_serve.records import writer as record
+from slos_serve.records.reader import read_recording
+from slos_serve.records.replay import replay
+from slos_serve.records.writer import StepRecorder
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request
 

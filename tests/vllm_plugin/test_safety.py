@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slos_serve.vllm_plugin.safety import SafetyLimits, StepDown
+from slos_serve.vllm_plugin.safety.rules import SafetyLimits, StepDown
 
 
 def test_nothing_steps_down_while_all_is_well() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.http.seal import sealed
-from slos_serve.vllm_plugin.said import said
+from slos_serve.vllm_plugin.engine.said import said
 from slos_serve.vllm_plugin.testing import make_request
 
 CLAIM = {"slo_id": "x", "slo_tenant": "acme", "slo_class": "coding"}

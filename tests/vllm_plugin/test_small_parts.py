@@ -11,11 +11,12 @@ import time
 import pytest
 
 from slos_serve.errors import ConfigError
-from slos_serve.vllm_plugin import channel, stats
-from slos_serve.vllm_plugin.clock import Clock
-from slos_serve.vllm_plugin.record import MAX_BUFFERED, BatchShape, StepRecorder
+from slos_serve.records.writer import MAX_BUFFERED, BatchShape, StepRecorder
+from slos_serve.vllm_plugin import stats
+from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.report import Ring, Tally
 from slos_serve.vllm_plugin.settings import Settings
+from slos_serve.vllm_plugin.wire import channel
 
 SHAPE = BatchShape(
     num_tokens=10, num_requests=3, context_tokens=100, draft_steps=0, attention_pairs=32.0, has_prefill=True
@@ -196,7 +197,10 @@ def test_one_of_several_api_servers_knows_its_number_and_the_way_into_its_engine
 
 COMPILED = """
 import slos_serve.core as core
-from slos_serve.core import admission, batching, draft, perf
+from slos_serve.core import perf
+from slos_serve.core.planning import admission
+from slos_serve.core.planning import batching
+from slos_serve.core.planning import draft
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import Limits
 from slos_serve.core.warmup import warm_up
@@ -250,7 +254,7 @@ def test_a_ring_forgets_what_is_old() -> None:
 
 
 def test_acceptance_is_measured_by_class_and_forgotten_in_time() -> None:
-    from slos_serve.vllm_plugin.drafting import PRIOR, DraftWatch
+    from slos_serve.vllm_plugin.learning.drafting import PRIOR, DraftWatch
 
     watch = DraftWatch()
     for _ in range(200):
@@ -268,7 +272,7 @@ def test_acceptance_is_measured_by_class_and_forgotten_in_time() -> None:
 
 
 def test_the_next_draft_length_is_what_the_longest_class_verifies() -> None:
-    from slos_serve.vllm_plugin.drafting import DraftWatch
+    from slos_serve.vllm_plugin.learning.drafting import DraftWatch
 
     watch = DraftWatch()
     watch.note_plan({"chat": 2, "coding": 0})
@@ -280,7 +284,7 @@ def test_the_next_draft_length_is_what_the_longest_class_verifies() -> None:
 
 
 def test_planning_saves_up_for_bursts_and_is_held_to_its_share() -> None:
-    from slos_serve.vllm_plugin.effort import LEAST, MOST_S, SHARE, WorkLimit
+    from slos_serve.vllm_plugin.safety.work_limit import LEAST, MOST_S, SHARE, WorkLimit
 
     limit = WorkLimit()
     burst = limit.value
@@ -301,7 +305,7 @@ def test_planning_saves_up_for_bursts_and_is_held_to_its_share() -> None:
 
 
 def test_the_work_limit_follows_the_price_of_work() -> None:
-    from slos_serve.vllm_plugin.effort import WorkLimit
+    from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 
     limit = WorkLimit()
     before = limit.value

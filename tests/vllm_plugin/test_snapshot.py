@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slos_serve.core.routing import ReplicaSnapshot
+from slos_serve.core.routing.routers import ReplicaSnapshot
 from slos_serve.vllm_plugin.snapshot import replica
 from slos_serve.vllm_plugin.testing import Engine, make_request
 

@@ -74,7 +74,7 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_request_alone(build) -> Non
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_requests_with_rules_of_their_own_run_beside_full_plans(build, monkeypatch, policy) -> None:
-    from slos_serve.vllm_plugin import view
+    from slos_serve.vllm_plugin.engine import view
 
     plain = view.follows_stock_rules
     monkeypatch.setattr(view, "follows_stock_rules", lambda r: r.request_id.startswith("image") or plain(r))

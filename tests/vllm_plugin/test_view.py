@@ -10,8 +10,9 @@ from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.baselines import VllmPlanner
-from slos_serve.vllm_plugin import runtime, view
-from slos_serve.vllm_plugin.shape import Shapes
+from slos_serve.vllm_plugin import runtime
+from slos_serve.vllm_plugin.engine import view
+from slos_serve.vllm_plugin.engine.shape import Shapes
 from slos_serve.vllm_plugin.testing import Engine, make_request
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slos_serve.core.baselines import VllmPlanner
+from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
 from slos_serve.vllm_plugin.testing import Engine, make_request
-from slos_serve.vllm_plugin.watchdog import PlannerHungError, Watchdog
 
 QUICK = {"is_enabled": True, "hold_s": 0.05, "num_covered_steps": 32, "num_timed_steps": 20, "num_promises": 5}
 

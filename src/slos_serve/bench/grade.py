@@ -1,4 +1,4 @@
-"""From what came back to outcomes: the client's clock decides, by the rules of `core.deadlines`.
+"""From what came back to outcomes: the client's clock decides, by the rules of `core.slo.deadlines`.
 
 A request arrives when it is sent and a token when the chunk that holds it is received, so HTTP counts. A
 promise is what the server said: the `slo` object of the stream or the header `x-slo-verdict`. A server
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slos_serve.bench.client import REFUSALS, BenchRequest, StreamResult
-from slos_serve.core.deadlines import CHECK_EVERY, Grade, StreamGrader, due_s, outcome
-from slos_serve.core.summary import GradedRequest, summarize
+from slos_serve.core.slo.deadlines import CHECK_EVERY, Grade, StreamGrader, due_s, outcome
+from slos_serve.core.slo.summary import GradedRequest, summarize
 
 PROMISES = ("promised", "promoted")
 
@@ -27,7 +27,7 @@ class GradedStream:
     """One request, what came back, and its grade.
 
     `lateness_s`: most time by which a checked token was late (negative: the least time to spare); None
-    without tokens or without a promise. `stages` as in `core.deadlines.Grade`.
+    without tokens or without a promise. `stages` as in `core.slo.deadlines.Grade`.
     """
 
     request: BenchRequest

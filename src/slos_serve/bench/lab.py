@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.bench.compare import OURS, STOCK, setting_name, warm
 from slos_serve.bench.engines import Engine, Fleet
-from slos_serve.bench.profile_file import Profile
-from slos_serve.bench.progress import Progress
 from slos_serve.bench.scaled import Scaled
 from slos_serve.errors import SlosServeError
+from slos_serve.records.profile import Profile
+from slos_serve.terminal.progress import Progress
 
 if TYPE_CHECKING:
     from typing import Self

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from slos_serve.bench.client import BenchRequest
-from slos_serve.bench.profile_file import Profile
 from slos_serve.bench.workload import Lengths, build_requests, synthetic_trace
 from slos_serve.config import SloClass, SloConfig, default_classes
+from slos_serve.records.profile import Profile
 
 GPU_DECODE_STEP_S = 0.0125  # 7B, A100-80G, one request: the engine on which 50 and 100 ms are tight and loose
 MIX = {"chat": 0.5, "coding": 0.3, "summarization": 0.2}

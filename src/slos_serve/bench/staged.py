@@ -27,7 +27,7 @@ from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.workload import Lengths
 from slos_serve.config import SloConfig
 from slos_serve.core.types import Slo
-from slos_serve.sim.traces import synthetic_arrivals
+from slos_serve.traces.trace import synthetic_arrivals
 
 Session = list[tuple[float, BenchRequest]]  # (seconds from the end of the round before, round)
 

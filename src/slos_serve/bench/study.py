@@ -37,10 +37,10 @@ from slos_serve.bench.compare import (
 )
 from slos_serve.bench.engines import ending_by_signal
 from slos_serve.bench.lab import MODEL_NAME, Lab, Side, describe_engine
-from slos_serve.bench.profile_file import Profile, write_json
-from slos_serve.bench.progress import Progress
 from slos_serve.bench.scaled import Scaled
 from slos_serve.errors import SlosServeError
+from slos_serve.records.profile import Profile, write_json
+from slos_serve.terminal.progress import Progress
 
 FloatArray = npt.NDArray[np.float64]
 

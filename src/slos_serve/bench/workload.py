@@ -14,7 +14,7 @@ import numpy as np
 from slos_serve.bench.client import BenchRequest, random_prompt
 from slos_serve.config import SloConfig
 from slos_serve.core.types import Slo
-from slos_serve.sim.traces import IntArray, Trace, synthetic_arrivals
+from slos_serve.traces.trace import IntArray, Trace, synthetic_arrivals
 
 Reference = Callable[[int], float]
 

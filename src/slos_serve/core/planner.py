@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core import admission, steady
-from slos_serve.core.columns import Columns
-from slos_serve.core.demand import (
+from slos_serve.core.planning import admission, steady
+from slos_serve.core.planning.columns import Columns
+from slos_serve.core.planning.demand import (
     CONTEXT,
     DEADLINE,
     DUE,
@@ -47,8 +47,8 @@ from slos_serve.core.demand import (
     Demand,
     prefill_rate,
 )
-from slos_serve.core.step import Stepping
-from slos_serve.core.trial import Trial, simulate
+from slos_serve.core.planning.step import Stepping
+from slos_serve.core.planning.trial import Trial, simulate
 from slos_serve.core.types import Plan, Verdict
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing import Arrival, SloRouter, snapshot_of
-from slos_serve.core.steady import foretell
+from slos_serve.core.planning.steady import foretell
+from slos_serve.core.routing.routers import Arrival, SloRouter, snapshot_of
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
 
 _MODEL = PerfModel.from_terms(

@@ -22,7 +22,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from slos_serve.config import load_slo_config
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing import ROUTERS
+from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
 from slos_serve.ray_serve import ingress, names
 from slos_serve.ray_serve.server import SloServer, digest_of, slo_settings

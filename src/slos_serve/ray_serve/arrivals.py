@@ -16,7 +16,7 @@ from typing import Any
 from slos_serve.config import BEST_EFFORT, OVERRIDES, SloConfig
 from slos_serve.core.lengths import LengthModel
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing import Arrival
+from slos_serve.core.routing.routers import Arrival
 from slos_serve.core.types import Request, Slo
 from slos_serve.ray_serve.fleet import Fleet
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from slos_serve.core.routing import Arrival, ReplicaSnapshot, Route, Router, make_router
+from slos_serve.core.routing.routers import Arrival, ReplicaSnapshot, Route, Router, make_router
 
 SCHEMA = "slos-serve-decisions/1"
 ENDLESS = ("ttft_deadline_s", "tpot_s", "e2e_deadline_s")  # null in JSON where nothing is promised

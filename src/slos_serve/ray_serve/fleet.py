@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slos_serve.core.routing import Router
+from slos_serve.core.routing.routers import Router
 from slos_serve.ray_serve.hops import Hop
 from slos_serve.ray_serve.reports import Report, parse_report
 

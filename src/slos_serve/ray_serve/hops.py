@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slos_serve.core.routing import Arrival
+from slos_serve.core.routing.routers import Arrival
 
 # Why a replica gives no promise although the client asked for one it might get elsewhere.
 REFUSALS = frozenset({"compute", "memory", "deadline-passed"})

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from slos_serve.core.routing import Arrival
+from slos_serve.core.routing.routers import Arrival
 from slos_serve.errors import SlosServeError
 from slos_serve.ray_serve.fleet import Fleet
 from slos_serve.ray_serve.hops import FINISHED, VERDICT, Hop, Note, is_last, is_refusal

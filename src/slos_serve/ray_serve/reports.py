@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slos_serve.core.routing import ReplicaSnapshot
+from slos_serve.core.routing.routers import ReplicaSnapshot
 from slos_serve.http.hub import Hub
 
 KEY = "slos_serve"  # in Ray's routing statistics

@@ -1,4 +1,4 @@
-"""Ray Serve's request router over the policies of `core.routing`.
+"""Ray Serve's request router over the policies of `core.routing.routers`.
 
 Ray calls `choose_replicas` for every request on its router's own event loop; groups of one keep it from
 choosing again by queue length. What replicas publish comes with every update of the replica set.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.core.routing import make_router
+from slos_serve.core.routing.routers import make_router
 from slos_serve.ray_serve.decisions import recorded
 from slos_serve.ray_serve.fleet import Fleet, fleet_of
 from slos_serve.ray_serve.hops import Hop

@@ -17,8 +17,8 @@ from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
+from slos_serve.serving.prepare import Launch, measure, prepare, say
 from slos_serve.serving.profiles import SPEED_ENVIRONMENT
-from slos_serve.serving.verb import Launch, measure, prepare, say
 
 # What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
 REFUSED = (
@@ -78,7 +78,7 @@ def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
     if (args.replicas or 1) > most:
         expected = f"at most {most}: each takes {bundle['CPU']:g} core, this machine has {num_cores()}"
         raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected=expected)
-    from slos_serve.core.routing import ROUTERS  # noqa: PLC0415
+    from slos_serve.core.routing.routers import ROUTERS  # noqa: PLC0415
 
     if args.router not in (None, "ray", *ROUTERS):
         expected = f"one of {', '.join((*ROUTERS, 'ray'))}"

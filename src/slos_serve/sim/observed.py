@@ -23,16 +23,16 @@ from slos_serve.core.fit import fit_perf_model, from_records, predicted_s
 from slos_serve.core.types import Request, Slo
 from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import Hardware
-from slos_serve.sim.records import SimRequest
-from slos_serve.sim.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
+from slos_serve.sim.replica.requests import SimRequest
 from slos_serve.sim.run import run_workload
-from slos_serve.sim.workload import Workload
+from slos_serve.sim.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
-    from slos_serve.core.summary import GradedRequest
+    from slos_serve.core.slo.summary import GradedRequest
     from slos_serve.core.types import IntArray, Planner
-    from slos_serve.sim.recording import Recording
+    from slos_serve.records.reader import Recording
 
 UNGRADED = ("cancelled", "failed", "none")
 MIN_STEPS = 200

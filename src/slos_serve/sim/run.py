@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slos_serve.core.summary import GradedRequest, summarize
-from slos_serve.sim.cluster import POOLED, Cluster, ClusterOptions
-from slos_serve.sim.invariants import check_apart, check_conservation, check_table
-from slos_serve.sim.kernel import Kernel, Priority
-from slos_serve.sim.replica import Hooks, Replica, ReplicaOptions
+from slos_serve.core.slo.summary import GradedRequest, summarize
+from slos_serve.sim.cluster.cluster import POOLED, Cluster, ClusterOptions
+from slos_serve.sim.replica.invariants import check_apart, check_conservation, check_table
+from slos_serve.sim.replica.kernel import Kernel, Priority
+from slos_serve.sim.replica.replica import Hooks, Replica, ReplicaOptions
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import PerfModel
     from slos_serve.core.types import Planner
     from slos_serve.sim.hardware import Hardware
-    from slos_serve.sim.records import SimRequest
-    from slos_serve.sim.workload import Workload
+    from slos_serve.sim.replica.requests import SimRequest
+    from slos_serve.sim.workloads.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.core import baselines
 from slos_serve.errors import ConfigError, unknown_name
-from slos_serve.sim.cluster import DEFAULT_ROUTER, ClusterOptions
+from slos_serve.sim.cluster.cluster import DEFAULT_ROUTER, ClusterOptions
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Planner

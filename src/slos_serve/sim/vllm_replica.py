@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
-from slos_serve.sim.kernel import Kernel, Priority
-from slos_serve.sim.records import Record
-from slos_serve.vllm_plugin.clock import Clock
+from slos_serve.sim.replica.kernel import Kernel, Priority
+from slos_serve.sim.replica.requests import Record
+from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.scheduler import SloMixin
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 
 if TYPE_CHECKING:
-    from slos_serve.core.summary import GradedRequest
+    from slos_serve.core.slo.summary import GradedRequest
     from slos_serve.sim.hardware import Hardware
-    from slos_serve.sim.records import SimRequest
-    from slos_serve.sim.workload import Workload
+    from slos_serve.sim.replica.requests import SimRequest
+    from slos_serve.sim.workloads.workload import Workload
 
 EPOCH_S = 1e9  # the virtual clock's zero, as wall-clock time
 

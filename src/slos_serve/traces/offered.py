@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from slos_serve.errors import ConfigError
-from slos_serve.sim.traces import SMALL_TRACE, Trace, first_of, read_trace, synthetic_arrivals
 from slos_serve.traces.formats.lengths import NAME as LENGTHS_ONLY
 from slos_serve.traces.rows import TIME_UNITS, ReadOptions
+from slos_serve.traces.trace import SMALL_TRACE, Trace, first_of, read_trace, synthetic_arrivals
 
 STREAM = 2  # of the seed, for arrivals and classes
 MAX_RATE_RPS = 1e6

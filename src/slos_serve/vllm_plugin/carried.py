@@ -1,7 +1,7 @@
 """A plan that is carried out again, step after step, until something changes: a check instead of a plan.
 
 A plan is made anew when a request comes, ends (where others wait) or changes its kind, when vLLM did not do what was
-planned, when a step starts later than foretold or blocks are short, and when what was foretold is over (`core.steady`).
+planned, when a step starts later than foretold or blocks are short, and when what was foretold is over (`core.planning.steady`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from slos_serve.core.steady import Foretold
-    from slos_serve.vllm_plugin.steer import Steering
+    from slos_serve.core.planning.steady import Foretold
+    from slos_serve.vllm_plugin.engine.steer import Steering
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.vllm_plugin import view
-from slos_serve.vllm_plugin.control import ControlServer
+from slos_serve.vllm_plugin.engine import view
+from slos_serve.vllm_plugin.wire.control import ControlServer
 
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.runtime import SloRuntime

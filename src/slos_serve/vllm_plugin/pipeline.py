@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from slos_serve.vllm_plugin.record import BatchShape
+    from slos_serve.records.writer import BatchShape
 
 BUSY_GAP_S = 0.05  # from one output to the next schedule(): longer, and the engine was kept from working
 

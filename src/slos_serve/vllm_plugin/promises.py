@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import short
-from slos_serve.core import deadlines
+from slos_serve.core.slo import deadlines
 from slos_serve.core.types import Plan, Tier, Verdict
-from slos_serve.vllm_plugin import view
+from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.report import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from slos_serve.vllm_plugin.outbox import Outbox
-    from slos_serve.vllm_plugin.safety import StepDown
-    from slos_serve.vllm_plugin.tracking import Live, Tracker
+    from slos_serve.vllm_plugin.engine.tracking import Live, Tracker
+    from slos_serve.vllm_plugin.safety.rules import StepDown
+    from slos_serve.vllm_plugin.wire.outbox import Outbox
 
 
 class Promises:

@@ -13,8 +13,8 @@ from slos_serve.config import short
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from slos_serve.vllm_plugin.engine.tracking import Tracker
     from slos_serve.vllm_plugin.runtime import SloRuntime
-    from slos_serve.vllm_plugin.tracking import Tracker
 
 NOT_SAID = frozenset({"slo_id", "slo_tenant", "slo_arrival_s"})
 

@@ -13,42 +13,42 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.ageing import Ageing
 from slos_serve.core.fit import STALL_FACTOR
-from slos_serve.core.steady import foretell
+from slos_serve.core.planning.ageing import Ageing
+from slos_serve.core.planning.steady import foretell
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
-from slos_serve.vllm_plugin import view
+from slos_serve.records.writer import StepRecorder
 from slos_serve.vllm_plugin.carried import Carried
-from slos_serve.vllm_plugin.channel import Publisher, address
-from slos_serve.vllm_plugin.clock import Clock
 from slos_serve.vllm_plugin.cost import Cost
-from slos_serve.vllm_plugin.drafting import DraftWatch
-from slos_serve.vllm_plugin.effort import WorkLimit
-from slos_serve.vllm_plugin.expiry import Expiry
-from slos_serve.vllm_plugin.faults import Faults
+from slos_serve.vllm_plugin.engine import view
+from slos_serve.vllm_plugin.engine.clock import Clock
+from slos_serve.vllm_plugin.engine.expiry import Expiry
+from slos_serve.vllm_plugin.engine.shape import Shapes
+from slos_serve.vllm_plugin.engine.steer import Steering, expire
+from slos_serve.vllm_plugin.engine.tracking import Tracker
 from slos_serve.vllm_plugin.housekeeping import Housekeeper
-from slos_serve.vllm_plugin.learning import Learner
-from slos_serve.vllm_plugin.learnt import Learnt
-from slos_serve.vllm_plugin.outbox import Outbox
+from slos_serve.vllm_plugin.learning.drafting import DraftWatch
+from slos_serve.vllm_plugin.learning.learner import Learner
+from slos_serve.vllm_plugin.learning.learnt import Learnt
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
-from slos_serve.vllm_plugin.record import StepRecorder
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts
 from slos_serve.vllm_plugin.report import Ring
-from slos_serve.vllm_plugin.safety import StepDown
+from slos_serve.vllm_plugin.safety.faults import Faults
+from slos_serve.vllm_plugin.safety.rules import StepDown
+from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
+from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.settings import Settings
-from slos_serve.vllm_plugin.shape import Shapes
 from slos_serve.vllm_plugin.snapshot import facts, snapshot
-from slos_serve.vllm_plugin.steer import Steering, expire
-from slos_serve.vllm_plugin.tracking import Tracker
-from slos_serve.vllm_plugin.watchdog import PlannerHungError, Watchdog
+from slos_serve.vllm_plugin.wire.channel import Publisher, address
+from slos_serve.vllm_plugin.wire.outbox import Outbox
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from slos_serve.vllm_plugin.tracking import Live
+    from slos_serve.vllm_plugin.engine.tracking import Live
 
 logger = logging.getLogger("vllm.slos_serve")
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from slos_serve.config import SloConfig, load_slo_config
 from slos_serve.core.types import Planner
 from slos_serve.errors import ConfigError
-from slos_serve.vllm_plugin.modes import MODES, Modes
-from slos_serve.vllm_plugin.safety import SafetyLimits
+from slos_serve.vllm_plugin.safety.modes import MODES, Modes
+from slos_serve.vllm_plugin.safety.rules import SafetyLimits
 
 WHERE = 'additional_config["slo"]'
 STATE_SUFFIX = ".learnt.json"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.snapshots import snapshot_of
+from slos_serve.core.routing.snapshots import snapshot_of
 from slos_serve.core.types import ReplicaState, Status, Tier
-from slos_serve.vllm_plugin import view
+from slos_serve.vllm_plugin.engine import view
 
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.runtime import SloRuntime

@@ -53,7 +53,7 @@ class Listener:
     def _listen(self) -> None:
         import msgspec  # noqa: PLC0415 - only where our scheduler runs
 
-        from slos_serve.vllm_plugin.channel import zmq  # noqa: PLC0415
+        from slos_serve.vllm_plugin.wire.channel import zmq  # noqa: PLC0415
 
         context = zmq.Context()
         socket = context.socket(zmq.SUB)
@@ -83,8 +83,8 @@ class SloStatLogger(StatLoggerBase):
         if not is_ours(vllm_config.scheduler_config.scheduler_cls):
             return
         from slos_serve.http.hub import HUB  # noqa: PLC0415 - prometheus_client and all, only where used
-        from slos_serve.vllm_plugin.channel import address  # noqa: PLC0415
-        from slos_serve.vllm_plugin.control import ask  # noqa: PLC0415
+        from slos_serve.vllm_plugin.wire.channel import address  # noqa: PLC0415
+        from slos_serve.vllm_plugin.wire.control import ask  # noqa: PLC0415
 
         additional = vllm_config.additional_config
         slo = additional.get("slo") if isinstance(additional, dict) else None

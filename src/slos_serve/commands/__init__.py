@@ -1,0 +1,1 @@
+"""The verbs of `slos-serve`, one module each."""

@@ -1,0 +1,265 @@
+"""`slos-serve plan`: how many replicas of what hardware a workload needs, and the headroom for a burst."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slos_serve.config import load_slo_config
+from slos_serve.errors import ConfigError
+from slos_serve.sim.capacity.runs import work_rate
+from slos_serve.sim.capacity.search import pooled
+from slos_serve.sim.capacity.sizing import Deployment, faster, fewest, highest_factor, with_burst
+from slos_serve.sim.hardware import hardware_names, load_hardware
+from slos_serve.sim.systems import SYSTEMS, find_system
+from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
+from slos_serve.terminal.bar import Bar
+from slos_serve.traces.offered import add_options, check_options, offered_trace, tell
+from slos_serve.traces.standins import SYNTHETIC, data_folder
+from slos_serve.traces.trace import Trace
+
+if TYPE_CHECKING:
+    from slos_serve.sim.hardware import Hardware
+
+HELP = "say how many replicas of what hardware a workload needs"
+DEFAULT_HARDWARE = "a100-80g-7b-measured"
+NUM_WINDOWS = 3
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `plan`."""
+    parser.epilog = "example: slos-serve plan --trace mine.csv --rate 20 --hardware a100-80g-7b-measured --burst 3"
+    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
+    add_options(parser)
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
+    parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
+    parser.add_argument(
+        "--hardware",
+        metavar="NAMES|FILES",
+        default=DEFAULT_HARDWARE,
+        help=f"of {', '.join(hardware_names())}, or files, such as `slos-serve profile` writes ({DEFAULT_HARDWARE})",
+    )
+    parser.add_argument(
+        "--system", metavar="NAME", default="slos-serve-ar", help=f"of {', '.join(SYSTEMS)} (slos-serve-ar: no drafts)"
+    )
+    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
+    parser.add_argument(
+        "--target-attainment", metavar="T", type=float, default=0.9, help="of every class, 0 to 1 (0.9)"
+    )
+    parser.add_argument(
+        "--burst", metavar="FACTOR", type=float, help="also plan for a fifth of the requests arriving so much faster"
+    )
+    parser.add_argument("--max-replicas", metavar="N", type=int, default=64, help="where to stop looking (64)")
+    parser.add_argument(
+        "--max-requests", metavar="N", type=int, default=900, help="simulate the busiest so many of a trace (900)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan for each hardware and print the answer."""
+    check(args)
+    names = args.hardware.split(",")
+    hardware = {name: load_hardware(name) for name in names}
+    document: dict[str, Any] = {"target_attainment": args.target_attainment, "system": args.system}
+    document["burst_factor"] = args.burst
+    if args.scenario is not None:
+        document["data"] = args.data or SYNTHETIC
+    with Bar(f"planning on {', '.join(hardware)}", len(hardware)) as bar:
+        found: dict[str, dict[str, Any]] = {}
+        num_runs = 0
+
+        def on_run() -> None:
+            nonlocal num_runs
+            num_runs += 1
+            bar(len(found), num_runs)
+
+        for name, one in hardware.items():
+            workloads, longest = build_workloads(args, one)
+            deployment = Deployment(
+                system=find_system(args.system),
+                settings=find_system(args.system).default,
+                hardware=one,
+                max_model_len=longest,
+                acceptance=args.acceptance,
+                seed=args.seed,
+                on_run=on_run,
+            )
+            found[one.name] = {"workload": describe(workloads), **size(args, deployment, workloads)}
+            bar(len(found), num_runs, name)
+    document["hardware"] = found
+    fitting = {name: entry["gpus"] for name, entry in found.items() if entry["replicas"]}
+    document["best"] = min(fitting, key=lambda name: fitting[name], default=None)
+    if args.json:
+        json.dump(document, sys.stdout, indent=2)
+        print()
+    else:
+        print(as_text(document))
+    return 0 if fitting else 1
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the arguments."""
+    where = "plan"
+    check_options(where, args)
+    find_system(args.system)
+    bounds = {
+        "target_attainment": (0.0, 1.0 + 1e-12),
+        "burst": (1.0, 1e3),
+        "acceptance": (-1e-9, 1.0),
+        "max_replicas": (0.5, 1024.5),
+        "max_requests": (0.5, 1e9),
+        "seed": (-0.5, 2**32),
+    }
+    for key, (low, high) in bounds.items():
+        value = getattr(args, key)
+        if value is not None and not low < value < high:
+            expected = f"between {math.ceil(low * 2) / 2:g} and {high:g}"
+            raise ConfigError(where=where, key=key, value=value, expected=expected)
+
+
+def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[Workload], int]:
+    """Return what is offered (several windows of a scenario, one stretch of a trace), and the context length."""
+    if args.scenario is not None:
+        scenario = find_scenario(args.scenario)
+        slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
+        data = data_folder(args.data, command="plan")
+        each = max(1, args.max_requests // NUM_WINDOWS)
+        offers = [
+            Offer(data=data, hardware=hardware, rate_rps=args.rate, seed=seed, max_requests=each)
+            for seed in range(NUM_WINDOWS)
+        ]
+        return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)
+    config = load_slo_config(args.slo_config)
+    longest = hardware.limits().max_model_len
+    trace = busiest(offered_trace(args, max_total_tokens=longest, stretch=False), args.max_requests)
+    factory = RequestFactory(config, hardware.reference_s, longest)
+    workload = trace_workload(trace, factory, max_model_len=longest, default_class=args.slo_class, rate_rps=args.rate)
+    tell(workload.name, workload.num_requests, workload.duration_s if trace.span_s else 0.0, trace)
+    return [workload], longest
+
+
+def busiest(trace: Trace, max_requests: int) -> Trace:
+    """Return so many requests in a row, those that arrive in the shortest time."""
+    if len(trace) <= max_requests:
+        return trace
+    times = trace.arrived_at_s
+    spans = times[max_requests:] - times[:-max_requests]
+    first = int(np.argmin(spans))
+    start_s, span_s = float(times[first]), max(float(spans[first]), 1e-6)
+    cut = trace.select(slice(first, first + max_requests))
+    return replace(cut, arrived_at_s=cut.arrived_at_s - start_s, span_s=span_s)
+
+
+def describe(workloads: list[Workload]) -> dict[str, Any]:
+    """Return what is planned for."""
+    counts = sum((workload.num_by_class() for workload in workloads), Counter[str]())
+    return {
+        "name": workloads[0].name,
+        "rate_rps": sum(one.num_requests for one in workloads) / sum(one.duration_s for one in workloads),
+        "num_requests": counts.total(),
+        "num_dropped": sum(workload.num_dropped for workload in workloads),
+        "num_windows": len(workloads),
+        "by_class": dict(sorted(counts.items())),
+    }
+
+
+def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workload]) -> dict[str, Any]:
+    """Return the replicas that one hardware needs, and what they have to spare."""
+    target: float = args.target_attainment
+    rate_rps = describe(workloads)["rate_rps"]
+    gpus_each = deployment.system.layout(deployment.settings).num_replicas * deployment.hardware.num_gpus
+    start = math.ceil(rate_rps / gpus_each / work_rate(workloads[0], deployment.hardware, share=0.6))
+
+    def passes(count: int) -> bool:
+        return deployment.attainment(workloads, count) >= target
+
+    count = fewest(passes, start=start, most=args.max_replicas)
+    if count is None:
+        best = deployment.attainment(workloads, args.max_replicas)
+        reason = f"{replicas(args.max_replicas)} attain {best:.1%}: some promises are too tight for this hardware"
+        return {"replicas": None, "gpus": None, "attainment": best, "reason": reason}
+    outcomes = deployment.outcomes(workloads, count)
+    names = sorted({name for one in outcomes for name in one.by_class})
+    by_class = {}
+    for name in names:
+        mine = [one for one in outcomes if name in one.by_class]
+        by_class[name] = sum(one.met(name) for one in mine) / sum(one.by_class[name][1] for one in mine)
+    return {
+        "replicas": count,
+        "gpus": count * gpus_each,
+        "attainment": pooled(outcomes),
+        # `fewest` has run it: nothing is simulated for this.
+        "attainment_one_fewer": deployment.attainment(workloads, count - 1) if count > 1 else None,
+        "attainment_by_class": by_class,
+        "rate_per_gpu_rps": rate_rps / (count * gpus_each),
+        "headroom_factor": highest_factor(
+            lambda factor: deployment.attainment([faster(one, factor) for one in workloads], count) >= target
+        ),
+        "burst": burst(args, deployment, workloads, count, gpus_each) if args.burst else None,
+        "reason": "",
+    }
+
+
+def burst(
+    args: argparse.Namespace, deployment: Deployment, workloads: list[Workload], count: int, gpus_each: int
+) -> dict[str, Any]:
+    """Return what the burst does to `count` replicas, and how many hold the target through it."""
+    target: float = args.target_attainment
+    bursts = [with_burst(workload, args.burst) for workload in workloads]
+
+    def passes(extra: int) -> bool:
+        return deployment.attainment(bursts, count - 1 + extra) >= target
+
+    extra = fewest(passes, start=1, most=args.max_replicas - count + 1)
+    needed = None if extra is None else count - 1 + extra
+    return {
+        "factor": args.burst,
+        "attainment": deployment.attainment(bursts, count),
+        "replicas": needed,
+        "gpus": None if needed is None else needed * gpus_each,
+    }
+
+
+def replicas(count: int) -> str:
+    """Return the count in words."""
+    return f"{count} replica" if count == 1 else f"{count} replicas"
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """Return the answer for people."""
+    lines = []
+    for name, entry in document["hardware"].items():
+        load = entry["workload"]
+        mix = ", ".join(f"{count} {slo_class}" for slo_class, count in load["by_class"].items())
+        lines.append(
+            f"{name}: {load['name']} at {load['rate_rps']:.2f} requests/s ({mix}; {load['num_dropped']} too long)"
+        )
+        if entry["replicas"] is None:
+            lines.append(f"  cannot be served: {entry['reason']}")
+            continue
+        gpus = f", {entry['gpus']} GPUs" if entry["gpus"] != entry["replicas"] else ""
+        fewer = entry["attainment_one_fewer"]
+        aside = "" if fewer is None else f" (with one fewer {fewer:.1%})"
+        lines.append(f"  {replicas(entry['replicas'])}{gpus}: {entry['attainment']:.1%} of the worst class{aside}")
+        target = f"{document['target_attainment']:.0%}"
+        lines.append(f"  headroom: holds {target} up to {entry['headroom_factor']:.2f} x the rate")
+        if entry["burst"]:
+            one = entry["burst"]
+            more = "more than there may be" if one["replicas"] is None else replicas(one["replicas"])
+            lines.append(
+                f"  a burst of {one['factor']:g} x: {one['attainment']:.1%} with those; {more} to hold {target}"
+            )
+    if document["best"] is not None and len(document["hardware"]) > 1:
+        lines.append(f"fewest GPUs: {document['best']}")
+    lines.append("Simulated with the step times of the hardware files; a profile of your own engine is better.")
+    return "\n".join(lines)

@@ -1,0 +1,276 @@
+"""`slos-serve simulate`: one run on the virtual clock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slos_serve.config import load_slo_config
+from slos_serve.core.routing.routers import ROUTERS
+from slos_serve.core.warmup import warm_up
+from slos_serve.errors import ConfigError
+from slos_serve.sim.cluster.cluster import POOLED
+from slos_serve.sim.cluster.faults import FORM, parse_fault
+from slos_serve.sim.hardware import hardware_names, load_hardware
+from slos_serve.sim.replica.replica import ReplicaOptions
+from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.systems import SYSTEMS, System, find_system
+from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
+from slos_serve.terminal.bar import Bar, said_if_slow
+from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
+from slos_serve.traces.standins import SYNTHETIC, data_folder
+
+if TYPE_CHECKING:
+    from slos_serve.sim.hardware import Hardware
+    from slos_serve.traces.trace import Trace
+
+HELP = "serve a trace on a virtual clock and grade it by class"
+DEFAULT_HARDWARE = "a100-80g-7b-measured"
+MAX_REPLICAS = 1024
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `simulate`."""
+    parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
+    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
+    add_options(parser)
+    parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
+    parser.add_argument(
+        "--system",
+        metavar="NAME[,NAME...]",
+        default="slos-serve",
+        help=f"of {', '.join(SYSTEMS)}; the same requests for each",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the system, such as token_budget=512",
+    )
+    parser.add_argument(
+        "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
+    )
+    parser.add_argument("--kv-tokens", metavar="N", type=int, help="KV room in tokens (default: the hardware's)")
+    parser.add_argument(
+        "--replicas", metavar="N", type=int, default=1, help="replicas (1), or units of a system that needs several"
+    )
+    parser.add_argument(
+        "--router",
+        metavar="NAME",
+        choices=(*ROUTERS, POOLED),
+        help=f"one of {', '.join(ROUTERS)}; {POOLED}: one replica as fast as all (default: the system's)",
+    )
+    parser.add_argument("--hops", metavar="N", type=int, help="replicas tried after the first (the router's own)")
+    parser.add_argument(
+        "--snapshot-period", metavar="S", type=float, default=0.25, help="seconds between a replica's snapshots (0.25)"
+    )
+    parser.add_argument(
+        "--snapshot-lag", metavar="S", type=float, default=0.0, help="seconds until the router has one (0)"
+    )
+    parser.add_argument("--fault", metavar="F", action="append", default=[], help=f"{FORM}; may be repeated")
+    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
+    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
+    parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
+    parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
+    parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
+    parser.add_argument(
+        "--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)"
+    )
+    parser.add_argument("--length-error", metavar="F", type=float, default=1.0, help="factor on predicted lengths (1)")
+    parser.add_argument(
+        "--acceptance-drift", metavar="D", type=float, default=0.0, help="added to the acceptance every 100 s (0)"
+    )
+    parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
+    parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="window of a scenario, and all chance (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulate and print the summary."""
+    _check(args)
+    hardware = load_hardware(args.hardware)
+    if args.kv_tokens is not None:
+        hardware = hardware.with_kv_tokens(args.kv_tokens)
+    systems = [find_system(name) for name in dict.fromkeys(args.system.split(","))]
+    workload, max_model_len, trace = build_workload(args, hardware)
+    entries = [simulate(args, system, workload, hardware, max_model_len) for system in systems]
+    tell(workload.name, workload.num_requests, workload.duration_s if trace is None else trace.span_s, trace)
+    for entry in entries:
+        entry.update({} if trace is None else {"trace": summary(trace)})
+    if args.json:
+        json.dump(entries if len(entries) > 1 else entries[0], sys.stdout, indent=2)
+        print()
+    else:
+        print("\n\n".join(as_text(entry) for entry in entries))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    where = "simulate"
+    check_options(where, args)
+    if not 1 <= args.replicas <= MAX_REPLICAS:
+        raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
+    if args.hops is not None and args.hops < 0:
+        raise ConfigError(where=where, key="hops", value=args.hops, expected="0 or more")
+    bounds = {
+        "noise": (-1e-9, 2.0),
+        "acceptance": (-1e-9, 1.0),
+        "model_error": (0.0, 100.0),
+        "length_error": (0.0, 100.0),
+        "acceptance_drift": (-1.0, 1.0),
+        "snapshot_period": (0.0, 3600.0),
+        "snapshot_lag": (-1e-9, 3600.0),
+    }
+    for key, (low, high) in bounds.items():
+        value = getattr(args, key)
+        if value is not None and not low < value < high:
+            floor = f"more than {low:g}" if low <= -1 or low == 0 else "at least 0"
+            raise ConfigError(where=where, key=key, value=value, expected=f"{floor}, below {high:g}")
+    if args.kv_tokens is not None and args.kv_tokens < 1:
+        raise ConfigError(where=where, key="kv_tokens", value=args.kv_tokens, expected="a positive number of tokens")
+    if args.seed < 0:
+        raise ConfigError(where=where, key="seed", value=args.seed, expected="0 or more")
+
+
+def parse_settings(system: System, texts: list[str]) -> dict[str, Any]:
+    """Return the system's default settings, changed by KEY=VALUE texts (values are JSON)."""
+    settings = dict(system.default)
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(where="simulate", key="set", value=text, expected="KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def build_workload(args: argparse.Namespace, hardware: Hardware) -> tuple[Workload, int, Trace | None]:
+    """Return what is offered, the context length it is offered under, and the trace it was made of, if any."""
+    if args.scenario is not None:
+        scenario = find_scenario(args.scenario)
+        slos = load_slo_config(args.slo_config) if args.slo_config else SCENARIO_SLOS
+        offer = Offer(
+            data=data_folder(args.data, command="simulate"),
+            hardware=hardware,
+            rate_rps=args.rate,
+            part=args.part,
+            seed=args.seed,
+        )
+        return scenario.offer(offer, slos), scenario.max_model_len(hardware), None
+    config = load_slo_config(args.slo_config)
+    longest = hardware.limits().max_model_len
+    trace = offered_trace(args, max_total_tokens=longest)
+    factory = RequestFactory(config, hardware.reference_s, longest)
+    workload = trace_workload(trace, factory, max_model_len=longest, default_class=args.slo_class)
+    return workload, longest, trace
+
+
+def simulate(
+    args: argparse.Namespace, system: System, workload: Workload, hardware: Hardware, max_model_len: int
+) -> dict[str, Any]:
+    """Run and return the JSON document."""
+    settings = parse_settings(system, args.set)
+    faults = tuple(parse_fault(text) for text in args.fault)
+    try:
+        planner, cluster = system.deploy(settings, num_replicas=args.replicas, router=args.router)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
+    try:
+        cluster = replace(
+            cluster,
+            max_hops=args.hops,
+            snapshot_period_s=args.snapshot_period,
+            snapshot_lag_s=args.snapshot_lag,
+            faults=faults,
+        )
+    except ValueError as error:
+        raise ConfigError(where="simulate", key="fault", value=args.fault, expected=str(error)) from error
+    options = ReplicaOptions(
+        acceptance={"": args.acceptance},
+        acceptance_drift=args.acceptance_drift,
+        length_error=args.length_error,
+        drops_declined=system.drops_declined,
+        async_lag=args.async_lag,
+        noise_sigma=args.noise,
+        known_lengths=args.known_lengths,
+        makes_promises=system.makes_promises,
+    )
+    with said_if_slow(f"{system.name}: compiling its loops, once after an installation: a minute or two"):
+        warm_up(planner, hardware.limits(max_model_len=max_model_len))
+    with _step_writer(args.record) as on_step, Bar(workload.name, workload.num_requests, counted="requests") as bar:
+        start = time.perf_counter()
+        result: RunResult = run_workload(
+            workload,
+            planner,
+            hardware.slower(args.model_error),
+            plan_model=hardware.perf_model,
+            seed=args.seed,
+            options=options,
+            cluster=cluster,
+            max_model_len=max_model_len,
+            max_draft_length=system.max_draft_length,
+            plan_clock=time.perf_counter,
+            on_step=on_step,
+            on_progress=lambda done: bar(done, done),
+        )
+        wall_s = time.perf_counter() - start
+    entry = result.entry(system=system.name, wall_s=wall_s)
+    entry["hardware"] = hardware.name
+    entry["settings"] = settings
+    if args.scenario is not None:
+        entry["data"] = args.data or SYNTHETIC
+    entry["known_lengths"] = args.known_lengths
+    return entry
+
+
+@contextmanager
+def _step_writer(path: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """Yield what writes step records as lines of JSON; None without a path."""
+    if path is None:
+        yield None
+        return
+    with Path(path).open("w", encoding="utf-8") as file:
+        yield lambda record: print(json.dumps(record), file=file)
+
+
+def as_text(entry: dict[str, Any]) -> str:
+    """Return the summary for people."""
+
+    def row(name: str, group: dict[str, Any]) -> str:
+        ttft, tpot = group["ttft_s"]["p99"], group["tpot_s"]["p99"]
+        share = "-" if group["attainment"] is None else f"{100 * group['attainment']:.1f} %"
+        kept = f"{group['kept']}/{group['promised']}" if group["promised"] else "-"
+        lost = group["failed"] + group["rejected"]
+        counts = f"{group['num_requests']:9}{share:>11}{kept:>13}{group['declined']:9}{lost:7}"
+        latencies = [f"{1000 * value:.0f}" if value is not None else "-" for value in (ttft, tpot)]
+        return f"{name:16}{counts}{latencies[0]:>12}{latencies[1]:>12}"
+
+    where = entry["hardware"]
+    if entry["replicas"] > 1:
+        where = f"{entry['replicas']} x {where} ({entry['router']})"
+    lines = [
+        f"{entry['system']} on {where}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
+        "class            requests   attained         kept declined failed p99 TTFT ms p99 TPOT ms",
+        *(row(name, group) for name, group in entry["by_class"].items()),
+        row("all", entry),
+        f"{entry['num_steps']} steps, {entry['simulated_s']:.0f} s simulated in {entry['wall_s']:.1f} s",
+    ]
+    if entry["promised"]:
+        lines.append("kept: of those promised; what was declined is served best-effort, and counts as a miss")
+    if entry["num_dropped"]:
+        lines.append(f"{entry['num_dropped']} more requests are longer than the context and were left out")
+    return "\n".join(lines)

@@ -1,0 +1,313 @@
+"""A replica's state as a plan reads it: what each request owes, holds and may take, relative to now.
+
+Everything is derived in one compiled pass over the request table, once per plan. `demand` picks the columns that
+trials and batches work on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slos_serve.core.jit import jit
+from slos_serve.core.perf import FloatArray, batch_seconds
+from slos_serve.core.planning import draft
+from slos_serve.core.planning.demand import (
+    CONTEXT,
+    DEADLINE,
+    DUE,
+    EPS_S,
+    GAIN,
+    GAP,
+    HELD,
+    LEFT,
+    NUM_COLUMNS,
+    OUTPUT_LEFT,
+    REQUIRED,
+    START,
+    STEPS,
+    TPOT,
+    VALUE,
+    VERIFY,
+    Demand,
+    Machine,
+)
+from slos_serve.core.slo.due import PROMISED, is_late, row_due, row_pace
+from slos_serve.core.types import Status, Tier
+
+if TYPE_CHECKING:
+    from slos_serve.core.types import BoolArray, IntArray, ReplicaState, Rows
+
+
+RUNNING = int(Status.RUNNING)
+PENDING, BEST_EFFORT = int(Tier.PENDING), int(Tier.BEST_EFFORT)
+MAX_ACCEPTANCE = 0.99
+MIN_TPOT_S = 1e-6
+
+# rows of the flags
+IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE, IS_ENDED = range(9)
+NUM_FLAGS = 9
+OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks of the others, context of live decodes
+
+
+@jit
+def foretold(rows: Rows, i: int) -> float:
+    """Return the output tokens up to which what is predicted and drawn for row `i` holds: then both are made anew."""
+    return min(float(rows["predicted_output_tokens"][i]), float(rows["drawn_output_tokens"][i]))
+
+
+@jit
+def planned_rests(rows: Rows) -> FloatArray:
+    """Return the output tokens that each row is planned to produce still, at least 1.
+
+    Lengths add up, in memory and in steps: of many outputs the long ones meet short ones. So what is promised or runs
+    is planned with the length drawn for it, which together are spread as lengths are, and with a share of what the high
+    quantile is above it: all of it for one alone, less among many, as the standard error of a sum. Best-effort work
+    gives way, so it is none of the many.
+    """
+    rests: FloatArray = np.maximum(rows["predicted_output_tokens"] - rows["num_output_tokens"], 1.0)
+    total = squares = 0.0
+    for i in range(len(rows)):
+        if rows["tier"][i] == PROMISED or (rows["status"][i] == RUNNING and rows["tier"][i] != BEST_EFFORT):
+            total += rests[i]
+            squares += rests[i] * rests[i]
+    share = math.sqrt(squares) / total if total > 0.0 else 1.0
+    for i in range(len(rows)):
+        if rows["tier"][i] == PROMISED or rows["status"][i] == RUNNING:
+            rests[i] -= (1.0 - share) * (rows["predicted_output_tokens"][i] - rows["drawn_output_tokens"][i])
+        rests[i] = max(rests[i], 1.0)
+    return rests
+
+
+@jit
+def derive(
+    rows: Rows, now_s: float, guard_s: float, fixed_s: float, block_size: int, lines: FloatArray, margin_decode: float
+) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
+    """Return what a plan reads of every row: its demand, its flags, the KV blocks granted to it, and sums.
+
+    Times are relative to `now_s`, without the guard. Nobody drafts yet; `HELD` is what is held. Who has ended, its last
+    token being in flight, keeps seat and blocks for this step and wants nothing.
+    """
+    count = len(rows)
+    table, flags = np.empty((NUM_COLUMNS, count)), np.zeros((NUM_FLAGS, count), np.bool_)
+    granted, sums = np.empty(count), np.zeros(3)
+    num_promised = num_late = 0
+    late_read = 0.0
+    rests = planned_rests(rows)
+    for i in range(count):
+        computed, produced, tier = rows["num_computed_tokens"][i], rows["num_output_tokens"][i], rows["tier"][i]
+        running = rows["status"][i] == RUNNING
+        total = rows["num_prompt_tokens"][i] + produced
+        done = rows["num_cached_tokens"][i] if computed == 0 else computed
+        remaining = max(1, total - done)
+        decoding = produced > 0 and remaining == 1 and computed > 0
+        held, start = float(rows["num_kv_blocks"][i]), math.ceil((total + 1) / block_size)
+        due = row_due(rows, i, fixed_s) - now_s - guard_s
+        tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
+        has_slo = math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)
+        ended = produced >= rows["max_output_tokens"][i]
+        alive = has_slo and not ended and not is_late(rows, i, now_s)
+        promised = alive and tier == PROMISED
+        candidate = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and due > 0.0))
+        live = decoding and promised
+        # Blocks that promised prefills under way have been granted, though they do not hold them yet.
+        granted[i] = 0.0 if not running else held if decoding else max(held, float(start))
+        table[LEFT, i] = 0 if decoding else remaining
+        table[CONTEXT, i] = done
+        table[DEADLINE, i] = -math.inf if decoding else due
+        table[DUE, i] = due if decoding else math.inf
+        table[TPOT, i] = tpot
+        table[GAP, i] = gap
+        table[VERIFY, i] = table[GAIN, i] = 1.0
+        table[STEPS, i] = 0.0
+        table[OUTPUT_LEFT, i] = rests[i]
+        table[HELD, i] = held
+        table[START, i] = start
+        table[VALUE, i] = rows["weight"][i]
+        table[REQUIRED, i] = promised
+        flags[IS_RUNNING, i] = running
+        flags[IS_ENDED, i] = ended
+        flags[IS_PENDING, i] = tier == PENDING and not ended
+        flags[IS_PROMISED, i] = promised
+        flags[IS_BROKEN, i] = tier == PROMISED and not alive and not ended
+        flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo
+        flags[IS_CANDIDATE, i] = candidate
+        flags[IS_LIVE, i] = live
+        # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
+        flags[IS_UNDECIDED, i] = candidate and tier == PENDING and math.isfinite(due)
+        if promised:
+            num_promised += 1
+            sums[OWED] += granted[i] - held
+        elif running and not ended:
+            sums[RECLAIMABLE] += held
+        if live:
+            sums[READ] += done
+            if due < _alone_s(lines, margin_decode, done) - EPS_S:
+                num_late += 1
+                late_read += done
+    if num_promised == 0:
+        flags[IS_UNDECIDED, :] = False
+    if num_late > 0:
+        # A token that not even a batch of its own could deliver in time is owed with those like it.
+        together = margin_decode * batch_seconds(lines, float(num_late), float(num_late), late_read, 0.0, 0.0)
+        for i in range(count):
+            if flags[IS_LIVE, i] and table[DUE, i] < _alone_s(lines, margin_decode, table[CONTEXT, i]) - EPS_S:
+                table[DUE, i] = max(table[DUE, i], together)
+    return table, flags, granted, sums
+
+
+@jit
+def _alone_s(lines: FloatArray, margin: float, context: float) -> float:
+    """Return the time of a batch of one decode, margin included."""
+    longest = 0.0
+    for k in range(lines.shape[0]):
+        longest = max(longest, margin * (lines[k, 0] + lines[k, 1] + lines[k, 2] * context + lines[k, 5]))
+    return longest
+
+
+@jit
+def pick(table: Demand, index: IntArray, held: FloatArray) -> Demand:
+    """Return the demand of the rows at `index`, with what `held` says that each holds."""
+    demand = np.empty((NUM_COLUMNS, len(index)))
+    for k in range(len(index)):
+        i = index[k]
+        for column in range(NUM_COLUMNS):
+            demand[column, k] = table[column, i]
+        demand[STEPS, k] = table[VERIFY, i] - 1
+        demand[HELD, k] = held[i]
+    return demand
+
+
+@jit
+def growth_of(table: Demand, index: IntArray, block_size: float) -> FloatArray:
+    """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
+    growth = np.zeros(len(index))
+    for k in range(len(index)):
+        i = index[k]
+        if table[LEFT, i] <= 0.0:
+            after = math.ceil((table[CONTEXT, i] + table[VERIFY, i]) / block_size)
+            growth[k] = max(after - table[HELD, i], 0.0)
+    return growth
+
+
+@jit
+def _groups(
+    index: IntArray, tpot: FloatArray, class_index: IntArray, is_promised: BoolArray
+) -> tuple[FloatArray, IntArray, FloatArray, IntArray]:
+    """Group requests of one class and TPOT, the tight ones first: TPOT, class and weight of each, and whose is whose.
+
+    One that has no promise yet weighs half.
+    """
+    tpots, classes = np.empty(len(index)), np.empty(len(index), np.int64)
+    weights, group = np.zeros(len(index)), np.empty(len(index), np.int64)
+    count = 0
+    for i in index:
+        g = 0
+        while g < count and (tpots[g] < tpot[i] or (tpots[g] == tpot[i] and classes[g] < class_index[i])):
+            g += 1
+        if g == count or tpots[g] != tpot[i] or classes[g] != class_index[i]:
+            for k in range(count, g, -1):
+                tpots[k], classes[k], weights[k] = tpots[k - 1], classes[k - 1], weights[k - 1]
+            tpots[g], classes[g], weights[g] = tpot[i], class_index[i], 0.0
+            count += 1
+        weights[g] += 1.0 if is_promised[i] else 0.5
+    for k in range(len(index)):
+        i, g = index[k], 0
+        while tpots[g] != tpot[i] or classes[g] != class_index[i]:
+            g += 1
+        group[k] = g
+    return tpots[:count], classes[:count], weights[:count], group
+
+
+class Columns:
+    """The columns that one plan reads, one entry per row of the request table, and the machine.
+
+    `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step.
+    """
+
+    def __init__(self, state: ReplicaState, batch_fixed_multiple: float) -> None:
+        self.state = state
+        # Times are relative to now: a double of seconds since 1970 resolves no finer than 0.2 microseconds.
+        self.now = 0.0
+        self.ids = state.requests.request_ids
+        limits, model = state.limits, state.perf_model
+        rows = self.rows = state.requests.rows
+        lines = model.as_array()
+        fixed = self.fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
+        self.table, flags, self.granted, sums = derive(
+            rows, state.now_s, limits.guard_s, fixed, limits.block_size, lines, model.margin_decode
+        )
+        self.left, self.context, self.held = self.table[LEFT], self.table[CONTEXT], self.table[HELD]
+        self.deadline, self.due, self.tpot = self.table[DEADLINE], self.table[DUE], self.table[TPOT]
+        self.verify, self.gain, self.start = self.table[VERIFY], self.table[GAIN], self.table[START]
+        self.produced = rows["num_output_tokens"]
+        self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
+        self.broken, self.declined, self.undecided = flags[IS_BROKEN], flags[IS_DECLINED], flags[IS_UNDECIDED]
+        self.ended = flags[IS_ENDED]
+        self.promised: IntArray = self.is_promised.nonzero()[0]
+        self.candidates: IntArray = flags[IS_CANDIDATE].nonzero()[0]
+        self.machine = Machine(
+            lines=lines,
+            margin_prefill=model.margin_prefill,
+            margin_decode=model.margin_decode,
+            token_budget=float(limits.max_num_batched_tokens),
+            max_seqs=float(limits.max_num_seqs - int(self.ended.sum())),
+            block_size=float(limits.block_size),
+            free_blocks=state.num_free_kv_blocks + float(sums[RECLAIMABLE]) - float(sums[OWED]),
+            max_batch_s=batch_fixed_multiple * fixed,
+        )
+        if limits.max_draft_length > 0:
+            self.choose_lengths((self.is_promised | flags[IS_CANDIDATE]).nonzero()[0], float(sums[READ]))
+
+    def decode_seconds(self, mask: BoolArray) -> float:
+        """Return the time of one batch of the masked decodes, margin included."""
+        lines, margin = self.machine.lines, self.machine.margin_decode
+        count = float(mask.sum())
+        return margin * batch_seconds(lines, count, count, float(self.context[mask].sum()), 0.0, 0.0)
+
+    def choose_lengths(self, index: IntArray, read: float) -> None:
+        """Set how many tokens the requests at `index` verify per decode, and what that yields."""
+        if not index.size:
+            return
+        state, classes = self.state, self.state.requests.classes
+        acceptance = np.array([min(max(state.acceptance.get(name, 0.0), 0.0), MAX_ACCEPTANCE) for name in classes])
+        current = np.array([1 + state.draft_lengths.get(name, -1) for name in classes])
+        tpots, class_of, counts, group = _groups(index, self.tpot, self.rows["class_index"], self.is_promised)
+        verify = draft.lengths(
+            tpots, acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
+            context_tokens=read, current=current[class_of], waiting=self.prompts_wait(index),
+        )  # fmt: skip
+        gains = np.array([draft.expected_tokens(a, s) for a, s in zip(acceptance[class_of], verify, strict=True)])
+        self.verify[index] = verify[group]
+        self.gain[index] = gains[group]
+
+    def prompts_wait(self, index: IntArray) -> bool:
+        """Tell whether any prompt of the rows at `index` could go on: it has its KV blocks, or finds them."""
+        fits = self.running[index] | (self.start[index] <= self.machine.free_blocks)
+        return bool(((self.left[index] > 0) & fits).any())
+
+    def demand(self, index: IntArray, held: FloatArray) -> Demand:
+        """Return the demand of the given rows, in that order."""
+        return pick(self.table, index, held)
+
+    def by_deadline(self, index: IntArray) -> IntArray:
+        """Return rows in the order of a demand."""
+        if index.size < 2:
+            return index
+        # decodes as a trial has them: in the order in which they began
+        rows, deadline = self.rows, self.deadline
+        order: IntArray = index[np.lexsort((rows["seq"][index], rows["first_token_s"][index], deadline[index]))]
+        return order
+
+    def growth(self, index: IntArray) -> FloatArray:
+        """Return the KV blocks that the next token of each decode takes; 0 for prefills."""
+        return growth_of(self.table, index, self.machine.block_size)
+
+    def fresh_blocks(self, index: IntArray, counts: FloatArray) -> float:
+        """Return the free KV blocks that computing `counts` tokens for the rows takes."""
+        after = np.ceil((self.context[index] + counts) / self.machine.block_size)
+        starting = ~self.running[index] & (self.left[index] > 0)
+        after = np.where(starting, self.start[index], after)
+        return float((after - self.held[index]).clip(min=0).sum())

@@ -1,0 +1,337 @@
+"""What a router knows of a replica: a summary small enough to publish, rich enough to plan with.
+
+A snapshot holds what the planner's own feasibility test needs: the performance model with its margins,
+the engine's limits, free KV blocks, one row for each prefill that is promised or still undecided, and the
+promised decodes in groups of like TPOT and urgency. A group of several decodes is one column of a demand
+whose pace and gain are those of all of them together (see `group_demand`), so that the test costs the
+same whether ten or a thousand requests decode.
+
+Times are seconds on the replica's clock; JSON has null for "none".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
+from slos_serve.core.planning import demand as columns
+from slos_serve.core.planning.columns import planned_rests
+from slos_serve.core.planning.demand import Demand, Machine
+from slos_serve.core.planning.programme import merge_tiers
+from slos_serve.core.slo.due import late, next_due_s, pace_s
+from slos_serve.core.types import Limits, Status, Tier
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from slos_serve.core.types import IntArray, ReplicaState
+
+VERSION = 1
+MODES = ("observe", "enforce")
+MAX_PREFILLS = 64  # rows beyond it are merged into the last one
+MAX_SESSIONS = 256
+MIN_TPOT_S = 1e-6
+BATCH_FIXED_MULTIPLE = 8.0  # as the planner bounds a batch
+# Decodes of one TPOT are told apart by how many periods ahead of schedule they are.
+AHEAD_PERIODS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+class PrefillRow(NamedTuple):
+    """A prefill that is promised, or waits for a verdict. Tokens and blocks; `inf` where nothing is asked."""
+
+    request_id: str
+    left_tokens: float
+    context_tokens: float
+    deadline_s: float
+    tpot_s: float
+    output_tokens: float  # predicted
+    held_blocks: float  # held or granted
+    start_blocks: float
+    acceptance: float
+    promised: bool
+
+    @property
+    def is_owed(self) -> bool:
+        """Tell whether anything is asked about it."""
+        return math.isfinite(self.deadline_s) or math.isfinite(self.tpot_s)
+
+
+class DecodeGroup(NamedTuple):
+    """Promised decodes of one TPOT and urgency. Totals, but for the earliest due time and mean acceptance."""
+
+    tpot_s: float
+    size: float  # requests
+    context_tokens: float
+    due_s: float
+    output_tokens: float  # predicted, still to come
+    held_blocks: float
+    acceptance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSnapshot:
+    """One replica at one moment; see the module's text.
+
+    `free_kv_blocks`: free, plus what best-effort work would give back, less what promised prefills under
+    way have been granted (may be negative). `sessions`: (session id, cached tokens) of prefixes that the
+    cache holds, newest last. `step_s`: how long the step that starts now is predicted to take. `mode`:
+    `observe` makes no promises. Raises `ValueError` for unusable values.
+    """
+
+    replica_id: str
+    time_s: float
+    perf_model: PerfModel
+    limits: Limits
+    free_kv_blocks: float
+    prefills: tuple[PrefillRow, ...] = ()
+    decodes: tuple[DecodeGroup, ...] = ()
+    acceptance: Mapping[str, float] = field(default_factory=dict)
+    num_running: int = 0
+    num_waiting: int = 0
+    num_best_effort: int = 0
+    best_effort_tokens: float = 0.0
+    headroom_tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    sessions: tuple[tuple[str, int], ...] = ()
+    mode: str = "enforce"
+    healthy: bool = True
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.replica_id or not isinstance(self.replica_id, str):
+            raise ValueError(f"ReplicaSnapshot.replica_id = {self.replica_id!r}: expected a name")
+        if self.mode not in MODES:
+            raise ValueError(f"ReplicaSnapshot.mode = {self.mode!r}: expected one of {MODES}")
+        for name in ("time_s", "free_kv_blocks", "best_effort_tokens", "headroom_tokens_per_s", "step_s"):
+            _finite(name, getattr(self, name))
+        for name in ("num_running", "num_waiting", "num_best_effort"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ReplicaSnapshot.{name} = {getattr(self, name)!r}: expected 0 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON document that `from_json` turns back into an equal snapshot."""
+        document: dict[str, Any] = {"version": VERSION}
+        for one in fields(self):
+            document[one.name] = getattr(self, one.name)
+        document["perf_model"] = self.perf_model.to_json()
+        document["limits"] = asdict(self.limits)
+        document["acceptance"] = dict(self.acceptance)
+        document["prefills"] = [_without_inf(row) for row in self.prefills]
+        document["decodes"] = [_without_inf(row) for row in self.decodes]
+        document["sessions"] = [list(pair) for pair in self.sessions]
+        return document
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> Self:
+        """Rebuild from `to_json`. `ValueError` for another version, an unknown or missing field, or a bad value."""
+        try:
+            document = json.loads(data) if isinstance(data, str) else data
+            if not isinstance(document, Mapping) or document.get("version") != VERSION:
+                version = document.get("version") if isinstance(document, Mapping) else document
+                raise ValueError(f"ReplicaSnapshot.version = {version!r}: expected {VERSION}")
+            values = {key: value for key, value in document.items() if key != "version"}
+            unknown = sorted(set(values) - {one.name for one in fields(cls)})
+            if unknown:
+                raise ValueError(f"ReplicaSnapshot.{unknown[0]}: expected names among {cls.__slots__}")
+            values["perf_model"] = PerfModel.from_json(values["perf_model"])
+            values["limits"] = Limits(**values["limits"])
+            values["prefills"] = tuple(_prefill(row) for row in values.get("prefills", ()))
+            values["decodes"] = tuple(_group(row) for row in values.get("decodes", ()))
+            values["sessions"] = tuple((str(name), int(tokens)) for name, tokens in values.get("sessions", ()))
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError, IndexError, json.JSONDecodeError) as error:
+            raise ValueError(f"ReplicaSnapshot: {error}: expected the fields of version {VERSION}") from error
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"ReplicaSnapshot.{name} = {value!r}: expected a finite number")
+    return float(value)
+
+
+def _without_inf(row: Sequence[Any]) -> list[Any]:
+    return [None if isinstance(value, float) and math.isinf(value) else value for value in row]
+
+
+def _numbers(what: str, values: Sequence[Any]) -> list[float]:
+    return [math.inf if value is None else _finite(what, value) for value in values]
+
+
+def _prefill(row: Sequence[Any]) -> PrefillRow:
+    if len(row) != len(PrefillRow._fields):
+        raise ValueError(f"ReplicaSnapshot.prefills row {row!r}: expected {PrefillRow._fields}")
+    numbers = _numbers("prefills", row[1:-1])
+    return PrefillRow._make([str(row[0]), *numbers, bool(row[-1])])
+
+
+def _group(row: Sequence[Any]) -> DecodeGroup:
+    if len(row) != len(DecodeGroup._fields):
+        raise ValueError(f"ReplicaSnapshot.decodes row {row!r}: expected {DecodeGroup._fields}")
+    return DecodeGroup(*_numbers("decodes", row))
+
+
+def snapshot_of(
+    state: ReplicaState,
+    *,
+    replica_id: str,
+    headroom_tokens_per_s: float = 0.0,
+    step_s: float = 0.0,
+    sessions: Sequence[tuple[str, int]] = (),
+    mode: str = "enforce",
+    healthy: bool = True,
+    draining: bool = False,
+) -> ReplicaSnapshot:
+    """Summarise the planner's input; `headroom_tokens_per_s` is the last plan's, `step_s` its batch's seconds."""
+    rows, limits, model = state.requests.rows, state.limits, state.perf_model
+    fixed_s = max(model.seconds(1.0), MIN_TPOT_S)
+    computed, produced = rows["num_computed_tokens"], rows["num_output_tokens"]
+    running = rows["status"] == Status.RUNNING
+    total = rows["num_prompt_tokens"] + produced
+    done = np.where(computed == 0, rows["num_cached_tokens"], computed)
+    remaining = np.maximum(1, total - done)
+    decoding = (produced > 0) & (remaining == 1) & (computed > 0)
+    held = rows["num_kv_blocks"].astype(np.float64)
+    start = np.ceil((total + 1) / limits.block_size)
+    due = next_due_s(rows, fixed_s) - limits.guard_s
+    tpot = np.maximum(pace_s(rows, fixed_s), MIN_TPOT_S)
+    has_slo = np.isfinite(due) | np.isfinite(tpot) | np.isfinite(rows["max_gap_s"])
+    alive = has_slo & ~late(rows, state.now_s)
+    promised = alive & (rows["tier"] == Tier.PROMISED)
+    undecided = alive & (rows["tier"] == Tier.PENDING) & (produced == 0)
+    granted = np.where(running & ~decoding, np.maximum(held, start), held)
+    output_left = planned_rests(rows)
+    by_class = np.array([state.acceptance.get(name, 0.0) for name in state.requests.classes] or [0.0])
+    acceptance = np.clip(by_class, 0.0, 0.99)[rows["class_index"]]
+
+    prefills = np.flatnonzero((promised | undecided) & ~decoding)
+    prefills = prefills[np.lexsort((rows["seq"][prefills], due[prefills]))]
+    listed = [
+        PrefillRow._make([state.requests.request_ids[i], *values, bool(promised[i])])
+        for i, values in zip(
+            prefills.tolist(),
+            np.stack([remaining, done, due, tpot, output_left, granted * promised, start, acceptance])
+            .T[prefills]
+            .tolist(),
+            strict=True,
+        )
+    ]
+    rest = ~promised & ~undecided
+    owed = float((granted - held)[promised].sum())
+    live = np.flatnonzero(decoding & promised)
+    columns = np.stack([tpot, rows["num_computed_tokens"], due, output_left, held, acceptance])
+    return ReplicaSnapshot(
+        replica_id=replica_id,
+        time_s=state.now_s,
+        perf_model=model,
+        limits=limits,
+        free_kv_blocks=state.num_free_kv_blocks + float(held[running & ~promised].sum()) - owed,
+        prefills=_merged(listed),
+        decodes=_grouped(columns[:, live], state.now_s),
+        acceptance={name: float(state.acceptance.get(name, 0.0)) for name in state.requests.classes},
+        num_running=int(running.sum()),
+        num_waiting=len(rows) - int(running.sum()),
+        num_best_effort=int(rest.sum()),
+        best_effort_tokens=float((remaining + output_left)[rest].sum()),
+        headroom_tokens_per_s=headroom_tokens_per_s,
+        step_s=step_s,
+        sessions=tuple(sessions[-MAX_SESSIONS:]),
+        mode=mode,
+        healthy=healthy,
+        draining=draining,
+    )
+
+
+def _merged(rows: list[PrefillRow]) -> tuple[PrefillRow, ...]:
+    """Return at most `MAX_PREFILLS` rows; those beyond become one, due when the first of them is."""
+    if len(rows) <= MAX_PREFILLS:
+        return tuple(rows)
+    tail = rows[MAX_PREFILLS - 1 :]
+    merged = tail[0]._replace(
+        left_tokens=sum(row.left_tokens for row in tail),
+        held_blocks=sum(row.held_blocks for row in tail),
+        start_blocks=sum(row.start_blocks for row in tail),
+        promised=any(row.promised for row in tail),
+    )
+    return (*rows[: MAX_PREFILLS - 1], merged)
+
+
+def _grouped(columns: FloatArray, now_s: float) -> tuple[DecodeGroup, ...]:
+    """Group decodes (columns tpot, context, due, output left, blocks, acceptance) by TPOT tier and urgency."""
+    tpot, due = columns[0], columns[2]
+    paced = np.isfinite(tpot)
+    tiers = merge_tiers(tpot[paced])
+    tier: IntArray = np.where(paced, np.searchsorted(tiers, tpot, side="right") - 1, len(tiers)).astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        ahead = np.where(paced & np.isfinite(due), (due - now_s) / np.where(paced, tpot, 1.0), math.inf)
+    key = tier * (len(AHEAD_PERIODS) + 1) + np.searchsorted(AHEAD_PERIODS, ahead)
+    groups = []
+    for one in np.unique(key).tolist():
+        part = columns[:, key == one]
+        tpot_s, due_s = float(part[0].min()), float(part[2].min())
+        context, output_left, blocks = (float(part[i].sum()) for i in (1, 3, 4))
+        mean = float(part[5].mean())
+        groups.append(DecodeGroup(tpot_s, float(part.shape[1]), context, due_s, output_left, blocks, mean))
+    return tuple(groups)
+
+
+def machine_of(snapshot: ReplicaSnapshot) -> Machine:
+    """Return the engine for the planner's test.
+
+    A group stands for several requests but is one column: what each request costs beside its tokens is
+    added to the fixed cost, and its seats are taken off, as if all of them decoded in every batch.
+    """
+    limits, model = snapshot.limits, snapshot.perf_model
+    lines = model.as_array()
+    fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), MIN_TPOT_S)
+    hidden = sum(group.size for group in snapshot.decodes) - len(snapshot.decodes)
+    lines[:, 5] += lines[:, 1] * hidden
+    return Machine(
+        lines=lines,
+        margin_prefill=model.margin_prefill,
+        margin_decode=model.margin_decode,
+        token_budget=float(limits.max_num_batched_tokens),
+        max_seqs=max(1.0, float(limits.max_num_seqs) - hidden),
+        block_size=float(limits.block_size),
+        free_blocks=snapshot.free_kv_blocks,
+        max_batch_s=BATCH_FIXED_MULTIPLE * fixed_s,
+    )
+
+
+def prefill_demand(rows: Sequence[PrefillRow]) -> Demand:
+    """Return a demand of prefill rows, one column each, without drafts."""
+    demand = _empty(len(rows))
+    if rows:
+        values = np.array([row[1:] for row in rows], np.float64).T
+        demand[columns.LEFT], demand[columns.CONTEXT], demand[columns.DEADLINE] = values[:3]
+        demand[columns.TPOT], demand[columns.OUTPUT_LEFT] = values[3:5]
+        demand[columns.HELD], demand[columns.START] = values[5:7]
+        demand[columns.DUE] = math.inf
+        demand[columns.REQUIRED] = values[8]
+    return demand
+
+
+def group_demand(groups: Sequence[DecodeGroup]) -> Demand:
+    """Return a demand of decode groups: so many requests of one TPOT yield as many tokens per TPOT."""
+    demand = _empty(len(groups))
+    if groups:
+        tpot, size, context, due, output_left, held, _ = np.array(groups, np.float64).T
+        demand[columns.CONTEXT], demand[columns.DUE], demand[columns.HELD] = context, due, held
+        demand[columns.TPOT] = tpot / size
+        demand[columns.VERIFY] = demand[columns.GAIN] = size
+        demand[columns.OUTPUT_LEFT] = output_left
+        demand[columns.DEADLINE] = -math.inf
+        demand[columns.REQUIRED] = 1.0
+    return demand
+
+
+def _empty(num_requests: int) -> Demand:
+    demand = np.zeros((columns.NUM_COLUMNS, num_requests))
+    demand[columns.GAP] = math.inf
+    demand[columns.VERIFY] = demand[columns.GAIN] = demand[columns.VALUE] = 1.0
+    return demand

@@ -1,0 +1,1 @@
+"""What a promise means: when tokens are due, how they are graded."""

@@ -1,0 +1,1 @@
+"""The rate up to which promises are kept, searched for."""

@@ -1,0 +1,1 @@
+"""When the planner does not steer, and what it may cost."""
