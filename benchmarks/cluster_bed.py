@@ -27,11 +27,11 @@ from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import build_requests, synthetic_trace
+from slos_serve.commands.serve import configure
 from slos_serve.ray_serve.app import STATS_PERIOD_S, build_openai_app
 from slos_serve.ray_serve.cluster import APPLICATION, Cluster
 from slos_serve.records.profile import Profile
-from slos_serve.serving import prepare as verb
-from slos_serve.serving import replicas
+from slos_serve.serving import prepare, replicas
 from slos_serve.serving.platforms import num_cores
 
 MODEL = "demo"
@@ -51,8 +51,8 @@ class Bed:
         self.num_replicas = options.replicas
         self.port = free_port()
         self.args = arguments(options, self.port, self.num_replicas)
-        self.engine = verb.find_engine()
-        self.plan = verb.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
+        self.engine = prepare.find_engine()
+        self.plan = prepare.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
         self.cluster = Cluster(None, num_cpus=max(num_cores(), self.num_replicas))
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ def free_port() -> int:
 def arguments(options: argparse.Namespace, port: int, count: int) -> argparse.Namespace:
     """Return what `slos-serve serve` would be given."""
     parser = argparse.ArgumentParser()
-    verb.configure(parser)
+    configure(parser)
     model = options.model or ensure_demo_model()
     given = [str(model), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
     given += ["--replicas", str(count)]
@@ -145,7 +145,7 @@ def arguments(options: argparse.Namespace, port: int, count: int) -> argparse.Na
 def measure(options: argparse.Namespace) -> Scaled:
     """Measure the engine once on its own, fix the workload by it, and write the classes."""
     args = arguments(options, free_port(), options.replicas)
-    plan = verb.prepare(args, verb.find_engine(), os.environ, share=options.replicas)
+    plan = prepare.prepare(args, prepare.find_engine(), os.environ, share=options.replicas)
     if plan.must_profile:
         say("measuring how long the engine's steps take, on one replica (two minutes, once)")
     options.profile = options.profile or Path(str(replicas.profile_of(args, plan)))

@@ -15,8 +15,7 @@ from cluster_terminal import say
 
 from slos_serve.bench.client import BenchRequest, offer
 from slos_serve.bench.profiling import warm_up
-from slos_serve.serving import launch
-from slos_serve.serving import prepare as verb
+from slos_serve.serving import launch, prepare
 
 
 def one_by_one(url: str, count: int, seed: int) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def path(options: argparse.Namespace) -> list[dict[str, Any]]:
     measure(options)
     rows = []
     args = arguments(options, free_port(), 1)
-    plan = verb.prepare(args, verb.find_engine(), os.environ, share=share)
+    plan = prepare.prepare(args, prepare.find_engine(), os.environ, share=share)
     child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
     try:
         launch.wait_healthy(child, plan.url, probe=True)

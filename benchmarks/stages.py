@@ -29,7 +29,7 @@ from typing import Any
 from slos_serve.bench.bystanders import Bystanders
 from slos_serve.bench.client import BenchRequest
 from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, graded_run, load_run, run_file, save_run, warm
-from slos_serve.bench.engines import Engine, ending_by_signal
+from slos_serve.bench.engines import Engine
 from slos_serve.bench.lab import MODEL_NAME, OURS_BUDGET, Lab, check_memory, describe_engine, read_status
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.scaled import Scaled
@@ -46,10 +46,12 @@ from slos_serve.bench.staged import (
     without_stages,
 )
 from slos_serve.bench.staged_report import as_text, counted, report
+from slos_serve.cache import write_json
 from slos_serve.errors import SlosServeError
-from slos_serve.records.profile import Profile, write_json
+from slos_serve.records.profile import Profile
 from slos_serve.records.reader import Recording, read_recording
 from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.signals import ending_by_signal
 
 SHARES = {"reasoning": (0.35, 0.7, 1.05), "tool": (0.6, 1.0, 1.4)}
 FIRST_SEED = 300

@@ -23,13 +23,14 @@ import numpy as np
 from slos_serve.bench.bystanders import threads_of
 from slos_serve.bench.client import BenchRequest, offer, random_prompt
 from slos_serve.bench.compare import OURS, STOCK
-from slos_serve.bench.engines import Engine, ending_by_signal
+from slos_serve.bench.engines import Engine
 from slos_serve.bench.lab import MODEL_NAME, OURS_BUDGET, Lab, describe_engine
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.profiling import warm_up
+from slos_serve.cache import write_json
 from slos_serve.errors import SlosServeError
-from slos_serve.records.profile import write_json
 from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.signals import ending_by_signal
 
 BLOCK = (OURS, STOCK, STOCK, OURS)
 PROMPT_TOKENS = 96

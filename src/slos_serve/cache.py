@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -27,6 +28,12 @@ def complete_file(target: Path) -> Iterator[Path]:
         draft = Path(folder, target.name)
         yield draft
         draft.replace(target)
+
+
+def write_json(document: object, path: Path) -> None:
+    """Write a JSON file at once: a reader sees the old one or the whole new one."""
+    with complete_file(path) as draft:
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

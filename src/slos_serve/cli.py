@@ -21,7 +21,7 @@ from slos_serve import __version__
 from slos_serve.errors import MissingExtraError, SlosServeError
 
 VERBS = {
-    "serve": "slos_serve.serving.prepare",
+    "serve": "slos_serve.commands.serve",
     "demo": "slos_serve.commands.demo",
     "bench": "slos_serve.commands.bench",
     "profile": "slos_serve.commands.profile",
@@ -33,6 +33,7 @@ VERBS = {
     "whatif": "slos_serve.commands.whatif",
     "replay": "slos_serve.commands.replay",
     "explain": "slos_serve.commands.explain",
+    "config": "slos_serve.commands.config",
     "doctor": "slos_serve.commands.doctor",
 }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.bench.engines import Engine, EngineError, Fleet, ending_by_signal, free_port
+from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
 from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.signals import ending_by_signal
 
 SERVER = """
 import http.server, subprocess, sys

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from slos_serve.bench.client import TargetError
+from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.profiling import profile_server
+from slos_serve.cache import write_json
 from slos_serve.core.fit import fit_perf_model, from_records
 from slos_serve.errors import ConfigError
-from slos_serve.records.profile import Profile, plot_fit, profile_document, read_records, write_json
+from slos_serve.records.profile import Profile, profile_document, read_records
 
 
 class Server:

@@ -20,7 +20,8 @@ from slos_serve.bench.study import (
     verdict,
     write_study,
 )
-from slos_serve.records.profile import Profile, write_json
+from slos_serve.cache import write_json
+from slos_serve.records.profile import Profile
 
 
 def part(met, offered, promised=0):

@@ -218,6 +218,17 @@ def test_other_statuses_teach_nothing(status):
             '{"error": {"message": "Unknown parameter: \'stream_options\'.", "param": "stream_options"}}',
             {"stream_options"},
         ),
+        (
+            '{"detail": [{"loc": ["body", "prompt", "str"], "msg": "Input should be a valid string"}]}',
+            {"prompt as token ids"},
+        ),
+        (
+            (
+                '{"detail": [{"loc": ["body", "stream_options", "continuous_usage_stats"], '
+                '"msg": "Extra inputs are not permitted"}]}'
+            ),
+            set(VLLM_ONLY),
+        ),
         ('unknown field "vllm_xargs"', set(VLLM_ONLY)),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from oracles import Engine, Item, best_set, keeps_in_batches
 from referee import Referee, check_plan
 from states import CONTEXT, STEPPED, TPOTS, add_decode, make_limits, make_request, make_state
-from test_admission import LINES, programme
+from tests.core.planning.test_admission import LINES, programme
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning import draft

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Say hello."}]
 RELAXED = {"slo": {"class": "relaxed"}}
-REASONS = {"compute", "memory", "deadline-passed", "requested", "invalid", "observe"}
+REASONS = {"too-tight", "compute", "memory", "deadline-passed", "requested", "invalid", "observe"}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,9 @@ def test_every_spelling_reaches_the_planner(post, body, headers, slo_class):
 
 def test_flex_and_silence_are_best_effort(post):
     flex = post(CHAT, {"messages": HELLO, "max_tokens": 4, "service_tier": "flex"})
-    assert headers_of(flex) == {"x-slo-verdict": "best-effort", "x-slo-reason": "requested"}
+    said = headers_of(flex)
+    assert len(said.pop("x-slo-id")) == 32
+    assert said == {"x-slo-verdict": "best-effort", "x-slo-reason": "requested", "x-slo-class": "best-effort"}
     assert flex.json()["service_tier"] == "flex"
     silent = post(CHAT, {"messages": HELLO, "max_tokens": 4})
     assert not headers_of(silent)

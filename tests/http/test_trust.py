@@ -385,3 +385,13 @@ def test_engines_are_asked_at_once_and_the_switched_are_counted(app, hub, orders
         response = client.post(MODE, json={"mode": "observe"})
     assert response.status_code == 503
     assert response.json()["error"]["message"].endswith("(1 of 2 engines have switched)")
+
+
+def test_on_an_open_server_a_clients_name_is_on_its_own_page_and_nowhere_else(client, vllm, hub):
+    slo = {"class": "chat", "tenant": "acme"}
+    slo_id = client.post(CHAT, json=body(slo=slo)).json()["slo"]["id"]
+    assert client.get(f"/v1/slo/requests/{slo_id}").json()["tenant"] == "acme"
+    assert "slo_tenant" not in told(vllm.seen[0])
+    configure(hub, tenants={"acme": "coding"})
+    slo_id = client.post(CHAT, json=body(slo=slo)).json()["slo"]["id"]
+    assert client.get(f"/v1/slo/requests/{slo_id}").json()["tenant"] == ""

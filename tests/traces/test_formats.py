@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -234,7 +235,8 @@ def test_epoch_milliseconds_of_json_lines_are_seen_by_their_size(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (lines(length_line(0, 10, 5), length_line(3000, 15, 6)), "whole numbers and no block ids"),
+        (lines(length_line(0, 10, 5), length_line(3000, 15, 6)), "no block ids, and numbers"),
+        (lines(length_line(0.5, 10, 5), length_line(3000.5, 15, 6)), "no block ids, and numbers"),
         (lines(length_line(0, 100, 5, [1, 2]), length_line(3000, 150, 6, [1, 2, 3])), "neither 512 nor 16"),
         (lines(length_line(0, 40, 5, [1, 2, 3]), length_line(3000, 40, 6, [1, 2, 3])), "one request would come each"),
         (lines(length_line(0.0, 700, 5, [1, 2]), length_line(20.2, 700, 6, [1, 2])), "fractions with s"),
@@ -337,3 +339,28 @@ def test_json_arrays_and_lines_are_the_same_file(tmp_path):
     rows = [json.loads(line) for line in MOONCAKE.splitlines()]
     array = read_trace(written(tmp_path, json.dumps(rows, indent=1)))
     assert array.arrived_at_s.tolist() == read_trace(written(tmp_path, MOONCAKE)).arrived_at_s.tolist()
+
+
+def test_only_the_time_column_has_to_be_ours(tmp_path):
+    trace = read_trace(written(tmp_path, "arrived_at_s,num_prefill_tokens,num_decode_tokens\n0,30,140\n"))
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([30], [140])
+
+
+def test_the_page_on_traces_knows_every_format():
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
+    modules = {one.rows.__module__.rpartition(".")[2]: one.name for one in all_formats()}
+    names = {
+        "own": "our CSV",
+        "token_log": "log of calls",
+        "guidellm": "guidellm",
+        "aiperf_dataset": "AIPerf's dataset",
+    }
+    names |= {
+        "lengths": "length files",
+        "vllm_bench": "vllm bench",
+        "aiperf_result": "result of AIPerf",
+        "agents": "agent traces",
+    }
+    names |= {"bench_requests": "requests.jsonl", "server_record": "serve --record", "conversations": "ShareGPT"}
+    names |= {"rate_tables": "ServeGen", "timed_trace": "timed_trace", "inference_perf": "inference-perf"}
+    assert [module for module, name in modules.items() if names.get(module, name) not in page] == []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,16 @@ def test_options_out_of_range_are_refused(words, message):
         offered(*words)
 
 
+def test_the_page_on_traces_shows_what_is_said_of_its_example(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
+    shown = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    path = tmp_path / "burst.csv"
+    path.write_text("\n".join(line for line in shown[:5]) + "\n")
+    trace = offered("--trace", path)
+    tell("burst.csv", len(trace), trace.span_s, trace)
+    assert capsys.readouterr().err.splitlines() == shown[5:7]
+
+
 def test_what_is_offered_read_and_left_out_is_said(file, capsys):
     file.write_text(ROWS + "110,9000,10\n111,5,0\n")
     trace = offered("--trace", file, longest=4096)
@@ -142,3 +153,41 @@ def test_simulate_tells_machines_what_was_left_out(file, capsys):
     assert entry["num_requests"] == 2
     assert entry["trace"]["left_out"] == {"failed": 1}
     assert np.isclose(entry["trace"]["span_s"], 6)
+
+
+def test_the_first_requests_are_read_and_counted_without_the_rest(tmp_path):
+    path = tmp_path / "b.csv"
+    rows = "5,10,1\n6,20,0\n8,30,3\n9,40,4\n12,50,0\n13,60,6\nthis line is damaged\n"
+    path.write_text("Timestamp,Request tokens,Response tokens\n" + rows)
+    trace = offered("--trace", path, "--num-requests", 3)
+    assert trace.prompt_tokens.tolist() == [10, 30, 40]
+    assert trace.span_s == 8
+    assert trace.origin.left_out == {"failed": 2}
+    windowed = offered("--trace", f"{path}@2:100", "--num-requests", 1)
+    assert (windowed.prompt_tokens.tolist(), windowed.span_s) == ([30], 2)
+
+
+def test_the_first_requests_of_coarse_ticks_come_as_in_the_whole_file(tmp_path):
+    rows = [
+        {"timestamp": 3000 * (i // 4), "input_length": 600, "output_length": 5, "hash_ids": [i, -i]} for i in range(20)
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = offered("--trace", path, "--num-requests", 6)
+    assert first.arrived_at_s.tolist() == offered("--trace", path).arrived_at_s.tolist()[:6]
+    assert first.span_s == 4.5
+
+
+def test_plan_tells_machines_what_was_left_out(file, capsys):
+    file.write_text("Timestamp,Request tokens,Response tokens\n5,100,10\n6,100,0\n9,100,10\n")
+    assert main(["plan", "--system", "vllm", "--max-replicas", "2", "--trace", str(file), "--json"]) in (0, 1)
+    (entry,) = json.loads(capsys.readouterr().out)["hardware"].values()
+    assert entry["workload"]["left_out"] == {"failed": 1}
+
+
+def test_epoch_times_end_on_a_cluster_too(file, capsys):
+    file.write_text(
+        "arrived_at_s,prompt_tokens,output_tokens\n" + "".join(f"{1758100000 + i},90,5\n" for i in range(4))
+    )
+    assert main(["simulate", "--system", "vllm", "--replicas", "2", "--trace", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["simulated_s"] < 60

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from slos_serve.core.baselines import VllmPlanner
-from slos_serve.vllm_plugin import cost as cost_module
 from slos_serve.vllm_plugin import pipeline as pipeline_module
 from slos_serve.vllm_plugin import runtime
 from slos_serve.vllm_plugin.pipeline import Pipeline
+from slos_serve.vllm_plugin.safety import cost as cost_module
 from slos_serve.vllm_plugin.safety import work_limit as effort
 from slos_serve.vllm_plugin.safety.rules import SafetyLimits, StepDown
 from slos_serve.vllm_plugin.safety.work_limit import WorkLimit

@@ -327,3 +327,29 @@ def test_recorded_steps_can_be_fitted(build, tmp_path) -> None:
     whole = sum((20 + 10 * i) ** 2 / 2 for i in range(20))
     assert sum(s.attention_pairs for s in samples) == pytest.approx(whole)
     assert model.seconds(0, 0, attention_pairs=1) == 1
+
+
+def test_what_an_idle_engine_could_not_do_is_too_tight_and_not_busy(build, listen) -> None:
+    scheduler = build(Says(promised=False, reason="compute"))
+    messages = listen(scheduler)
+    engine = Engine(scheduler)
+    scheduler.add_request(make_request("tight", args={"slo_ttft_ms": 1, "slo_tpot_ms": 50}))
+    scheduler.add_request(make_request("busy", args={"slo_ttft_ms": 5000, "slo_tpot_ms": 50}))
+    engine.run()
+    told = {verdict["request_id"]: verdict for verdict in messages.of("verdicts")}
+    assert {name: verdict["reason"] for name, verdict in told.items()} == {"tight": "too-tight", "busy": "compute"}
+    assert told["busy"]["asked"] == {"ttft_ms": 5000.0, "tpot_ms": 50.0}
+    assert told["busy"]["slack_ms"] is None
+
+
+def test_what_plans_would_say_is_counted_by_class(build) -> None:
+    scheduler = build(Says(promised=True), slo={"mode": "observe"})
+    for name, slo_class in (("a", "chat"), ("b", "coding"), ("c", "coding")):
+        scheduler.add_request(make_request(name, args={"slo_class": slo_class}))
+    Engine(scheduler).run()
+    snapshot = scheduler.slo.snapshot()
+    assert snapshot["would_be_by_class"] == {"chat": {"promised": 1}, "coding": {"promised": 2}}
+    assert snapshot["would_be"] == {"promised": 3}
+    assert "coding: 2 met; attained 100.0%; would have promised 2 and not 0" in scheduler.slo.promises.tally.text(
+        snapshot
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from slos_serve.core.types import BatchPlan, Limits, Plan, ReplicaState, Request, RequestTable, Slo, Verdict
 from slos_serve.http.seal import sealed
-from slos_serve.records import writer as record
+from slos_serve.records import writer
 from slos_serve.records.reader import read_recording
 from slos_serve.records.replay import replay
 from slos_serve.records.writer import StepRecorder
@@ -130,8 +130,8 @@ def test_plans_are_rationed_by_the_second_and_in_all(tmp_path, monkeypatch) -> N
     recorder.flush()
     written = (tmp_path / "r.jsonl").stat().st_size
     assert recorder.num_plans_skipped > 2000
-    assert written < 1.3 * (record.PLAN_BURST_BYTES + 30 * record.PLAN_BYTES_PER_S)
-    monkeypatch.setattr(record, "MAX_PLAN_BYTES", 10_000)
+    assert written < 1.3 * (writer.PLAN_BURST_BYTES + 30 * writer.PLAN_BYTES_PER_S)
+    monkeypatch.setattr(writer, "MAX_PLAN_BYTES", 10_000)
     recorder = StepRecorder(tmp_path / "s.jsonl")
     for step in range(100):
         recorder.ask(step, state_of(1, 1e9 + 1000 * step), WITH_VERDICT)

@@ -16,7 +16,7 @@ from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.grade import entry, grade_run, request_row
 from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import Scaled
-from slos_serve.records.profile import write_json
+from slos_serve.cache import write_json
 
 OURS, STOCK = "slos-serve", "vllm"
 WARM_UP_SEED = 1_000_003

@@ -23,9 +23,11 @@ from slos_serve import figures, pages
 from slos_serve.bench import plots, report
 from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, run_once, save_run
 from slos_serve.bench.lab import MODEL_NAME, Lab, Say, Side, describe_engine, read_status
+from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.scaled import Scaled
+from slos_serve.cache import write_json
 from slos_serve.core.fit import from_records
-from slos_serve.records.profile import plot_fit, read_records, write_json
+from slos_serve.records.profile import read_records
 from slos_serve.terminal.progress import Progress
 
 CALM, BUSY = 0.15, 0.8  # rates, as shares of the service capacity that the profile implies

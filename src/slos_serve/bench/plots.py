@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from slos_serve.core.fit import StepSample, predicted_s
+from slos_serve.core.perf import TERMS, PerfModel
 from slos_serve.figures import GREY, INK, OURS, STOCK, save, style
 
 SYSTEM_COLOURS = {"slos-serve": OURS, "vllm": STOCK}
@@ -14,15 +18,19 @@ SYSTEM_NAMES = {"slos-serve": "vLLM + slos-serve", "vllm": "vLLM"}
 Row = Mapping[str, Any]
 
 
-def fit_figure(predicted: Sequence[float], measured: Sequence[float], prefill: Sequence[bool], path: Path) -> None:
+def plot_fit(model: PerfModel, samples: Sequence[StepSample], path: Path) -> None:
     """Draw predicted against measured step times, in milliseconds, on logarithmic axes."""
+    shapes = np.array([(*sample[: len(TERMS) - 1], 1.0) for sample in samples])
+    predicted_ms = predicted_s(model, shapes) * 1e3
+    measured_ms = np.array([sample.seconds for sample in samples]) * 1e3
+    prefill = np.array([sample.has_prefill > 0 for sample in samples])
     with style() as pyplot:
         figure, axes = pyplot.subplots(figsize=(5.2, 4.6))
-        for kind, colour, label in ((False, OURS, "decodes only"), (True, STOCK, "with prefill")):
-            pairs = [(p * 1e3, m * 1e3) for p, m, k in zip(predicted, measured, prefill, strict=True) if k is kind]
-            if pairs:
-                axes.scatter(*zip(*pairs, strict=True), s=9, alpha=0.5, color=colour, linewidths=0, label=label)
-        ends = [min(*predicted, *measured) * 1e3, max(*predicted, *measured) * 1e3]
+        for kind, colour, label in ((~prefill, OURS, "decodes only"), (prefill, STOCK, "with prefill")):
+            if kind.any():
+                points = predicted_ms[kind], measured_ms[kind]
+                axes.scatter(*points, s=9, alpha=0.5, color=colour, linewidths=0, label=label)
+        ends = [min(predicted_ms.min(), measured_ms.min()), max(predicted_ms.max(), measured_ms.max())]
         axes.plot(ends, ends, color=INK, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="predicted step time, ms", ylabel="measured step time, ms")
         axes.set_title("Performance model: predicted and measured")

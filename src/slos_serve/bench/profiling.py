@@ -28,8 +28,9 @@ from slos_serve.bench.client import (
     max_model_length,
     random_prompt,
 )
+from slos_serve.cache import write_json
 from slos_serve.core.fit import FitReport, fit_perf_model, from_records
-from slos_serve.records.profile import profile_document, read_records, write_json
+from slos_serve.records.profile import profile_document, read_records
 
 MAX_ROUNDS = 12
 DECODE_SHAPES = (

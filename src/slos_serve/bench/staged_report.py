@@ -21,8 +21,8 @@ from slos_serve.bench.compare import OURS, STOCK, Run
 from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.staged import DRAFTS, SELECTION_SEED
 from slos_serve.bench.study import HOLDS, saved_runs
+from slos_serve.cache import write_json
 from slos_serve.core.slo.deadlines import STAGES
-from slos_serve.records.profile import write_json
 
 
 def holds_until(points: Sequence[tuple[float, float]], share: float = HOLDS) -> float | None:

@@ -35,12 +35,13 @@ from slos_serve.bench.compare import (
     run_once,
     save_run,
 )
-from slos_serve.bench.engines import ending_by_signal
 from slos_serve.bench.lab import MODEL_NAME, Lab, Side, describe_engine
 from slos_serve.bench.scaled import Scaled
+from slos_serve.cache import write_json
 from slos_serve.errors import SlosServeError
-from slos_serve.records.profile import Profile, write_json
+from slos_serve.records.profile import Profile
 from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.signals import ending_by_signal
 
 FloatArray = npt.NDArray[np.float64]
 

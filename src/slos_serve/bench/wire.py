@@ -16,6 +16,7 @@ FIELD_STATUSES = (400, 422)
 VLLM_ONLY = ("ignore_eos", "slo", "vllm_xargs", "stream_options.continuous_usage_stats", "prompt as token ids")
 RENAMED = {"max_tokens": "max_completion_tokens"}
 OPTIONAL = ("temperature", "stream_options")
+_NAMES = frozenset({"prompt", *(field.rpartition(".")[2] for field in VLLM_ONLY), *RENAMED, *OPTIONAL})
 
 _UNKNOWN_FIELD = re.compile(
     r"unrecogni[sz]ed|unsupported|not supported|does not support|unexpected|not (permitted|allowed)"
@@ -88,8 +89,8 @@ def _parts(answer: str) -> tuple[str, str]:
     error = document.get("error", document) if isinstance(document, dict) else document
     detail = error.get("detail") if isinstance(error, dict) else None
     if isinstance(detail, Sequence) and detail and isinstance(detail[0], dict):
-        place = [part for part in detail[0].get("loc", ()) if isinstance(part, str) and part != "body"]
-        return str(detail[0].get("msg", "")), place[-1] if place else ""
+        known = [part for part in detail[0].get("loc", ()) if part in _NAMES]  # others name the types that were tried
+        return str(detail[0].get("msg", "")), known[-1] if known else ""
     if isinstance(error, dict):
         return str(error.get("message", answer)), str(error.get("param") or "").rpartition(".")[2]
     return str(error), ""

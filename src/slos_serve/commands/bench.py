@@ -23,9 +23,10 @@ from slos_serve.bench.grade import GradedStream, entry, grade_run, request_row, 
 from slos_serve.bench.target import Target
 from slos_serve.bench.wire import Wire, parse_extra_body, parse_headers
 from slos_serve.bench.workload import build_requests, parse_goodput
+from slos_serve.cache import write_json
 from slos_serve.config import load_slo_config
 from slos_serve.errors import ConfigError
-from slos_serve.records.profile import Profile, write_json
+from slos_serve.records.profile import Profile
 from slos_serve.terminal.progress import Progress
 from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
 from slos_serve.traces.rows import TOO_LONG
@@ -191,7 +192,7 @@ def _print(args: argparse.Namespace, document: dict[str, Any], system: str) -> N
     for reason, count in document["workload"]["read"]["left_out"].items():
         print(f"left out: {count} {reason}")
     if document["client"]["fields_left_out"]:
-        print(f"the server refuses {', '.join(document['client']['fields_left_out'])}: sent without")
+        print(f"sent without {', '.join(document['client']['fields_left_out'])}, which this server does not take")
     for error in document["client"]["errors"][:3]:
         print(f"failed: {error}")
     if args.out is not None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from slos_serve.bench import report
 from slos_serve.bench.compare import OURS, STOCK
 from slos_serve.bench.demo import Options, run_demo, systems_of
-from slos_serve.bench.engines import ending_by_signal
 from slos_serve.errors import ConfigError
+from slos_serve.terminal.signals import ending_by_signal
 
 HELP = "Compare vLLM with and without slos-serve on this machine: a few minutes, a report."
 

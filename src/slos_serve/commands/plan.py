@@ -138,7 +138,9 @@ def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[
             Offer(data=data, hardware=hardware, rate_rps=args.rate, seed=seed, max_requests=each)
             for seed in range(NUM_WINDOWS)
         ]
-        return [scenario.offer(offer, slos) for offer in offers], scenario.max_model_len(hardware)
+        workloads = [scenario.offer(offer, slos) for offer in offers]
+        tell(scenario.name, sum(one.num_requests for one in workloads), sum(one.duration_s for one in workloads))
+        return workloads, scenario.max_model_len(hardware)
     config = load_slo_config(args.slo_config)
     longest = hardware.limits().max_model_len
     trace = busiest(offered_trace(args, max_total_tokens=longest, stretch=False), args.max_requests)
@@ -167,6 +169,7 @@ def describe(workloads: list[Workload]) -> dict[str, Any]:
         "name": workloads[0].name,
         "rate_rps": sum(one.num_requests for one in workloads) / sum(one.duration_s for one in workloads),
         "num_requests": counts.total(),
+        "left_out": dict(sum((Counter(one.left_out) for one in workloads), Counter[str]())),
         "num_dropped": sum(workload.num_dropped for workload in workloads),
         "num_windows": len(workloads),
         "by_class": dict(sorted(counts.items())),

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from slos_serve.bench.client import discover_model
-from slos_serve.bench.engines import Fleet, ending_by_signal
+from slos_serve.bench.engines import Fleet
+from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.profiling import profile_server
+from slos_serve.cache import write_json
 from slos_serve.core.fit import fit_perf_model, from_records
 from slos_serve.errors import ConfigError
-from slos_serve.records.profile import Profile, plot_fit, profile_document, read_records, write_json
+from slos_serve.records.profile import Profile, profile_document, read_records
 from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.signals import ending_by_signal
 
 HELP = "Measure how long an engine's steps take, fit the performance model, say how good it is."
 

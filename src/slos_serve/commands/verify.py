@@ -103,16 +103,17 @@ def as_text(document: Mapping[str, Any], out: Path) -> str:
 
 def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any], str]:
     """Start our server, then vLLM alone, and check; returns checks, the engine's key and vLLM's version."""
-    from slos_serve.bench.engines import Fleet, ending_by_signal  # noqa: PLC0415
-    from slos_serve.serving import prepare as verb  # noqa: PLC0415
+    from slos_serve.bench.engines import Fleet  # noqa: PLC0415
     from slos_serve.serving.arguments import EngineArguments  # noqa: PLC0415
     from slos_serve.serving.platforms import available_memory  # noqa: PLC0415
+    from slos_serve.serving.prepare import check_model, engine_key, find_engine  # noqa: PLC0415
     from slos_serve.terminal.progress import Progress  # noqa: PLC0415
+    from slos_serve.terminal.signals import ending_by_signal  # noqa: PLC0415
 
-    engine = verb.find_engine()
-    verb.check_model(args.model)
+    engine = find_engine()
+    check_model(args.model)
     flags = EngineArguments(args.extra)
-    key = verb.engine_key(args.model, engine, args.extra, os.environ)
+    key = engine_key(args.model, engine, args.extra, os.environ)
     found: list[Check] = []
     size = QUICK if args.quick else SIZE
     with (

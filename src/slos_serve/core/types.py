@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.perf import PerfModel
+from slos_serve.core.words import Reason
 
 if TYPE_CHECKING:
     from typing import Self
@@ -52,7 +53,7 @@ class Tier(IntEnum):
 
 
 DEFAULT_WORK_LIMIT = 140_000
-REASONS = ("compute", "memory", "deadline-passed", "requested", "invalid", "observe", "")
+REASONS = tuple(Reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
+from slos_serve.core.words import Outcome, Reason, Said
 from slos_serve.http.metrics import OTHER, SloMetrics
 from slos_serve.http.records import Record, Records
 from slos_serve.http.slo import Operator
@@ -26,7 +27,7 @@ MAX_RECORDS = 4096
 FRESH_S = 2.0
 SILENT_S = 5.0
 RETRY_AFTER_S = (1, 30)
-VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms")
+VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms", "asked")
 FINISHED_KEYS = (
     "outcome",
     "promised",
@@ -40,7 +41,7 @@ FINISHED_KEYS = (
 )
 
 # One HTTP request can be several in the engine (n > 1, many prompts): it ends as its worst part does.
-WORST_FIRST = ("failed", "rejected", "cancelled", "missed", "declined", "met", "none")
+WORST_FIRST = tuple(Outcome)
 
 
 class Hub:
@@ -103,9 +104,10 @@ class Hub:
         return str(slo_class) if slo_class in self.config.classes or slo_class == CUSTOM else OTHER
 
     def _take_verdict(self, item: Mapping[str, Any]) -> None:
-        label = self._label(item["slo_class"])
+        label, verdict, reason = self._label(item["slo_class"]), item["verdict"], item.get("reason") or ""
         if self._is_own(item):
-            self.metrics.count_verdict(label, item["verdict"], item.get("reason") or "", item.get("slack_ms"))
+            said = Said.REJECTED if self._will_reject(item, label, reason) else verdict
+            self.metrics.count_verdict(label, said, reason, item.get("slack_ms"))
         slo_id = item.get("slo_id") or item["request_id"]
         with self._lock:
             record = self._records.make(slo_id, label, item.get("tenant") or "")
@@ -113,11 +115,18 @@ class Hub:
             parts = record["_parts"]
             parts[item.get("request_id")] = {key: item.get(key) for key in VERDICT_KEYS}
             # As good as its worst part.
-            worst = next((part for part in parts.values() if part["verdict"] == "best-effort"), None)
-            record.update(worst or parts[item.get("request_id")])
+            worst = next((part for part in parts.values() if part["verdict"] == Said.BEST_EFFORT), None)
+            if not record.get("_is_settled"):
+                record.update(worst or parts[item.get("request_id")])
             waiters = self._waiters.pop(slo_id, ())
         for waiter in waiters:
             _wake(waiter)
+
+    def _will_reject(self, item: Mapping[str, Any], label: str, reason: str) -> bool:
+        """Tell whether the edge answers this verdict with a 429."""
+        slo_class = self.config.classes.get(label)
+        rejects = slo_class is not None and slo_class.on_unattainable == "reject" and bool(item.get("slo_id"))
+        return rejects and item["verdict"] == Said.BEST_EFFORT and reason != Reason.OBSERVE
 
     def _is_own(self, item: Mapping[str, Any]) -> bool:
         return bool(item.get("client", self._client) == self._client)
@@ -171,19 +180,21 @@ class Hub:
         tenant: str,
         arrival_s: float,
         best_effort: bool = False,
+        reason: str = Reason.REQUESTED,
         client_id: str = "",
+        shown_tenant: str = "",
         **facts: Any,
     ) -> None:
-        """Remember a request on its way to the engine; one that wants no promise has its verdict already.
+        """Remember a request on its way to the engine; one that wants no promise has its verdict already, and `reason`.
 
-        `client_id` is how the client calls it. `facts` are kept as they are.
+        `client_id` is how the client calls it, `shown_tenant` the name on its page. `facts` are kept as they are.
         """
         with self._lock:
             record = self._records.make(slo_id, slo_class, tenant)
-            record.update(facts, arrival_s=arrival_s)
+            record.update(facts, arrival_s=arrival_s, tenant=shown_tenant or tenant)
             self._records.name(slo_id, client_id)
             if best_effort:
-                record.update(verdict="best-effort", reason="requested")
+                record.update(verdict=Said.BEST_EFFORT, reason=reason, _is_settled=True)
 
     def annotate(self, slo_id: str, **facts: Any) -> None:
         """Add to a request's record what others than its engine know of it."""
@@ -249,9 +260,13 @@ class Hub:
         """Count a request that was answered with a 429; one that its client tries again was counted the first time."""
         label = self._label(slo_class)
         if not is_retry:
-            self.metrics.count_outcome(label, tenant, "rejected")
+            self.metrics.count_outcome(label, tenant, Outcome.REJECTED)
         with self._lock:
-            self._records.make(slo_id, label, tenant).update(verdict="rejected", reason=reason, outcome="rejected")
+            record = self._records.make(slo_id, label, tenant)
+            record.update(verdict=Said.REJECTED, reason=reason, outcome=Outcome.REJECTED)
+            is_news = not record["_parts"]
+        if is_news:  # the engine has said nothing that was counted
+            self.metrics.count_verdict(label, Said.REJECTED, reason, None)
 
     @property
     def snapshot(self) -> Mapping[str, Any] | None:

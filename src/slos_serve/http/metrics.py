@@ -7,17 +7,28 @@ does not make a counter jump back.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from slos_serve.config import SloConfig
+from slos_serve.config import BEST_EFFORT, CUSTOM, SloConfig
+from slos_serve.core.slo.deadlines import STAGES
+from slos_serve.core.words import Outcome, Reason, Said
 
 MAX_TENANTS = 100
 OTHER = "other"
 MODES = {"observe": 1, "enforce": 2}
+PROMISE_RESULTS = ("kept", "broken")
+FAULT_KINDS = ("sync", "plan", "apply", "add", "scheduled", "update", "finish", "starved", "housekeeping", "warm-up")
+VERDICTS = (
+    *((Said.PROMISED, Reason.NONE), (Said.PROMOTED, Reason.NONE)),
+    *itertools.product((Said.BEST_EFFORT, Said.REJECTED), (Reason.TOO_TIGHT, Reason.COMPUTE, Reason.MEMORY)),
+    *itertools.product((Said.BEST_EFFORT, Said.REJECTED), (Reason.DEADLINE_PASSED,)),
+    (Said.BEST_EFFORT, Reason.OBSERVE),
+)
 _TENTHS_OF_MS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
 _SECONDS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
 
@@ -32,10 +43,25 @@ class SloMetrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, registry=registry, multiprocess_mode="mostrecent")
 
-        self.requests = counter("slos_serve_requests_total", "Requests by outcome.", "class", "tenant", "outcome")
-        self.promises = counter("slos_serve_promises_total", "Promises, kept or broken.", "class", "result")
-        self.stage_slo = counter("slos_serve_stage_slo_total", "Stages graded.", "class", "stage", "outcome")
-        self.verdicts = counter("slos_serve_verdicts_total", "Verdicts given.", "class", "verdict", "reason")
+        self.requests = counter(
+            "slos_serve_requests_total", f"Requests by outcome: {', '.join(Outcome)}.", "class", "tenant", "outcome"
+        )
+        self.promises = counter("slos_serve_promises_total", "Promises by result: kept or broken.", "class", "result")
+        self.stage_slo = counter(
+            "slos_serve_stage_slo_total",
+            f"Stages ({', '.join(STAGES)}) by outcome: met or missed.",
+            "class",
+            "stage",
+            "outcome",
+        )
+        self.verdicts = counter(
+            "slos_serve_verdicts_total", f"Verdicts given: {', '.join(Said)}; and why.", "class", "verdict", "reason"
+        )
+        self.would_be = counter(
+            "slos_serve_would_be_total",
+            "Verdicts that plans would have given while they are not carried out: promised or best-effort.",
+            *("class", "verdict"),
+        )
         self.preemptions = counter("slos_serve_best_effort_preemptions_total", "Best-effort requests preempted.")
         self.faults = counter("slos_serve_planner_faults_total", "Steps the planner did not plan.", "kind")
         self.hops = counter("slos_serve_router_hops_total", "Requests sent to a replica, by what it did.", "outcome")
@@ -73,8 +99,27 @@ class SloMetrics:
         self._seen: dict[tuple[object, str], float] = {}
 
     def know(self, config: SloConfig) -> None:
-        """Take up the operator's configuration: its tenants have labels of their own, however many others come."""
+        """Take up the operator's configuration: its tenants have labels of their own, however many others come.
+
+        What can be counted is there from the start, at 0: a series that begins with its first broken promise shows no
+        increase.
+        """
         self._configured = frozenset(("", *config.api_keys, *config.tenants))
+        names = [name for name, one in config.classes.items() if one.promises]
+        for name in (*names, CUSTOM, BEST_EFFORT):
+            for outcome in Outcome:
+                self.requests.labels(name, "", outcome)
+        for name in (*names, CUSTOM):
+            for result in PROMISE_RESULTS:
+                self.promises.labels(name, result)
+            for stage, result in itertools.product(STAGES, ("met", "missed")):
+                self.stage_slo.labels(name, stage, result)
+            for verdict, reason in VERDICTS:
+                self.verdicts.labels(name, verdict, reason)
+            for verdict in (Said.PROMISED, Said.BEST_EFFORT):
+                self.would_be.labels(name, verdict)
+        for kind in FAULT_KINDS:
+            self.faults.labels(kind)
 
     def tenant(self, name: str) -> str:
         """Return the label of a tenant: itself where the operator names it and for the first hundred, then `other`."""
@@ -92,13 +137,13 @@ class SloMetrics:
     def count_verdict(self, slo_class: str, verdict: str, reason: str, slack_ms: float | None) -> None:
         """Count one verdict and, for a promise, its planned slack to the first token."""
         self.verdicts.labels(slo_class, verdict, reason).inc()
-        if slack_ms is not None and verdict != "best-effort":
+        if slack_ms is not None and verdict in {Said.PROMISED, Said.PROMOTED}:
             self.slack.labels(slo_class, "prefill").observe(slack_ms / 1000)
 
     def count_promise(self, slo_class: str, outcome: str) -> None:
         """Count a promise as kept or broken; one whose client left is neither."""
-        if outcome != "cancelled":
-            self.promises.labels(slo_class, "kept" if outcome == "met" else "broken").inc()
+        if outcome != Outcome.CANCELLED:
+            self.promises.labels(slo_class, PROMISE_RESULTS[outcome != Outcome.MET]).inc()
 
     def count_hop(self, outcome: str) -> None:
         """Count one replica's answer to a request: served, passed, lost, broken or refused."""
@@ -133,6 +178,10 @@ class SloMetrics:
     def count(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:
         """Move the counters by what an engine's cumulative counts have grown."""
         self.preemptions.inc(self._increment(engine, "preemptions", snapshot.get("best_effort_preemptions") or 0))
+        for slo_class, verdicts in (snapshot.get("would_be_by_class") or {}).items():
+            for verdict, count in verdicts.items():
+                name = f"would be {slo_class} {verdict}"
+                self.would_be.labels(slo_class, verdict).inc(self._increment(engine, name, count))
         for kind, count in (snapshot.get("planner_faults") or {}).items():
             self.faults.labels(kind).inc(self._increment(engine, f"fault {kind}", count))
 

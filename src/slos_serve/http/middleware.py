@@ -18,10 +18,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
+import random
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -29,15 +30,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slos_serve.config import short
-from slos_serve.http import modes, replies, routes, seal
-from slos_serve.http.hub import HUB, Hub
+from slos_serve.core.words import Reason, Said
+from slos_serve.http import answers, modes, openapi, replies, routes, seal
+from slos_serve.http.hub import HUB, RETRY_AFTER_S, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
 from slos_serve.http.slo import SloRequest
 from slos_serve.http.stream import EventTail, StreamTail, write_into
 
-RESPONSES = "/v1/responses"
+RESPONSES, OPENAPI = "/v1/responses", "/openapi.json"
 MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
 LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
@@ -46,7 +48,7 @@ RETRIES_HEADER = b"x-stainless-retry-count"  # what the OpenAI and Anthropic SDK
 INVALID_BODY = b"{"
 LAST_WAIT_S = 0.1
 OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
-EXPOSED = b"x-slo-verdict, x-slo-reason, x-slo-class, x-slo-id, x-slo-predicted-ttft-ms, x-slo-hops, retry-after"
+EXPOSED = ", ".join(answers.EXPOSED_HEADERS).encode()
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -70,7 +72,11 @@ class SloMiddleware:
                 await self._page(path.rstrip("/"), scope, receive, send)
                 return
             if method == "GET" and path.startswith(RESPONSES + "/"):
-                await self._retrieved(path.removeprefix(RESPONSES + "/"), scope, receive, send)
+                response_id = path.removeprefix(RESPONSES + "/")
+                await self._rewritten(scope, receive, send, partial(self._with_slo, response_id, scope))
+                return
+            if method == "GET" and path == OPENAPI:
+                await self._rewritten(scope, receive, send, partial(openapi.augmented, config=self.hub.config))
                 return
             if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
                 await replies.profiling()(scope, receive, send)
@@ -103,11 +109,11 @@ class SloMiddleware:
             return refused or await modes.switch(self.hub, await _read(receive))
         return replies.page(self.hub, path, caller)
 
-    async def _retrieved(self, response_id: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write into a stored response what its first answer said."""
+    async def _rewritten(self, scope: Scope, receive: Receive, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
+        """Let the server inside answer, and change its JSON."""
         held: list[Message] = []
 
-        async def send_annotated(message: Message) -> None:
+        async def send_rewritten(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] == HTTPStatus.OK and _is_json(message):
                     held.append(message)
@@ -116,14 +122,17 @@ class SloMiddleware:
                 held.append(message)
                 if message.get("more_body", False):
                     return
-                start, body = held[0], b"".join(one.get("body", b"") for one in held[1:])
-                record = self._record_for(response_id, scope)
-                body = body if record is None else write_into(body, annotation(record, ROUTES[RESPONSES], None))
-                await send({**start, "headers": [*_without_length(start["headers"]), _length(body)]})
+                body = rewrite(b"".join(one.get("body", b"") for one in held[1:]))
+                await send({**held[0], "headers": [*_without_length(held[0]["headers"]), _length(body)]})
                 message = {"type": "http.response.body", "body": body}
             await send(message)
 
-        await self.app(scope, receive, send_annotated)
+        await self.app(scope, receive, send_rewritten)
+
+    def _with_slo(self, response_id: str, scope: Scope, body: bytes) -> bytes:
+        """Write into a stored response what its first answer said."""
+        record = self._record_for(response_id, scope)
+        return body if record is None else write_into(body, answers.annotation(record, tier=None))
 
     def _record_for(self, name: str, scope: Scope) -> Record | None:
         operator = self.hub.operator
@@ -264,6 +273,8 @@ class _Exchange:
                 tenant=request.tenant,
                 arrival_s=self._arrival_s,
                 best_effort=request.best_effort,
+                reason=request.reason,
+                shown_tenant=request.shown_tenant,
                 client_id=_client_id(self._scope["headers"], document),
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
             )
@@ -344,7 +355,7 @@ class _Exchange:
         await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
         if not self._hub.was_sent_away(self._slo_id):
             return False
-        await self._answer(replies.refusal("ttl-expired", self._hub.retry_after_s))
+        await self._answer(replies.refusal(Reason.TTL_EXPIRED, _spread(self._hub.retry_after_s)))
         return True
 
     async def _settle(self, *, ended: bool) -> None:
@@ -373,7 +384,7 @@ class _Exchange:
             headers = list(self._start["headers"])
             if content_length is not None:
                 headers = [*_without_length(headers), (b"content-length", str(content_length).encode())]
-            headers = _exposed([*headers, *_verdict_headers(self._record())])
+            headers = _exposed([*headers, *answers.headers(self._record())])
             await self._client_send({**self._start, "headers": headers})
             self._is_started = True
 
@@ -394,7 +405,8 @@ class _Exchange:
         slo_id = self._slo_id or uuid.uuid4().hex
         is_retry = any(name == RETRIES_HEADER and value.strip(b"0 ") for name, value in self._scope["headers"])
         self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason, is_retry=is_retry)
-        return await self._answer(replies.refusal(reason, self._hub.retry_after_s, slo_id=slo_id, slo_class=slo_class))
+        wait_s = _spread(self._hub.retry_after_s)
+        return await self._answer(replies.refusal(reason, wait_s, slo_id=slo_id, slo_class=slo_class))
 
     async def _answer(self, response: Response) -> bytes:
         """Answer in place of the server inside, as soon as its headers are known; returns a body it will not act on."""
@@ -417,22 +429,7 @@ class _Exchange:
         return self._hub.find(self._slo_id) or unknown
 
     def _extra(self) -> Mapping[str, Any]:
-        return annotation(self._record(), self._route, self._request.tier)
-
-
-def annotation(record: Record, route: Route, tier: str | None) -> Mapping[str, Any]:
-    """Return what an answer says of its request: `slo`, and the service tier that was used."""
-    keys = ["id", "class", "verdict", "reason", "predicted_ttft_ms", "hops"]
-    if record.get("outcome") != "none":
-        keys.append("outcome")
-    if record["verdict"] not in {"pending", "best-effort"}:
-        keys.append("slack_ms")
-    extra: dict[str, Any] = {"slo": {key: record[key] for key in keys if _is_known(record.get(key))}}
-    if route.has_tier and record["verdict"] == "best-effort":
-        extra["service_tier"] = "flex"
-    elif route.has_tier and record["verdict"] != "pending":
-        extra["service_tier"] = "priority" if tier == "priority" else "default"
-    return extra
+        return answers.annotation(self._record(), tier=self._request.tier, has_tier=self._route.has_tier)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -447,31 +444,16 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _is_no(verdict: Record) -> bool:
-    return bool(verdict["verdict"] == "best-effort" and verdict["reason"] != "observe")
+    return bool(verdict["verdict"] == Said.BEST_EFFORT and verdict["reason"] != Reason.OBSERVE)
 
 
 def _is_yes(verdict: Record | None) -> bool:
-    return verdict is not None and verdict["verdict"] in {"promised", "promoted"}
+    return verdict is not None and verdict["verdict"] in answers.PROMISED
 
 
-def _is_known(value: object) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _verdict_headers(record: Record) -> list[tuple[bytes, bytes]]:
-    said = {
-        b"x-slo-verdict": record["verdict"],
-        b"x-slo-reason": record["reason"],
-        b"x-slo-class": record["class"],
-        b"x-slo-id": record["id"],
-        b"x-slo-predicted-ttft-ms": _whole(record.get("predicted_ttft_ms")),
-        b"x-slo-hops": record.get("hops"),
-    }
-    return [(name, str(value).encode()) for name, value in said.items() if value not in {None, ""}]
-
-
-def _whole(number: float | None) -> int | None:
-    return None if number is None or not math.isfinite(number) else round(number)
+def _spread(wait_s: int) -> int:
+    """Return a time to wait of which not all who are refused now come back at once."""
+    return min(RETRY_AFTER_S[1], wait_s + random.randint(0, max(1, wait_s // 2)))
 
 
 def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:

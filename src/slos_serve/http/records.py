@@ -38,7 +38,7 @@ class Records:
         record = self._by_id.get(slo_id)
         if record is None:
             record = {"id": slo_id, "class": slo_class, "tenant": tenant, "verdict": "pending", "reason": ""}
-            record |= {"_parts": {}, "_ended": {}, "_aliases": []}
+            record |= {"_parts": {}, "_ended": {}, "_aliases": [], "_owner": tenant}
             self._by_id[slo_id] = record
             self._by_tenant.setdefault(tenant, OrderedDict())[slo_id] = None
             if len(self._by_id) > self._max_records:
@@ -49,7 +49,7 @@ class Records:
         """Return a record by our id, the engine's or the client's, of the tenants that the asker may see."""
         record = self._by_id.get(name)
         if record is not None:
-            return record if may_see(record["tenant"]) else None
+            return record if may_see(record["_owner"]) else None
         for tenant in filter(may_see, self._by_tenant):
             if (slo_id := self._aliases.get((tenant, name))) is not None:
                 return self._by_id[slo_id]
@@ -59,7 +59,7 @@ class Records:
         """Let a record be found by one more name among its tenant's; the newest request of that name counts."""
         record, name = self._by_id[slo_id], short(name)
         if name and name != slo_id and len(record["_aliases"]) < 16:
-            self._aliases[record["tenant"], name] = slo_id
+            self._aliases[record["_owner"], name] = slo_id
             record["_aliases"].append(name)
 
     def name_by_engine(self, slo_id: str, request_id: object) -> None:

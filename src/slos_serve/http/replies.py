@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -10,11 +9,19 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
+from slos_serve.core.words import Reason, Said
+from slos_serve.http import answers
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import Caller, RequestError
 from slos_serve.http.slo import BODY_KEYS
 
 SLO_PREFIX = "/v1/slo/"
+LONGEST_WAIT_S = 30
+REFUSALS: dict[str, str] = {
+    Reason.QUEUE_FULL: "the queue for requests without a promise is full",
+    Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
+    Reason.TOO_TIGHT: "it asks for more than this engine can do even when idle, and its class asks to be refused then",
+}
 REQUESTS_PREFIX = SLO_PREFIX + "requests/"
 OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status page
 
@@ -39,13 +46,12 @@ def too_large(limit: int) -> Response:
 
 def refusal(reason: str, retry_after_s: int, *, slo_id: str = "", slo_class: str = "") -> Response:
     """Return the 429 of a request that cannot be served as its class wants."""
-    message = f"no promise can be given now ({reason}) and this class of requests asks to be refused then"
-    if reason == "queue-full":
-        message = "the queue for requests without a promise is full"
-    if reason == "ttl-expired":
-        message = "the request waited longer than its class allows (ttl_ms) and was never begun"
-    headers = {"retry-after": str(retry_after_s), "x-slo-verdict": "rejected", "x-slo-reason": reason}
+    headers = {"x-slo-verdict": Said.REJECTED.value, "x-slo-reason": reason, "retry-after": str(retry_after_s)}
     headers |= {name: value for name, value in (("x-slo-class", slo_class), ("x-slo-id", slo_id)) if value}
+    message = REFUSALS.get(reason, f"no promise can be given now ({reason}) and this class asks to be refused then")
+    if reason == Reason.TOO_TIGHT:
+        headers |= {"retry-after": str(LONGEST_WAIT_S), "x-should-retry": "false"}
+        return error(HTTPStatus.TOO_MANY_REQUESTS, message, headers=headers)
     return error(HTTPStatus.TOO_MANY_REQUESTS, f"{message}; try again in {retry_after_s} s", headers=headers)
 
 
@@ -69,12 +75,12 @@ def page(hub: Hub, path: str, caller: Caller) -> Response:
     if path == SLO_PREFIX + "mode":
         return JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})})
     if path == SLO_PREFIX + "status":
-        return JSONResponse(finite(status(hub, whole=identities.is_operator(caller))))
+        return JSONResponse(answers.finite(status(hub, whole=identities.is_operator(caller))))
     if path.startswith(REQUESTS_PREFIX):
         request_id = path.removeprefix(REQUESTS_PREFIX)
         record = hub.find(request_id, lambda tenant: identities.may_see(caller, tenant))
         if record is not None:
-            return JSONResponse(finite({"object": "slo.request", **record}))
+            return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
         message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
         return error(HTTPStatus.NOT_FOUND, message, param="id")
     message = f"{path[:100]} is not one of classes, status, mode, requests/ID below {SLO_PREFIX}"
@@ -116,12 +122,3 @@ def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
         "malformed_messages": hub.num_malformed,
     }
     return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}
-
-
-def finite(value: Any) -> Any:
-    """Return JSON values with null for what JSON cannot say: infinite and undefined numbers."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

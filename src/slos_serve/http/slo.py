@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slos_serve.config import BEST_EFFORT, CUSTOM, MAX_TEXT, OVERRIDES, SloConfig, short
+from slos_serve.core.words import Reason
 from slos_serve.errors import ConfigError
 from slos_serve.http.identity import Caller, Headers, Identities, RequestError, UnknownKeyError, single, text
 
@@ -57,11 +58,12 @@ class SloRequest:
     """What one request asks for, checked.
 
     `xargs` is what the engine is told (without id and arrival time). `asked` is false where neither the
-    client nor the operator said anything: such a request is served as on any other server. `session`: what another
-    system's header names it, for the engine. `hold_s` bounds how long after arrival the
-    response's headers wait for a verdict: until the first token is due, where that is known, but a class that
-    wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may wait in the
-    queue before the engine sends it away.
+    client nor the operator said anything: such a request is served as on any other server. `shown_tenant`: the name on
+    the request's own page, where nobody is told apart also what a client calls itself. `session`: what another system's
+    header names it, for the engine. `reason`: why it has no promise, where `best_effort`. `hold_s` bounds how
+    long after arrival the response's headers wait for a verdict: until the first token is due, where that is known,
+    but a class that wants to be rejected rather than served late waits for its verdict. `ttl_s` is how long it may
+    wait in the queue before the engine sends it away.
     """
 
     slo_class: str
@@ -70,8 +72,10 @@ class SloRequest:
     best_effort: bool = False
     rejects: bool = False
     tenant: str = ""
+    shown_tenant: str = ""
     session: str = ""
     tier: str | None = None
+    reason: str = Reason.REQUESTED
     hold_s: float = DEFAULT_HOLD_S
     ttl_s: float | None = None
 
@@ -113,7 +117,8 @@ class Operator:
         if not caller.is_known and self.config.unknown_keys == "refuse":
             raise UnknownKeyError("this server serves known API keys only")
         slo = _slo_object(body)
-        tenant = _named_tenant(named, slo, caller) or caller.tenant
+        claimed = _named_tenant(named, slo)
+        tenant = (claimed if caller.names_tenants else "") or caller.tenant
         stage = self._stage(named, slo) or ("loop" if body.get("tools") else "final")
         said = self._body(slo) or self._headers(named) or self._tier(body.get("service_tier"))
         own = _own_xargs(body)
@@ -129,7 +134,10 @@ class Operator:
         class_name, overrides = said or (None, {})
         label = self.config.label(class_name, overrides)
         ttl_s = self._ttl_s(label)
-        asked = label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
+        is_unnamed = label == BEST_EFFORT and class_name is None and self._is_unnamed_priority(body, caller)
+        asked = (
+            is_unnamed or label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
+        )
         if asked:
             # `custom` is a name for people: the engine gets the numbers and falls back on the default class.
             xargs |= {"slo_class": label} if label != CUSTOM else {}
@@ -144,8 +152,10 @@ class Operator:
             best_effort=label == BEST_EFFORT,
             rejects=rejects,
             tenant=tenant,
+            shown_tenant=self._shown(tenant, claimed),
             session=session,
-            tier=body.get("service_tier") if isinstance(body.get("service_tier"), str) else None,
+            tier=self._used_tier(body.get("service_tier")),
+            reason=Reason.NO_PRIORITY_CLASS if is_unnamed else Reason.REQUESTED,
             hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
             ttl_s=ttl_s,
         )
@@ -222,6 +232,20 @@ class Operator:
                 return self.config.priority_class, {}
         return None  # not ours to refuse: vLLM knows which tiers exist
 
+    def _shown(self, tenant: str, claimed: str) -> str:
+        config = self.config
+        is_open = not (config.api_keys or config.tenants or config.trusted_proxies)
+        return tenant or (claimed if is_open else "")
+
+    def _used_tier(self, tier: object) -> str | None:
+        if tier == "priority" and self.config.priority_class is None:
+            return "default"
+        return tier if isinstance(tier, str) else None
+
+    def _is_unnamed_priority(self, body: Mapping[str, Any], caller: Caller) -> bool:
+        """Tell whether a client pays for a tier that the operator has given no meaning, so that it hears of that."""
+        return body.get("service_tier") == "priority" and self.config.priority_class is None and caller.is_known
+
     def _mapped(self, caller: Caller, model: object, tenant: str) -> str | None:
         if caller.key is not None and caller.key.slo_class is not None:
             return caller.key.slo_class
@@ -271,23 +295,18 @@ def _refuse_unknown(named: Mapping[bytes, bytes]) -> None:
 
 
 def _own_xargs(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client may say in `vllm_xargs` itself, bounded in size; the engine judges it."""
+    """Return what a client may say in `vllm_xargs` itself, texts bounded in size; vLLM and the engine judge it."""
     xargs = body.get("vllm_xargs")
     found = {key: xargs[key] for key in OWN_KEYS if key in xargs} if isinstance(xargs, dict) else {}
-    return {key: value if _is_small(value) else "(unreadable)" for key, value in found.items()}
+    is_long = {key: isinstance(value, str | list) and len(value) > MAX_TEXT for key, value in found.items()}
+    return {key: "(unreadable)" if is_long[key] else value for key, value in found.items()}
 
 
-def _is_small(value: object) -> bool:
-    return (isinstance(value, str) and len(value) <= MAX_TEXT) or isinstance(value, int | float)
-
-
-def _named_tenant(named: Mapping[bytes, bytes], slo: Mapping[str, Any], caller: Caller) -> str:
-    """Return the tenant that a request names, where its word is taken; a name that is none is refused from anybody."""
+def _named_tenant(named: Mapping[bytes, bytes], slo: Mapping[str, Any]) -> str:
+    """Return the tenant that a request names, believed or not; a name that is none is refused from anybody."""
     name = _tenant("slo.tenant", slo.get("tenant"))
     if TENANT_HEADER in named:
         name = name or _tenant(TENANT_HEADER.decode(), text(named[TENANT_HEADER]))
-    if not caller.names_tenants:
-        return ""
     return name or short(text(named.get(FAIRNESS_HEADER, b"")))
 
 

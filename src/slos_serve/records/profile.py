@@ -13,11 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from slos_serve.cache import complete_file
-from slos_serve.core.fit import FitReport, StepSample, predicted_s
-from slos_serve.core.perf import TERMS, PerfModel
+from slos_serve.core.fit import FitReport
+from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,12 +100,6 @@ def profile_document(report: FitReport, *, key: Mapping[str, Any] | str, max_num
     }
 
 
-def write_json(document: object, path: Path) -> None:
-    """Write a JSON file at once: a reader sees the old one or the whole new one."""
-    with complete_file(path) as draft:
-        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
 def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:
     """Read step records from byte `start` on; a line still being written is left out. `ValueError` names a bad one."""
     try:
@@ -131,11 +122,3 @@ def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: expected a step record such as serve --record writes")
         records.append(record)
     return records
-
-
-def plot_fit(model: PerfModel, samples: list[StepSample], path: Path) -> None:
-    """Draw predicted against measured step times."""
-    from slos_serve.bench.plots import fit_figure  # noqa: PLC0415
-
-    predicted = predicted_s(model, np.array([(*s[: len(TERMS) - 1], 1.0) for s in samples]))
-    fit_figure(predicted.tolist(), [s.seconds for s in samples], [s.has_prefill > 0 for s in samples], path)

@@ -18,9 +18,9 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
-from slos_serve.bench.engines import handling
 from slos_serve.errors import SlosServeError
 from slos_serve.http import seal
+from slos_serve.terminal.signals import handling
 
 PROBE_HEADER = "x-slos-serve-probe"
 POLL_S = 0.25

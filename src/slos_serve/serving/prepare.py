@@ -1,8 +1,7 @@
-"""The verb `serve`: check what can be checked, start vLLM, profile it where nobody has, say when it is ready.
+"""What a server will be started with: the command, its environment, and the profile to use or to make.
 
-While a server is being profiled its `/health` answers 503, so that nothing is sent to it that would be
-measured too; our own probe carries a header that it lets through. The profile is kept in the user's cache
-folder under what it depends on: model, hardware, engine flags.
+Nothing is started here. A profile is kept in the user's cache folder under what it depends on: model, hardware,
+engine flags.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +27,6 @@ from slos_serve.serving.platforms import (
     TESTED_WORDS,
     Engine,
     available_memory,
-    check_emulation,
     cpu_settings,
     emulated_settings,
     has_compiler,
@@ -41,50 +37,13 @@ from slos_serve.serving.platforms import (
 from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
 from slos_serve.serving.verification import why_not_verified
 
-HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
-TAKES_UNKNOWN = True
-
 SCHEDULER = "slos_serve.vllm_plugin.scheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 VLLM_SERVE = "slos_serve.serving.vllm_command"
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
-ACCEPT_PROFILE_S = 60.0
-EMULATE_HELP = "run no model: steps take as long as this hardware file says (see docs/rehearse.md)"
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("config.json", "params.json", "*.gguf")
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `serve`."""
-    parser.usage = "slos-serve serve MODEL [options] [any flag of vLLM]"
-    parser.epilog = (
-        "Every other flag goes to vLLM unchanged; give MODEL before them.\n\n"
-        "examples:\n"
-        "  slos-serve serve Qwen/Qwen3-8B --port 8000\n"
-        "  slos-serve serve ./my-model --slo-config classes.yaml --slo-mode observe --max-model-len 8192\n"
-        "  slos-serve serve Qwen/Qwen3-8B --replicas 4"
-    )
-    parser.add_argument("model", metavar="MODEL", help="a local model folder or a Hugging Face name")
-    parser.add_argument("--host", help="address to listen on (default: all)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--slo-config", type=Path, metavar="FILE", help="application classes, YAML (default: shipped)")
-    parser.add_argument(
-        "--slo-mode",
-        choices=("observe", "enforce"),
-        help="observe: change nothing and report; enforce (default): keep promises, on GPUs where verify has passed",
-    )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="measured profile to use (default: the cache)")
-    parser.add_argument("--reprofile", action="store_true", help="measure again, even where a profile exists")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="append one JSON line for each engine step")
-    parser.add_argument("--replicas", type=int, metavar="N", help="serve with N replicas behind one port, on Ray Serve")
-    parser.add_argument(
-        "--ray-address", metavar="ADDRESS", help="run them on this Ray cluster: HOST:PORT, or auto (default: a new one)"
-    )
-    parser.add_argument("--router", metavar="NAME", help="how replicas are chosen (default: slo)")
-    parser.add_argument("--emulate", metavar="NAME|FILE", help=EMULATE_HELP)
-    parser.add_argument("--no-slo", action="store_true", help="vLLM alone, for comparison")
-    parser.add_argument("--json", action="store_true", help="print one JSON document when ready; logs go to stderr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,67 +71,6 @@ class Launch:
     def command(self) -> list[str]:
         """What runs vLLM's own `serve` command in this interpreter."""
         return [sys.executable, "-m", VLLM_SERVE, *self.arguments]
-
-
-def run(args: argparse.Namespace) -> int:
-    """Serve until told to end; return vLLM's own exit status."""
-    engine = find_engine(args.emulate)
-    check(args)
-    if not args.no_slo:
-        check_engine(engine)
-    check_emulation(engine, EngineArguments(args.extra), os.environ, args.model)
-    if is_cluster(args):
-        from slos_serve.serving import replicas  # noqa: PLC0415
-
-        return replicas.run(args, engine)
-    plan = prepare(args, engine, os.environ)
-    try:
-        for note in plan.notes:
-            say(note)
-        return _serve(plan, as_json=args.json)
-    finally:
-        if plan.scratch is not None:
-            shutil.rmtree(plan.scratch, ignore_errors=True)
-
-
-def is_cluster(args: argparse.Namespace) -> bool:
-    """Tell whether replicas on Ray are asked for, rather than one server of vLLM's own."""
-    return args.ray_address is not None or (args.replicas or 1) > 1
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` for what would only fail after a minute of loading."""
-    if args.replicas is not None and args.replicas < 1:
-        raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected="1 or more")
-    if args.router is not None and not is_cluster(args):
-        raise ConfigError(where="arguments", key="--router", value=args.router, expected="--replicas beside it")
-    if args.no_slo:
-        for name in ("slo_config", "slo_mode", "profile", "record", "reprofile", "ray_address", "router", "replicas"):
-            if getattr(args, name):
-                key = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    where="arguments", key=key, value=getattr(args, name), expected="no --no-slo beside it"
-                )
-    _check_order(args)
-    check_model(args.model)
-    if args.slo_config is not None:
-        from slos_serve.config import load_slo_config  # noqa: PLC0415
-
-        load_slo_config(args.slo_config)
-    if args.profile is not None and not args.reprofile:
-        read_profile(args.profile)
-    problem = launch.port_problem(args.host, args.port)
-    if problem and not EngineArguments(args.extra).has("uds", "headless"):
-        expected = f"a free port ({problem}); try another --port"
-        raise ConfigError(where="arguments", key="--port", value=args.port, expected=expected)
-
-
-def _check_order(args: argparse.Namespace) -> None:
-    # Behind a flag that only vLLM knows, its value and MODEL cannot be told apart.
-    before = args.arguments[: args.arguments.index(args.model)] if args.model in args.arguments else []
-    for token in before:
-        if token in args.extra:
-            raise ConfigError(where="arguments", key="MODEL", value=args.model, expected=f"MODEL before {token}")
 
 
 def check_model(model: str) -> None:
@@ -317,54 +215,6 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         notes=tuple(notes),
         **common,
     )
-
-
-def _serve(plan: Launch, *, as_json: bool) -> int:
-    if plan.must_profile and plan.profile is not None:
-        plan.profile.unlink(missing_ok=True)
-    where = f" at {plan.url}" if plan.url else ""
-    say(f"starting vLLM with {plan.model_name}{where} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
-    child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)
-    failures: list[str] = []
-
-    def make_ready() -> None:
-        try:
-            _make_ready(plan, child, as_json=as_json)
-        except launch.ServerEndedError:
-            pass  # its own log has said why, and its status is ours
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the server must not stay half ready
-            failures.append(f"{type(error).__name__}: {error}")
-            launch.end(child)
-
-    def tell() -> None:
-        say(f"vLLM was told to end {plan.patience_s:.0f} s ago and still waits for its connections: ending it")
-
-    thread = threading.Thread(target=make_ready, name="make-ready", daemon=True)
-    if plan.url:
-        thread.start()
-    try:
-        code = launch.wait(child, patience_s=plan.patience_s, tell=tell)
-    finally:
-        launch.end(child)
-    if plan.url:
-        thread.join(timeout=5)
-    if failures:
-        say(f"not ready, so stopped: {' '.join(failures[0].split())}")
-        return 1
-    return launch.exit_status(code)
-
-
-def _make_ready(plan: Launch, child: subprocess.Popen[bytes], *, as_json: bool) -> None:
-    launch.wait_healthy(child, plan.url, probe=True)
-    if plan.must_profile and plan.profile is not None and plan.record is not None:
-        measure(plan, plan.profile, plan.record)
-    if not launch.wait_healthy(child, plan.url, probe=False, timeout_s=ACCEPT_PROFILE_S):
-        raise SlosServeError(f"the server did not take up {plan.profile} within {ACCEPT_PROFILE_S:.0f} s")
-    say(f"ready: {plan.url}/v1")
-    if as_json:
-        document = {"url": plan.url, "model": plan.model_name, "mode": plan.mode}
-        document["profile"] = str(plan.profile) if plan.profile else ""
-        print(json.dumps(document), flush=True)
 
 
 def measure(plan: Launch, out: Path, record: Path) -> None:

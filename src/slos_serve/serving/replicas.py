@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from slos_serve.bench.engines import ending_by_signal
 from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
 from slos_serve.serving.prepare import Launch, measure, prepare, say
 from slos_serve.serving.profiles import SPEED_ENVIRONMENT
+from slos_serve.terminal.signals import ending_by_signal
 
 # What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
 REFUSED = (

@@ -16,7 +16,7 @@ import numpy as np
 from slos_serve.errors import ConfigError
 from slos_serve.traces.formats.lengths import NAME as LENGTHS_ONLY
 from slos_serve.traces.rows import TIME_UNITS, ReadOptions
-from slos_serve.traces.trace import SMALL_TRACE, Trace, first_of, read_trace, synthetic_arrivals
+from slos_serve.traces.trace import SMALL_TRACE, Trace, read_trace, synthetic_arrivals
 
 STREAM = 2  # of the seed, for arrivals and classes
 MAX_RATE_RPS = 1e6
@@ -81,11 +81,11 @@ def offered_trace(args: argparse.Namespace, *, max_total_tokens: int | None, str
     `stretch` false: the caller sets the rate, of the part that it takes.
     """
     options = ReadOptions(time_unit=args.time_unit, block_tokens=args.block_tokens, max_total_tokens=max_total_tokens)
-    trace = read_trace(args.trace if args.trace is not None else SMALL_TRACE, options)
+    source = SMALL_TRACE if args.trace is None else args.trace
+    trace = read_trace(source, options, num_requests=args.num_requests)
     if args.trace is None:
         trace = replace(trace, source=SMALL)
     rng = np.random.default_rng([args.seed, STREAM])
-    trace = first_of(trace, args.num_requests)
     process = args.arrivals if args.burstiness is None else f"gamma:{args.burstiness**-0.5!r}"
     if process is not None:
         rate = args.rate or (trace.rate_rps if math.isfinite(trace.rate_rps) else 1.0)

@@ -5,6 +5,7 @@ A window reads the file up to its end and keeps only what is in it. Times count 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -47,12 +48,17 @@ class Loaded:
         return Origin(format=self.format.name, left_out=dict(left_out), notes=(*self.notes, *said))
 
 
-def load(path: Path, options: ReadOptions, window: Window | None = None) -> Loaded:
-    """Read a file; with a window at least what is in it. `ValueError` names file, line, field and value."""
+def load(path: Path, options: ReadOptions, window: Window | None = None, num_requests: int | None = None) -> Loaded:
+    """Read a file; with a window at least what is in it, with a number at least so many requests and the next.
+
+    `ValueError` names file, line, field and value.
+    """
     with opened(path) as source:
         kind = find_format(source)
         table = _Table(source, kind, options.max_total_tokens)
-        table.take(kind.rows(source, options), window if kind.is_sorted else None)
+        reads_all = not kind.is_sorted
+        enough = None if reads_all or kind.on_ticks else num_requests  # a tick is spread until the next one
+        table.take(kind.rows(source, options), None if reads_all else window, enough)
         return table.done()
 
 
@@ -62,7 +68,7 @@ class _Table:
     def __init__(self, source: Source, kind: Format, longest: int | None) -> None:
         self._source, self._kind, self._longest = source, kind, longest
         self._cache: PrefixCache | None = None
-        self._first_s = 0.0
+        self._first_s, self._num_kept = 0.0, 0
         self._clear()
 
     def _clear(self) -> None:
@@ -70,8 +76,11 @@ class _Table:
         self._counts = [array("q") for _ in COUNTS]
         self._labels: list[tuple[str, str, str]] = []  # session, class, reason
 
-    def take(self, rows: Iterable[Row], window: Window | None) -> None:
-        """Add rows. With a window: only until one that comes after it, and of those before it the last tick."""
+    def take(self, rows: Iterable[Row], window: Window | None, enough: int | None) -> None:
+        """Add rows. With a window: only until one that comes after it, and of those before it the last tick.
+
+        `enough`: only until one more is kept than that, in the window if there is one.
+        """
         before_s = -1.0
         for row in rows:
             if self._cache is None:
@@ -85,7 +94,10 @@ class _Table:
                 self._clear()
             before_s = row.at_s
             self._add(row)
-            if window is not None and row.at_s >= self._first_s + sum(window):
+            start_s, end_s = (0.0, math.inf) if window is None else (window[0], sum(window))
+            offset_s = row.at_s - self._first_s
+            self._num_kept += offset_s >= start_s and not self._labels[-1][-1]
+            if offset_s >= end_s or (enough is not None and self._num_kept > enough):
                 break
 
     def _add(self, row: Row) -> None:

@@ -135,20 +135,32 @@ class Trace:
 
 
 def read_trace(
-    spec: str | Path, options: ReadOptions | None = None, *, from_first: bool = True, spread: bool = True
+    spec: str | Path,
+    options: ReadOptions | None = None,
+    *,
+    num_requests: int | None = None,
+    from_first: bool = True,
+    spread: bool = True,
 ) -> Trace:
     """Read `FILE` or `FILE@start:duration`, seconds from the first request. `ValueError` names file and line or column.
 
-    `from_first` false: times stay on the file's clock, whose 0 a window then counts from. `spread` false: arrivals
-    stay on the coarse ticks that some formats have.
+    `num_requests`: only the first so many that are kept, over the time until the next one. `from_first` false: times
+    stay on the file's clock, whose 0 a window then counts from. `spread` false: arrivals stay on the coarse ticks that
+    some formats have.
     """
     path, window = _split_spec(str(spec))
-    loaded = load(path, options or ReadOptions(), window if from_first else None)
+    loaded = load(path, options or ReadOptions(), window if from_first else None, num_requests)
     times = loaded.columns["arrived_at_s"] - (loaded.first_s if from_first else 0.0)
     if loaded.format.on_ticks and spread:
         times = spread_ties(times)
     inside = np.ones(len(times), np.bool_) if window is None else _inside(str(spec), times, window)
-    return _trace_of(loaded, times, inside, str(spec), window)
+    kept = np.flatnonzero(inside & (loaded.reasons == ""))
+    if num_requests is None or len(kept) <= num_requests:
+        return _trace_of(loaded, times, inside, str(spec), window)
+    inside[kept[num_requests] :] = False
+    start_s = window[0] if window else 0.0
+    trace = _trace_of(loaded, times, inside, str(spec), window)
+    return replace(trace, span_s=float(times[kept[num_requests]]) - start_s)
 
 
 def first_of(trace: Trace, max_requests: int | None) -> Trace:

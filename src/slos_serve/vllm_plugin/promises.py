@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import short
 from slos_serve.core.slo import deadlines
 from slos_serve.core.types import Plan, Tier, Verdict
+from slos_serve.core.words import Reason
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.report import Tally
 
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.wire.outbox import Outbox
 
 
+BUSY = frozenset({Reason.COMPUTE, Reason.DEADLINE_PASSED})  # or it asks for more than an idle engine can do
+
+
 class Promises:
     """Apply verdicts to the table and to what clients hear; grade what ends."""
 
-    def __init__(self, tracker: Tracker, safety: StepDown, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        safety: StepDown,
+        outbox: Outbox,
+        is_too_tight: Callable[[Live], bool] = lambda _: False,
+    ) -> None:
+        self._is_too_tight = is_too_tight
         self.tally = Tally()
-        self.would_be: Counter[str] = Counter()
+        self.would_be: dict[str, Counter[str]] = {}
         self._tracker = tracker
         self._safety = safety
         self._outbox = outbox
@@ -56,7 +67,7 @@ class Promises:
                 self._change(live, verdict, now_s)
             else:
                 word = "promised" if verdict.promised else "best-effort"
-                self.would_be[word] += live.would_be != word
+                self.would_be.setdefault(live.slo_class, Counter())[word] += live.would_be != word
                 live.would_be = word
 
     def _change(self, live: Live, verdict: Verdict, now_s: float) -> None:
@@ -75,10 +86,13 @@ class Promises:
                 return
             live.is_declined = not live.was_promised
         live.verdict, live.reason = word, verdict.reason
-        self._tell(live, word, verdict.reason, verdict.slack_s, verdict.predicted_ttft_s)
+        if live.reason in BUSY and self._is_too_tight(live):
+            live.reason = Reason.TOO_TIGHT
+        slack_s = verdict.slack_s if verdict.promised else None
+        self._tell(live, word, live.reason, slack_s, verdict.predicted_ttft_s)
 
     def _tell(
-        self, live: Live, verdict: str, reason: str, slack_s: float = 0.0, predicted_ttft_s: float = math.inf
+        self, live: Live, verdict: str, reason: str, slack_s: float | None = None, predicted_ttft_s: float = math.inf
     ) -> None:
         self._outbox.verdicts.append(
             {
@@ -87,6 +101,7 @@ class Promises:
                 "reason": reason,
                 "slack_ms": _ms(slack_s),
                 "predicted_ttft_ms": _ms(predicted_ttft_s),
+                "asked": _asked(live),
             }
         )
 
@@ -150,6 +165,11 @@ def _names(live: Live) -> dict[str, Any]:
         "session": live.session,
         "client": live.request.client_index,
     }
+
+
+def _asked(live: Live) -> dict[str, float]:
+    """Return what a request asks for, resolved for its prompt, in milliseconds."""
+    return {name.removesuffix("_s") + "_ms": round(value * 1000, 3) for name, value in live.slo.items() if value}
 
 
 def _ms(seconds: float | None) -> float | None:

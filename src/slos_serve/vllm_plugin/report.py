@@ -58,10 +58,17 @@ class Tally:
             + (f", step times predicted within {model:.0%}" if model is not None else "")
             + (f", planning p99 {plan['p99'] * 1000:.2f} ms" if plan.get("p99") is not None else "")
         )
-        would = snapshot.get("would_be") or {}
-        if would:
-            head += ", would have promised {} and not {}".format(would.get("promised", 0), would.get("best-effort", 0))
-        return "\n".join([head, *(tally.line(name) for name, tally in list(self.classes.items()))])
+        would = snapshot.get("would_be_by_class") or {}
+        lines = [tally.line(name) + _would(would.get(name)) for name, tally in list(self.classes.items())]
+        return "\n".join([head, *lines])
+
+
+def _would(verdicts: Mapping[str, int] | None) -> str:
+    """Return what plans would have said of a class while they were not carried out."""
+    if not verdicts:
+        return ""
+    promised, not_promised = verdicts.get("promised", 0), verdicts.get("best-effort", 0)
+    return f"; would have promised {promised} and not {not_promised}"
 
 
 class Ring:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from slos_serve.core.fit import STALL_FACTOR
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
+from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Plan, ReplicaState
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
 from slos_serve.vllm_plugin.carried import Carried
-from slos_serve.vllm_plugin.cost import Cost
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.engine.expiry import Expiry
@@ -35,6 +35,7 @@ from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts
 from slos_serve.vllm_plugin.report import Ring
+from slos_serve.vllm_plugin.safety.cost import Cost
 from slos_serve.vllm_plugin.safety.faults import Faults
 from slos_serve.vllm_plugin.safety.rules import StepDown
 from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
@@ -88,7 +89,7 @@ class SloRuntime:
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         publisher = Publisher(address(config.instance_id, index))
         self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self), self._refresh)
-        self.promises = Promises(self.tracker, self.safety, self.outbox)
+        self.promises = Promises(self.tracker, self.safety, self.outbox, self._is_too_tight)
         self.expiry = Expiry()
         self.ageing = Ageing()
         self.divergences: Counter[str] = Counter()
@@ -157,6 +158,23 @@ class SloRuntime:
         if not self.learner.has_model:
             return "no performance profile yet"
         return self.safety.reason
+
+    def _is_too_tight(self, live: Live) -> bool:
+        """Tell whether a request asks for more than this engine can do at all."""
+        model = self.learner.model
+        if model is None or not live.has_row:
+            return False
+        row = self.tracker.table.rows[self.tracker.table.index(live.request_id)]
+        return is_too_tight(
+            live.slo,
+            model,
+            prompt_tokens=int(row["num_prompt_tokens"]),
+            output_tokens=float(row["predicted_output_tokens"]),
+            budget=self.limits.max_num_batched_tokens,
+            cached_tokens=int(row["num_cached_tokens"]),
+            tokens_per_step=1 + self.limits.max_draft_length,
+            guard_s=self.limits.guard_s,
+        )
 
     def _sets_aside(self, slo_class: str) -> bool:
         return self.modes.sets_aside(slo_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.routing.snapshots import snapshot_of
@@ -45,7 +46,8 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "margin_coverage": runtime.learner.coverage,
         "model_error": {"mape": runtime.learner.mape},
         "invalid": runtime.tracker.num_invalid,
-        "would_be": dict(runtime.promises.would_be),
+        "would_be": dict(sum(runtime.promises.would_be.values(), Counter())),
+        "would_be_by_class": {name: dict(words) for name, words in runtime.promises.would_be.items()},
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
         "step_downs": runtime.safety.num_step_downs,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import MODELS, STEPPED, add_decode, make_limits, make_request, make_state
-from test_batching import machine_of
+from tests.core.planning.test_batching import machine_of
 
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planner import SloPlanner

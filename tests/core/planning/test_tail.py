@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import MODELS, add_decode, make_limits, make_request, make_state
-from test_batching import decode, demand_of, machine_of, prefill
+from tests.core.planning.test_batching import decode, demand_of, machine_of, prefill
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning import batching

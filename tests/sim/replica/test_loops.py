@@ -7,7 +7,7 @@ from tests.sim.worlds import sim
 
 from slos_serve.core.slo.deadlines import StreamGrader
 from slos_serve.core.types import BatchPlan, Limits, Slo, Status
-from slos_serve.sim.replica import loops as inner
+from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.engine import Engine
 
 LIMITS = Limits(
@@ -63,7 +63,7 @@ def test_a_batch_starts_alike_compiled_and_by_the_engines_rules(drawn):
     if one is not None:
         assert one.rows.tolist() == two.rows.tolist()
         assert one.batch.tolist() == two.batch.tolist()
-        assert one.totals[: inner.NUM_NEW] == two.totals[: inner.NUM_NEW]
+        assert one.totals[: loops.NUM_NEW] == two.totals[: loops.NUM_NEW]
 
 
 def state_of(row):
@@ -82,7 +82,7 @@ promises = st.one_of(st.none(), st.floats(0.01, 2.0))
 )
 def test_a_row_is_graded_as_its_stream(slo, thinks, thinking, chunks):
     grader = StreamGrader(5.0, slo, thinks)
-    live = np.zeros(2, inner.LIVE_DTYPE)
+    live = np.zeros(2, loops.LIVE_DTYPE)
     live[1] = (*grader.state, 0, 0)
     at_s, produced = 5.0, 0
     for gap_s, tokens in chunks:
@@ -90,7 +90,7 @@ def test_a_row_is_graded_as_its_stream(slo, thinks, thinking, chunks):
         new_thinking = min(produced + tokens, thinking) - min(produced, thinking)
         produced += tokens
         grader.feed(at_s, tokens, new_thinking)
-        inner.feed_row(live, 1, at_s, tokens, new_thinking)
+        loops.feed_row(live, 1, at_s, tokens, new_thinking)
         assert state_of(live[1]) == grader.state
     copy = StreamGrader(5.0, slo, thinks)
     copy.state = state_of(live[1])

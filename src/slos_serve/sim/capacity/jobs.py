@@ -28,25 +28,27 @@ if TYPE_CHECKING:
     from typing import Self
 
 SOURCES = ("core", "sim", "traces", "config.py")
-PRESENTATION = ("cmd_", "capacity", "lanes", "progress")  # no outcome depends on these
+PRESENTATION = frozenset(  # no outcome depends on these
+    f"sim/capacity/{name}.py" for name in ("search", "jobs", "study", "table", "detail", "plots", "report", "sizing")
+)
 
 
 def code_digest() -> str:
     """Return a digest of the code and hardware files that outcomes depend on."""
     digest = hashlib.sha256()
-    for source in SOURCES:
-        for file in _files_below(files("slos_serve").joinpath(source)):
-            if file.name.endswith((".py", ".json")) and not file.name.startswith(PRESENTATION):
-                digest.update(file.name.encode() + file.read_bytes())
+    for name, text in sorted(_sources(files("slos_serve"), "")):
+        if name.startswith(SOURCES) and name.endswith((".py", ".json")) and name not in PRESENTATION:
+            digest.update(name.encode() + text())
     return digest.hexdigest()[:16]
 
 
-def _files_below(entry: Traversable) -> Iterator[Traversable]:
-    if entry.is_file():
-        yield entry
-    elif entry.is_dir():
-        for inner in sorted(entry.iterdir(), key=lambda inner: inner.name):
-            yield from _files_below(inner)
+def _sources(folder: Traversable, prefix: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield every file below a folder: its path and how to read it."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _sources(entry, f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name, entry.read_bytes
 
 
 class Journal:

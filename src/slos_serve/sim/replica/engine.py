@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.types import RequestTable, Status
-from slos_serve.sim.replica import loops as inner
+from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.kvpool import KvPool
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Engine:
 
     def room(self) -> IntArray:
         """Return what `inner` must know of limits: block size, longest sequence, token budget, seats, free blocks."""
-        self._room[inner.FREE_BLOCKS] = self.pool.num_free
+        self._room[loops.FREE_BLOCKS] = self.pool.num_free
         return self._room
 
     def add(self, request: Request, *, cached_tokens: int, session_id: str) -> int:
@@ -104,12 +104,12 @@ class Engine:
             if request_id in table:
                 self.preempt(table.index(request_id))
         chosen, tokens, drafts = table.find(batch.request_ids), batch.num_tokens, batch.draft_lengths
-        fits, started, totals = inner.start_rows(chosen, tokens, drafts, table.rows, self.room())
+        fits, started, totals = loops.start_rows(chosen, tokens, drafts, table.rows, self.room())
         if not fits:
             return self._start_in_part(chosen, tokens, drafts)
         if not len(chosen):
             return None
-        self._allocate(chosen if totals[inner.NUM_NEW] else chosen[:0], int(totals[inner.SUM_BLOCKS]))
+        self._allocate(chosen if totals[loops.NUM_NEW] else chosen[:0], int(totals[loops.SUM_BLOCKS]))
         return Step(chosen, started, totals.tolist())
 
     def _start_in_part(self, chosen: IntArray, tokens: IntArray, drafts: IntArray) -> Step | None:
@@ -142,7 +142,7 @@ class Engine:
         live["num_computed_tokens"][chosen] = start + tokens
         live["num_output_tokens"][chosen] = rows["num_output_tokens"] + emits
         started = np.stack([start, tokens, drafts, emits, needed == 1, rows["num_output_tokens"]])
-        return Step(chosen, started, inner.add_up(started).tolist(), gone_tokens)
+        return Step(chosen, started, loops.add_up(started).tolist(), gone_tokens)
 
     def _cut_tokens(
         self, rows: npt.NDArray[np.void], needed: IntArray, tokens: IntArray, drafts: IntArray

@@ -32,7 +32,7 @@ from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.types import ReplicaState, Tier
-from slos_serve.sim.replica import loops as inner
+from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.coasting import Coasting
 from slos_serve.sim.replica.engine import Engine
 from slos_serve.sim.replica.invariants import InvariantError, check_table
@@ -314,7 +314,7 @@ class Replica:
 
     def _sample(self, step: Step) -> StepSample:
         """Return the size of a step and its true time."""
-        tokens, context, drafts, pairs, num_prefill = step.totals[: inner.NUM_NEW]
+        tokens, context, drafts, pairs, num_prefill = step.totals[: loops.NUM_NEW]
         tokens += step.gone_tokens
         count = len(step.rows)
         seconds = batch_seconds(self.lines, tokens, count, context, drafts, pairs)

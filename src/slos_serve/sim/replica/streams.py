@@ -15,7 +15,7 @@ import numpy as np
 
 from slos_serve.core.lengths import turn
 from slos_serve.core.planning.columns import foretold
-from slos_serve.sim.replica import loops as inner
+from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.requests import Record, SimRequest
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Streams:
         self.lengths = lengths
         self.options = options
         self.records: list[Record] = []
-        self.live: Rows = np.zeros(64, inner.LIVE_DTYPE)
+        self.live: Rows = np.zeros(64, loops.LIVE_DTYPE)
         self._rng = rng
         self._drafted: dict[str, list[float]] = {}  # accepted and tested draft tokens by class
         self._measured: dict[str, float] = {}
@@ -108,23 +108,23 @@ class Streams:
 
     def foretell(self, step: Step, ends_s: float) -> None:
         """Write when the tokens of a step under way are expected, as a plan that is made meanwhile is told."""
-        rows, emits = self.table.rows, step.rows[step.batch[inner.EMITS] > 0]
+        rows, emits = self.table.rows, step.rows[step.batch[loops.EMITS] > 0]
         rows["last_token_s"][emits] = ends_s
         rows["first_token_s"][emits] = np.minimum(rows["first_token_s"][emits], ends_s)
 
     def emit(self, step: Step, now_s: float) -> list[int]:
         """Let a step's tokens out at `now_s`; return the rows that have ended, the highest first."""
         accepted = self._accept(step, now_s)
-        flags = inner.emit_rows(step.rows, step.batch, accepted, self.table.rows, self.live, now_s)
+        flags = loops.emit_rows(step.rows, step.batch, accepted, self.table.rows, self.live, now_s)
         return self._ended(step.rows, flags, self._predict)
 
     def foresee(self, chosen: IntArray, lines: FloatArray, room: IntArray, now_s: float) -> tuple[FloatArray, ...]:
-        """Return ends and durations of the steps of a batch of decodes until one of them ends; see `inner.foresee`."""
-        return inner.foresee(chosen, self.table.rows, self.live, lines, room, now_s)
+        """Return ends and durations of the steps of a batch of decodes until one of them ends; see `loops.foresee`."""
+        return loops.foresee(chosen, self.table.rows, self.live, lines, room, now_s)
 
     def coast(self, chosen: IntArray, block_size: int, ends: FloatArray) -> tuple[int, list[int]]:
         """Run a batch of decodes to each of `ends`; return KV blocks taken, and rows as `emit` does."""
-        num_blocks, flags = inner.coast(chosen, self.table.rows, self.live, block_size, ends)
+        num_blocks, flags = loops.coast(chosen, self.table.rows, self.live, block_size, ends)
         return num_blocks, self._ended(chosen, flags, self._predict_by_token)
 
     def _ended(self, chosen: IntArray, flags: IntArray, predict: Callable[[int], None]) -> list[int]:
@@ -132,9 +132,9 @@ class Streams:
         if not flags.any():
             return []
         if not self.options.known_lengths:
-            for index in chosen[flags == inner.OUTRUN].tolist():
+            for index in chosen[flags == loops.OUTRUN].tolist():
                 predict(index)
-        return sorted(chosen[flags & inner.FINISHED > 0].tolist(), reverse=True)
+        return sorted(chosen[flags & loops.FINISHED > 0].tolist(), reverse=True)
 
     def _predict_by_token(self, index: int) -> None:
         """Predict at each token that reached the prediction before it, as single steps do."""
@@ -161,10 +161,10 @@ class Streams:
     def _accept(self, step: Step, now_s: float) -> IntArray:
         """Return the draft tokens accepted before the first rejection, by request of the batch."""
         accepted = np.zeros(len(step.rows), np.int64)
-        if not step.totals[inner.MOST_DRAFTS]:
+        if not step.totals[loops.MOST_DRAFTS]:
             return accepted
-        emits = step.batch[inner.EMITS] > 0
-        drafts = step.batch[inner.DRAFTS, emits]
+        emits = step.batch[loops.EMITS] > 0
+        drafts = step.batch[loops.DRAFTS, emits]
         classes = self.table.rows["class_index"][step.rows[emits]]
         chances = np.array([self._acceptance(name, now_s) for name in self.table.classes])[classes]
         with np.errstate(divide="ignore"):

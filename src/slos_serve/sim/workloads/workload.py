@@ -36,7 +36,7 @@ class Workload:
 
     `duration_s`: length of the offered window. `following[request_id]` is (delay in seconds, next round).
     `num_dropped` requests were longer than the context and are not offered. `hints`: typical output
-    tokens by class, where the operator gave any.
+    tokens by class, where the operator gave any. `left_out`: rows of the trace that are not offered, by reason.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Workload:
     history: History = ()
     hints: Mapping[str, float] = field(default_factory=dict)
     num_dropped: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.arrivals:
@@ -181,6 +182,7 @@ def trace_workload(
         name=name or kept.source,
         arrivals=arrivals,
         duration_s=span_s,
+        left_out=trace.origin.left_out,
         num_dropped=dropped + trace.origin.left_out.get(TOO_LONG, 0),
         history=history,
         hints=factory.hints,

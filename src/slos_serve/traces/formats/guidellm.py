@@ -10,6 +10,7 @@ from slos_serve.traces.lines import (
     LENGTH_FIELDS,
     TIME,
     TOO_FAST_RPS,
+    TOO_SLOW_RPS,
     ask_for_unit,
     block_tokens_of,
     choose_unit,
@@ -37,12 +38,17 @@ def rows(source: Source, options: ReadOptions) -> Rows:
     unit = choose_unit(source, options, None)
     if unit is None and not has_blocks(source):
         too_fast = rate_in_seconds(times) * 1e3 > TOO_FAST_RPS
-        if have_fractions(times) or (too_fast and len(times) > 2):
+        too_slow = 0 < rate_in_seconds(times) < TOO_SLOW_RPS
+        if (have_fractions(times) and not too_slow) or (too_fast and len(times) > 2):
             unit = "s"
             why = "as ms they would come too fast" if too_fast else "they have fractions"
             source.notes.append(f"{TIME} read as seconds: {why} (--time-unit ms if they are not)")
     if unit is None and len(set(times)) > 1:
-        why = "whole numbers and no block ids" if not has_blocks(source) else "blocks of neither 512 nor 16 tokens"
+        why = (
+            "no block ids, and numbers that may be either"
+            if not has_blocks(source)
+            else "blocks of neither 512 nor 16 tokens"
+        )
         raise ask_for_unit(source, why)
     return length_rows(source, options, unit=unit)
 

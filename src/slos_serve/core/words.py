@@ -1,0 +1,80 @@
+"""The closed lists of what is said about requests: one word for one thing, wherever it is said.
+
+Headers, bodies, pages, records, logs and labels of metrics carry these strings and no others. `MEANINGS` says what each
+tells a client; `docs/http-api.md` lists them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Said(StrEnum):
+    """The verdict on a request: whether its SLO is promised."""
+
+    PENDING = "pending"
+    PROMISED = "promised"
+    PROMOTED = "promoted"
+    BEST_EFFORT = "best-effort"
+    REJECTED = "rejected"
+
+
+class Reason(StrEnum):
+    """Why a verdict is no promise; `NONE` for a promise."""
+
+    NONE = ""
+    TOO_TIGHT = "too-tight"
+    COMPUTE = "compute"
+    MEMORY = "memory"
+    DEADLINE_PASSED = "deadline-passed"
+    REQUESTED = "requested"
+    NO_PRIORITY_CLASS = "no-priority-class"
+    INVALID = "invalid"
+    OBSERVE = "observe"
+    QUEUE_FULL = "queue-full"
+    TTL_EXPIRED = "ttl-expired"
+
+
+class Outcome(StrEnum):
+    """What became of a request, from worst to best; of several parts of one request the worst counts."""
+
+    FAILED = "failed"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    MISSED = "missed"
+    DECLINED = "declined"
+    MET = "met"
+    NONE = "none"
+
+
+MEANINGS: dict[type[StrEnum], dict[str, str]] = {
+    Said: {
+        Said.PENDING: "no verdict yet",
+        Said.PROMISED: "its SLO is promised",
+        Said.PROMOTED: "not promised at first, promised since",
+        Said.BEST_EFFORT: "served without a promise",
+        Said.REJECTED: "not served: a 429",
+    },
+    Reason: {
+        Reason.NONE: "nothing to explain",
+        Reason.TOO_TIGHT: "it asks for more than this engine can do even when idle; trying again cannot help",
+        Reason.COMPUTE: "the engine is busy with what is promised",
+        Reason.MEMORY: "the KV cache has no room for it beside what is promised",
+        Reason.DEADLINE_PASSED: "its first token was due before it could be planned",
+        Reason.REQUESTED: "nothing else was asked for",
+        Reason.NO_PRIORITY_CLASS: "`service_tier: priority` was asked for, and the operator has named no class for it",
+        Reason.INVALID: "its `vllm_xargs` make no sense as an SLO",
+        Reason.OBSERVE: "plans are not carried out now, for the engine or for its class",
+        Reason.QUEUE_FULL: "as many requests without a promise wait as the operator allows",
+        Reason.TTL_EXPIRED: "it waited longer than its class allows and was never begun",
+    },
+    Outcome: {
+        Outcome.FAILED: "the engine could not finish it",
+        Outcome.REJECTED: "a 429, or sent away from the queue",
+        Outcome.CANCELLED: "its client left; it counts neither for nor against",
+        Outcome.MISSED: "late at one of its checks; a broken promise where it was promised",
+        Outcome.DECLINED: "never promised, so it counts as a miss, in time or not",
+        Outcome.MET: "in time at all of its checks",
+        Outcome.NONE: "it had no SLO",
+    },
+}
