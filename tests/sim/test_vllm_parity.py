@@ -1,4 +1,8 @@
-"""The simulator makes the batches that vLLM's own scheduler makes, at the same virtual times: stock and ours."""
+"""The simulator makes the batches that vLLM's own scheduler makes, at the same virtual times: stock and ours.
+
+The installed vLLM says which rules it has: the threshold for long prompts holds for a request that is alone up to 0.30
+(`always`) and not from 0.31 on (`shared`); active seats are from 0.31, the prefill interval on one engine from 0.33.
+"""
 
 from dataclasses import replace
 
@@ -65,6 +69,131 @@ def test_the_vllm_baseline_and_vllm_make_the_same_batches_at_the_same_times(tmp_
     assert last == pytest.approx(sorted(grade.finish_s for grade in ours.graded))
     if case.startswith("little"):
         assert ours.replica.engine.num_preemptions > 0
+
+
+def has_attribute(name):
+    """Tell whether vLLM's scheduler sets an attribute, which says what the version does with a setting."""
+    import inspect
+
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return f"self.{name} =" in inspect.getsource(Scheduler.__init__)
+
+
+# set on vLLM's scheduler once it is made; the same for ours; what the constructor of a vLLM that has it sets
+KNOBS = {
+    "a threshold": (
+        {"scheduler_config.long_prefill_token_threshold": 24},
+        {"chunk_limit": 24, "chunk_rule": "always"},
+        None,
+    ),
+    "a threshold that spares who is alone": (
+        {"scheduler_config.long_prefill_token_threshold": 24},
+        {"chunk_limit": 24, "chunk_rule": "shared"},
+        "adaptive_long_prefill_threshold",
+    ),
+    "an adaptive threshold": (
+        {"scheduler_config.long_prefill_token_threshold": 8, "adaptive_long_prefill_threshold": True},
+        {"chunk_limit": 8, "chunk_rule": "adaptive"},
+        "adaptive_long_prefill_threshold",
+    ),
+    "active seats": ({"max_num_active_reqs": 3}, {"max_num_seqs": 3}, "max_num_active_reqs"),
+    "an interval of 2": ({"local_prefill_interval": 2}, {"prefill_interval": 2}, "local_prefill_interval"),
+    "an interval of 4": ({"local_prefill_interval": 4}, {"prefill_interval": 4}, "local_prefill_interval"),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("case", ["plenty of everything", "a small budget", "little of everything"])
+@pytest.mark.parametrize("knob", KNOBS)
+def test_the_settings_of_todays_vllm_do_in_the_simulator_what_they_do_there(tmp_path, knob, case, seed):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from slos_serve.sim.vllm_replica import serve
+
+    theirs_has, settings, needed = KNOBS[knob]
+    if needed is not None and not has_attribute(needed):
+        pytest.skip(f"this vLLM has no {needed}")
+    if settings.get("chunk_rule") == "always" and has_attribute("adaptive_long_prefill_threshold"):
+        pytest.skip("this vLLM spares a request that is alone")
+
+    class Set(Scheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for name, value in theirs_has.items():
+                *path, last = name.split(".")
+                setattr(getattr(self, path[0]) if path else self, last, value)
+            if "local_prefill_interval" in theirs_has:
+                self.last_prefill_step = -self.local_prefill_interval
+
+    hw = hardware(**CASES[case])
+    load = load_of(seed)
+    theirs = serve(load, hw, tmp_path, Set)
+    planner = Watched(VllmPlanner(token_budget=hw.max_num_batched_tokens, **settings))
+    run_workload(load, planner, hw)
+    assert planner.batches == theirs.batches
+
+
+@pytest.mark.parametrize("limits", [(None, None), (5, None), (None, 600), (6, 400)])
+def test_a_full_queue_turns_away_whom_vllms_api_server_turns_away(limits):
+    from types import SimpleNamespace
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from slos_serve.core.types import RequestTable
+
+    num_reqs, num_tokens = limits
+    planner = VllmPlanner(max_num_queued_reqs=num_reqs, max_num_queued_tokens=num_tokens)
+    rng = np.random.default_rng(3)
+    refused = 0
+    for _ in range(200):
+        rows = np.zeros(int(rng.integers(0, 9)), RequestTable().rows.dtype)
+        rows["num_prompt_tokens"] = rng.integers(1, 300, len(rows))
+        rows["num_output_tokens"] = rng.integers(0, 3, len(rows))
+        count, prompts = len(rows), int(rows["num_prompt_tokens"][rows["num_output_tokens"] == 0].sum())
+        server = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_queued_reqs=num_reqs, max_num_queued_tokens=num_tokens),
+            admission_stats=None,
+            get_num_unfinished_requests=lambda count=count: count,
+            get_num_queued_tokens=lambda tokens=prompts: tokens,
+            _record_admission_rejection=lambda reason: None,
+        )
+        try:
+            AsyncLLM.check_admission(server)
+            theirs = False
+        except Exception:  # noqa: BLE001 -- its classes are not the same in every version
+            theirs = True
+        assert planner.turns_away(rows) == theirs
+        refused += theirs
+    assert bool(refused) == (limits != (None, None))
+
+
+def test_who_is_turned_away_by_a_full_queue_counts_as_rejected_and_takes_nothing():
+    load = load_of(0, 60, rate=40.0)
+    run = run_workload(load, VllmPlanner(token_budget=256, max_num_queued_reqs=4), hardware())
+    outcomes = {grade.outcome for grade in run.graded}
+    assert len(run.graded) == 60
+    assert "rejected" in outcomes
+    assert outcomes - {"rejected"}
+
+
+def test_two_replicas_count_their_steps_apart():
+    from slos_serve.sim.cluster.cluster import ClusterOptions
+
+    planner = VllmPlanner(token_budget=64, prefill_interval=4)
+    alone = run_workload(load_of(1), planner, hardware())
+    again = run_workload(load_of(1), planner, hardware())
+    assert [grade.finish_s for grade in alone.graded] == [grade.finish_s for grade in again.graded]
+    two = run_workload(load_of(1), planner, hardware(), cluster=ClusterOptions(num_replicas=2, router="round-robin"))
+    assert two.cluster.replicas[0].planner._cadence is not two.cluster.replicas[1].planner._cadence
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"chunk_rule": "mine"}, "one of always"), ({"prefill_interval": 0}, "1 or more steps")]
+)
+def test_a_setting_that_vllm_could_not_have_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        VllmPlanner(**settings)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -8,15 +8,16 @@ last running request in that order loses its own (recompute). A waiting request 
 sequence fits the free blocks, and nobody behind it enters before it.
 
 `VllmPlanner` is today's vLLM (V1): running requests first, then waiting ones, first come first served,
-prompts cut into chunks. `PriorityPlanner` orders both by class priority. `WholePromptPlanner` is the
-older vLLM (V0): whole prompts first, decodes wait. `SarathiPlanner` sets the budget to the most tokens
-whose step fits the tightest TPOT. `EdfPlanner` gives prefill to the earliest deadline first.
+prompts cut into chunks, with what 0.31 to 0.33 added to hold prompts back. `PriorityPlanner` orders both by
+class priority. `WholePromptPlanner` is the older vLLM (V0): whole prompts first, decodes wait.
+`SarathiPlanner` sets the budget to the most tokens whose step fits the tightest TPOT. `EdfPlanner` gives
+prefill to the earliest deadline first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -216,12 +217,47 @@ def _split(rows: Rows, *keys: npt.NDArray[np.generic]) -> tuple[IntArray, IntArr
     return order[running], order[~running]
 
 
+CHUNK_RULES = ("always", "shared", "adaptive")
+
+
+@dataclass(slots=True)
+class _Cadence:
+    """What vLLM's prefill interval counts: steps, the last one with prompts, whether it left requests waiting.
+
+    `chunked`: whose last share did not reach the end of the prompt, which a share of one token does not tell.
+    """
+
+    steps: int = 0
+    last_prefill: int | None = None
+    is_bound: bool = False
+    chunked: set[str] = field(default_factory=set)
+
+    def holds(self, interval: int) -> bool:
+        """Tell whether prompts are held in the next step, where requests decode."""
+        return not self.is_bound and self.last_prefill is not None and self.steps + 1 - self.last_prefill < interval
+
+    def note(self, state: ReplicaState, batch: _Batch, needed: IntArray, *, held: bool, num_waiting: int) -> None:
+        """Count a step; `num_waiting` requests waited before it."""
+        ids, new = state.requests.request_ids, state.requests.rows["status"][batch.rows] != RUNNING
+        self.steps += bool(len(batch.rows))
+        if any(ids[i] in self.chunked for i in batch.rows[~new].tolist()) or (needed[batch.rows[new]] > 1).any():
+            self.last_prefill = self.steps
+        for i, tokens in zip(batch.rows.tolist(), batch.tokens.tolist(), strict=True):
+            (self.chunked.add if tokens < needed[i] else self.chunked.discard)(ids[i])
+        if not held and not len(batch.preempted):
+            self.is_bound = num_waiting > int(new.sum())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmPlanner:
     """Today's vLLM: decodes and started prompts first, then waiting ones, first come first served.
 
-    `chunk_limit` caps one request's prefill tokens in a step (long-prefill threshold), `draft_length` is
-    fixed, `max_num_seqs` may be set below the engine's own. Token counts.
+    `chunk_limit` caps one request's prefill tokens in a step (long-prefill threshold). `chunk_rule` says when: `always`
+    (0.29, 0.30), `shared` (from 0.31: not where a request is alone), `adaptive` (its flag: nor below an equal share of
+    the budget). After a step with prompts the next comes `prefill_interval` steps later, while requests decode and
+    none was left waiting (0.33). `max_num_seqs` may be set below the engine's own (0.31: active seats); `draft_length`
+    is fixed. Requests are turned away from `max_num_queued_reqs` live ones, or `max_num_queued_tokens` tokens of
+    prompts without a first token, on. Token counts; `ValueError` for an unknown rule or an interval below 1.
     """
 
     ignores_times: ClassVar[bool] = True
@@ -229,7 +265,30 @@ class VllmPlanner:
     token_budget: int = 2048
     draft_length: int = 0
     chunk_limit: int | None = None
+    chunk_rule: str = "always"
+    prefill_interval: int = 1
     max_num_seqs: int | None = None
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    _cadence: _Cadence = field(default_factory=_Cadence, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.chunk_rule not in CHUNK_RULES:
+            raise ValueError(f"chunk_rule = {self.chunk_rule!r}: expected one of {', '.join(CHUNK_RULES)}")
+        if self.prefill_interval < 1:
+            raise ValueError(f"prefill_interval = {self.prefill_interval}: expected 1 or more steps")
+
+    def for_replica(self) -> VllmPlanner:
+        """Return a planner that counts the steps of one more replica."""
+        return replace(self)
+
+    def turns_away(self, rows: Rows) -> bool:
+        """Tell whether a request that arrives now is refused, as vLLM's API server refuses: by what is live."""
+        if self.max_num_queued_reqs is not None and len(rows) >= self.max_num_queued_reqs:
+            return True
+        if self.max_num_queued_tokens is None:
+            return False
+        return int(rows["num_prompt_tokens"][rows["num_output_tokens"] == 0].sum()) >= self.max_num_queued_tokens
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch; no verdicts."""
@@ -242,11 +301,28 @@ class VllmPlanner:
         limits, rows = state.limits, state.requests.rows
         running, waiting = self.order(state)
         budget = min(token_budget, limits.max_num_batched_tokens)
-        chunk_limit = budget if self.chunk_limit is None else self.chunk_limit
+        chunk_limit = self._chunk_limit(budget, len(rows))
         wanted, drafts = wants(rows, running, chunk_limit, self.draft_length)
         most = limits.max_num_seqs if self.max_num_seqs is None else min(self.max_num_seqs, limits.max_num_seqs)
         seats = most - len(running)
-        return _make(state, running, wanted, drafts, waiting, seats=seats, budget=budget, chunk_limit=chunk_limit)
+        held, offered = False, waiting
+        if self.prefill_interval > 1:
+            is_chunk = np.array([state.requests.request_ids[i] in self._cadence.chunked for i in running], np.bool_)
+            held = self._cadence.holds(self.prefill_interval) and not is_chunk.all()
+            if held:
+                wanted[is_chunk] = 0
+                offered = waiting[: np.argmax(np.append(tokens_needed(rows)[waiting], 2) > 1)]
+        batch = _make(state, running, wanted, drafts, offered, seats=seats, budget=budget, chunk_limit=chunk_limit)
+        if self.prefill_interval > 1:
+            self._cadence.note(state, batch, tokens_needed(rows), held=held, num_waiting=len(waiting))
+            batch.is_steady = False  # each step counts
+        return batch
+
+    def _chunk_limit(self, budget: int, num_requests: int) -> int:
+        """Return the most prefill tokens of one request in a step with so many live ones."""
+        if self.chunk_limit is None or (self.chunk_rule != "always" and num_requests <= 1):
+            return budget
+        return max(self.chunk_limit, budget // num_requests) if self.chunk_rule == "adaptive" else self.chunk_limit
 
     def order(self, state: ReplicaState) -> tuple[IntArray, IntArray]:
         """Return the rows of running and waiting requests in service order."""
@@ -353,7 +429,14 @@ def decode_load(rows: Rows, draft_length: int) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdfPlanner(VllmPlanner):
-    """Earliest deadline first: decodes, then prompts by first-token deadline, late ones last."""
+    """Earliest deadline first: decodes, then prompts by first-token deadline, late ones last.
+
+    It has vLLM's budget, drafts and chunk limit, and none of its other settings: `ValueError`.
+    """
+
+    def __post_init__(self) -> None:
+        if self.chunk_rule != "always" or self.prefill_interval != 1 or self.max_num_seqs is not None:
+            raise ValueError("edf: expected no chunk_rule, prefill_interval or max_num_seqs, which are vLLM's")
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch; a started prompt may be held for one that is due sooner; no verdicts."""

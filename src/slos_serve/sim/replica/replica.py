@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.ageing import Ageing
@@ -113,7 +114,7 @@ class Replica:
         self.is_dead = False
         self.is_mid_step = False  # a batch refers to rows of the table: none may be removed
         self.kernel = kernel
-        self.planner = planner
+        self.planner = planner.for_replica() if isinstance(planner, VllmPlanner) else planner
         self.limits = limits
         self.options = options or ReplicaOptions()
         self.engine = Engine(limits)
@@ -150,6 +151,9 @@ class Replica:
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
             self.hooks.end(sim, Record(sim).fail())
+            return
+        if record is None and isinstance(self.planner, VllmPlanner) and self.planner.turns_away(self.table.rows):
+            self.hooks.end(sim, Record(sim).fail(rejected=True))
             return
         index = self.engine.add(
             request,
