@@ -181,7 +181,7 @@ def serve(
         hardware.slower(error),
         plan_model=hardware.perf_model,
         seed=seed,
-        options=ReplicaOptions(acceptance={"": ACCEPTANCE}, makes_promises=True, learns_times=learns),
+        options=ReplicaOptions(acceptance={"": ACCEPTANCE}, learns_times=learns),
         max_model_len=MAX_CONTEXT,
         max_draft_length=drafts,
     )

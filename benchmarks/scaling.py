@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ import numpy as np
 
 from slos_serve.config import SloConfig
 from slos_serve.sim.hardware import Hardware, load_hardware
-from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import find_system
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
 from slos_serve.traces.trace import read_trace, synthetic_arrivals
@@ -57,14 +57,12 @@ def serve(
 ) -> RunResult:
     """Run one system behind one router at `rate` requests per second and GPU; `cuts`: stop where the target is lost."""
     system_name, router = column
-    system = find_system(system_name)
-    planner, cluster = system.deploy(system.default, num_replicas=n, router=router)
+    system = replace(find_system(system_name), max_draft_length=0)
     workload = offered(args, hardware, rate * n, args.max_requests and args.max_requests * n)
     counts = workload.num_by_class().items() if cuts else ()
     budget = {name: int((1 - TARGET) * count) for name, count in counts}
-    options = ReplicaOptions(makes_promises=system.makes_promises)
-    return run_workload(
-        workload, planner, hardware, seed=args.seed, options=options, cluster=cluster, miss_budget=budget or None,
+    return system.serve(
+        workload, hardware, num_replicas=n, router=router, seed=args.seed, miss_budget=budget or None,
         plan_clock=time.thread_time,
     )  # fmt: skip
 

@@ -18,18 +18,17 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slos_serve.config import SloConfig
-from slos_serve.core.types import BatchPlan, Plan, Planner, ReplicaState, Status
-from slos_serve.sim.cluster.cluster import ClusterOptions
+from slos_serve.core.types import BatchPlan, Plan, ReplicaState, Status
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import run_workload
-from slos_serve.sim.systems import find_system
+from slos_serve.sim.systems import System, find_system, system_of
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
 from slos_serve.traces.trace import Trace, synthetic_arrivals
 
@@ -85,29 +84,21 @@ def hour(minutes: float) -> Workload:
     return trace_workload(trace, factory, max_model_len=CONTEXT, default_class="chat")
 
 
-def deploy(policy: str) -> tuple[Planner, ClusterOptions, ReplicaOptions, int]:
-    """Return planner, cluster, options and longest draft of a policy."""
-    if policy == "trivial":
-        return Trivial(), ClusterOptions(num_replicas=REPLICAS), ReplicaOptions(), 0
-    system = find_system(policy)
-    planner, cluster = system.deploy(system.default, num_replicas=REPLICAS)
-    options = ReplicaOptions(
-        acceptance={"": 0.7}, makes_promises=system.makes_promises
-    )  # fmt: skip
-    return planner, cluster, options, system.max_draft_length
+def system_named(policy: str) -> System:
+    return (
+        replace(system_of(Trivial, name=policy), router="round-robin") if policy == "trivial" else find_system(policy)
+    )
 
 
 def measure(policy: str, workload: Workload) -> dict[str, Any]:
     """Run a policy once and return its speed and its result."""
-    planner, cluster, options, max_draft_length = deploy(policy)
+    system = system_named(policy)
     start, cpu = time.perf_counter(), time.thread_time()
-    result = run_workload(
+    result = system.serve(
         workload,
-        planner,
         HARDWARE,
-        options=options,
-        cluster=cluster,
-        max_draft_length=max_draft_length,
+        num_replicas=REPLICAS,
+        engine=ReplicaOptions(acceptance={"": 0.7}),
         plan_clock=time.thread_time,
     )
     wall_s, cpu_s = time.perf_counter() - start, time.thread_time() - cpu

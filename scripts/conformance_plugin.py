@@ -103,6 +103,8 @@ if KIND != "stock":
         """Our scheduler, told to enforce where the kind says so, and counted."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # the CPU platform switches it off
+            kwargs["vllm_config"].scheduler_config.async_scheduling = isinstance(self, async_scheduler.AsyncScheduler)
             super().__init__(*args, **kwargs)
             RUNTIMES.append(self.slo)
             if KIND == "enforce":

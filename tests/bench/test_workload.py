@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
+from slos_serve.bench.scaled import LENGTHS, MIX, Scaled, fitted
 from slos_serve.bench.workload import (
     build_requests,
     class_limits,
     parse_goodput,
     synthetic_trace,
 )
-from slos_serve.config import load_slo_config
+from slos_serve.config import default_classes, load_slo_config
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Slo
 from slos_serve.records.profile import Profile
@@ -105,6 +105,16 @@ def test_promises_are_as_many_decode_steps_as_on_the_gpu(scaled):
     assert config.classes["chat"].tpot_ms == pytest.approx(8 * step * 1e3)
     assert config.ttft_floor_ms == pytest.approx(16 * step * 1e3)
     assert config.classes["chat"].ttft_slowdown == 5
+
+
+def test_an_emulated_device_is_offered_published_lengths_and_the_classes_as_they_are():
+    emulated = {"perf_model": CPU.to_json(), "key": {"hardware": "emulated h100-8b-derived #1"}}
+    full = fitted(Profile(perf_model=CPU, max_num_batched_tokens=2048, document=emulated))
+    shipped = default_classes()
+    assert full.config.classes["chat"] == shipped["chat"]
+    assert full.lengths["chat"].prompt_median == 1024
+    small = fitted(Profile(perf_model=CPU, max_num_batched_tokens=2048, document={"key": {"hardware": "a CPU"}}))
+    assert small.lengths["chat"].prompt_median == 64
 
 
 def test_stock_gets_its_default_budget_and_two_that_fit_the_promises(scaled):

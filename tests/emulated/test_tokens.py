@@ -9,6 +9,7 @@ from slos_serve.emulated.tokens import (
     Progress,
     accepted,
     allowed_token,
+    made_up_logprobs,
     natural_length,
     plain_tokens,
     seed_of,
@@ -72,3 +73,10 @@ def test_a_grammar_is_obeyed_and_ended_as_soon_as_it_may_end():
     assert {allowed_token(row, seed, 2) for seed in range(50)} == {35, 41}
     row[0] = 1 << 2
     assert allowed_token(row, 5, 2) == 2
+
+
+def test_logprobs_hold_the_token_itself_first_and_are_those_of_equal_chances():
+    ids, values = made_up_logprobs([300, 400], 3)
+    assert ids[:, 0].tolist() == [300, 400]
+    assert ids.shape == values.shape == (2, 4)
+    assert np.exp(values).sum(axis=1) == pytest.approx([1, 1])

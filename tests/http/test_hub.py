@@ -8,6 +8,7 @@ import time
 import pytest
 
 from slos_serve.config import SloConfig
+from slos_serve.http import replies
 from slos_serve.http.hub import Hub
 from slos_serve.http.metrics import SloMetrics
 
@@ -185,6 +186,15 @@ def test_snapshots_move_gauges_and_cumulative_counts_become_increments(hub, regi
     assert sample(registry, "slos_serve_prefill_headroom_tokens_per_second") == 1000
     assert sample(registry, "slos_serve_margin_coverage") == 0.96
     assert sample(registry, "slos_serve_draft_length", **{"class": "chat"}) == 3
+
+
+def test_an_emulated_device_is_told_to_everybody(hub, registry):
+    hub.feed({"snapshot": SNAPSHOT})
+    assert sample(registry, "slos_serve_emulated_device") == 0
+    assert "device" not in replies.status(hub)
+    hub.feed({"snapshot": {**SNAPSHOT, "device": {"emulated": "h100-8b-derived"}}})
+    assert sample(registry, "slos_serve_emulated_device") == 1
+    assert replies.status(hub, whole=False)["device"] == {"emulated": "h100-8b-derived"}
 
 
 def test_samples_of_the_planner_and_the_steps_fill_histograms(hub, registry):

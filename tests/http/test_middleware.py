@@ -229,6 +229,7 @@ def test_an_error_of_the_server_inside_is_passed_on_as_it_is(client, vllm):
         assert response.status_code == 404
         assert response.json()["error"]["message"] == "no such model"
         assert "x-slo-verdict" not in response.headers
+        assert len(response.headers["x-slo-id"]) == 32
 
 
 def test_an_exception_before_the_first_chunk_is_a_500_because_nothing_was_sent_yet(app, vllm, hub):

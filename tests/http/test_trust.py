@@ -207,6 +207,8 @@ def test_a_tenant_sees_its_own_requests_alone_and_its_operator_all(client, vllm,
     for name in (slo_id, "abc"):
         page = f"/v1/slo/requests/{name}"
         assert [client.get(page, headers=who).status_code for who in (ACME, BETA, {}, OPS)] == [200, 404, 404, 200]
+    recent = [client.get("/v1/slo/requests", headers=who).json()["data"] for who in (ACME, BETA, {}, OPS)]
+    assert [[one["id"] for one in page] for page in recent] == [[slo_id], [], [], [slo_id]]
     hub.feed({"snapshot": {"effective_mode": "enforce", "num_promised": 3}})
     assert "snapshot" not in client.get("/v1/slo/status", headers=ACME).json()
     assert client.get("/v1/slo/status", headers=OPS).json()["snapshot"]["num_promised"] == 3

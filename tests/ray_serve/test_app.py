@@ -87,19 +87,8 @@ def test_ray_makes_our_policy_from_the_configuration():
     assert policy.patience_s == scaled["deployment_config"]["graceful_shutdown_timeout_s"]
 
 
-@pytest.mark.parametrize(
-    ("document", "expected"),
-    [
-        ({}, "AsyncSloScheduler"),
-        ({"placement_group_config": {"bundles": [{"CPU": 1}]}}, "SloScheduler"),
-        ({"accelerator_config": {"kind": "cpu"}}, "SloScheduler"),
-        ({"engine_kwargs": {"async_scheduling": False}}, "SloScheduler"),
-        ({"engine_kwargs": {"speculative_config": {"method": "ngram"}}}, "SloScheduler"),
-        ({"engine_kwargs": {"speculative_config": {"method": "eagle"}}}, "AsyncSloScheduler"),
-    ],
-)
-def test_the_scheduler_fits_vllms_choice_between_synchronous_and_asynchronous_steps(document, expected):
-    assert filled(document)["engine_kwargs"]["scheduler_cls"].endswith("." + expected)
+def test_the_scheduler_is_the_one_that_fits_each_replicas_engine():
+    assert filled({})["engine_kwargs"]["scheduler_cls"].endswith(".AutoSloScheduler")
 
 
 @pytest.mark.parametrize(

@@ -249,3 +249,23 @@ async def test_closing_the_stream_early_gives_the_request_up_at_its_replica(clus
     assert await anext(items) == "one"
     await items.aclose()
     assert replicas.streams[0].is_cancelled
+
+
+def test_an_error_about_one_request_is_no_lost_replica():
+    from ray.exceptions import RayTaskError
+
+    from slos_serve.ray_serve.ingress import is_fault
+
+    def raised(name):
+        cause = type(name, (Exception,), {})("x")
+        return RayTaskError("f", "traceback", cause)
+
+    assert [is_fault(raised(name)) for name in ("EngineDeadError", "EngineLostError", "EngineGenerateError")] == [
+        *(True, True, False)
+    ]
+
+
+def test_what_no_engine_can_do_is_refused_and_calls_for_no_replica():
+    from slos_serve.ray_serve.hops import is_refusal
+
+    assert is_refusal({"verdict": "best-effort", "reason": "too-tight"})

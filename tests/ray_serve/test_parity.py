@@ -92,9 +92,7 @@ def recorded(policy, seed, monkeypatch):
     recorder = Recorder(make_router(policy, rng=np.random.default_rng(1)))
     monkeypatch.setattr(ClusterOptions, "make_router", lambda *_: recorder)
     options = ClusterOptions(num_replicas=NUM_REPLICAS, router=policy)
-    run_workload(
-        load, SloPlanner(), HARDWARE, cluster=options, options=ReplicaOptions(makes_promises=True, learns_times=True)
-    )
+    run_workload(load, SloPlanner(), HARDWARE, cluster=options, options=ReplicaOptions(learns_times=True))
     return recorder.events
 
 

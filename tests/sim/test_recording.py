@@ -6,9 +6,14 @@ import pytest
 from tests.sim.records_made import write_record
 
 from slos_serve import cli
+from slos_serve.core.planner import SloPlanner
 from slos_serve.errors import ConfigError
 from slos_serve.records.reader import read_recording
 from slos_serve.records.replay import replay
+
+
+class Mine(SloPlanner):
+    """Somebody's own planner, which plans as ours does."""
 
 
 def lines_of(path):
@@ -55,8 +60,17 @@ def test_only_planners_of_this_package_are_imported(tmp_path):
     lines = lines_of(path)
     lines[0]["planner"] = "os.system"
     rewrite(path, lines)
-    with pytest.raises(ConfigError, match=r"slos_serve\.core"):
+    with pytest.raises(ConfigError, match=r"slos_serve\.core.*--trust-planner"):
         replay(read_recording(path))
+
+
+def test_a_planner_of_ones_own_is_replayed_where_it_is_trusted(tmp_path, capsys):
+    path = write_record(tmp_path / "record.jsonl", plans=True)
+    lines = lines_of(path)
+    lines[0]["planner"] = f"{__name__}:Mine"
+    rewrite(path, lines)
+    assert fail(capsys, "replay", path)[0] == 2
+    assert cli.main(["replay", str(path), "--trust-planner"]) == 0
 
 
 def test_a_line_cut_off_at_the_end_is_left_out(tmp_path):

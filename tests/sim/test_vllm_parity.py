@@ -13,6 +13,7 @@ from tests.sim.worlds import hardware, sim, workload
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning import ageing
+from slos_serve.core.types import PlannerTraits
 from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
@@ -24,6 +25,7 @@ class Watched:
 
     def __init__(self, planner):
         self.planner = planner
+        self.makes_promises = PlannerTraits.of(planner).makes_promises
         self.batches = []
 
     def plan(self, state):
@@ -212,7 +214,7 @@ def test_the_plug_in_inside_vllm_serves_as_the_simulated_replica_does(tmp_path, 
     hw = hardware(**CASES[case])
     load = load_of(seed, 30)
     theirs = serve(load, hw, tmp_path, SloScheduler)
-    options = ReplicaOptions(makes_promises=True)
+    options = ReplicaOptions()
     planner = Watched(SloPlanner())
     ours = run_workload(load, planner, hw, options=options)
     mine = [batch for batch in planner.batches if batch]
@@ -233,7 +235,7 @@ def test_one_batch_ahead_the_plug_in_serves_as_the_replica_simulated_with_that_l
     hw = hardware(**CASES[case])
     load = load_of(seed, 30)
     theirs = serve(load, hw, tmp_path, AsyncSloScheduler)
-    options = ReplicaOptions(makes_promises=True, async_lag=True)
+    options = ReplicaOptions(async_lag=True)
     ours = run_workload(load, SloPlanner(), hw, options=options)
     met = [sum(grade.outcome == "met" for grade in graded) for graded in (ours.graded, theirs.graded)]
     promised = [sum(grade.promised for grade in graded) for graded in (ours.graded, theirs.graded)]
@@ -255,7 +257,7 @@ def test_best_effort_work_ages_in_the_plug_in_as_in_the_simulated_replica(tmp_pa
 
     def simulated():
         planner = Watched(SloPlanner())
-        run = run_workload(load, planner, hw, options=ReplicaOptions(makes_promises=True))
+        run = run_workload(load, planner, hw)
         return [batch for batch in planner.batches if batch], run.replica.ageing.chosen
 
     still, nobody = simulated()

@@ -42,6 +42,7 @@ class Options:
     seconds: float = 32.0
     seed: int = 7
     rates_rps: tuple[float, ...] | None = None
+    emulate: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,11 +59,11 @@ class Outcome:
 
 def run_demo(options: Options, *, say: Say) -> Outcome:
     """Do the whole demo and write the report; every server is ended, whatever happens."""
-    with Lab(model=options.model, out=options.out, say=say) as lab:
+    with Lab(model=options.model, out=options.out, say=say, emulate=options.emulate) as lab:
         scaled = lab.start_ours(fresh=True)
         capacity = scaled.service_capacity_rps
         rates = list(options.rates_rps or (round(share * capacity, 2) for share in (CALM, BUSY)))
-        outcome = Outcome(scaled=scaled, rates_rps=rates, engine=describe_engine(options.model))
+        outcome = Outcome(scaled=scaled, rates_rps=rates, engine=describe_engine(options.model, options.emulate))
         say(_profile_text(scaled))
         samples = from_records(read_records(lab.record_path))
         plot_fit(scaled.profile.perf_model, samples, options.out / "profile.png")
@@ -216,6 +217,8 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
         f"with every token in time; plain vLLM, at the better of two token budgets, "
         f"<b>{pages.percent(stock['attainment'])}</b>. Same model, same requests, same machine."
     )
+    if "emulated" in document["engine"]:
+        lead += f" The device is <b>emulated</b>: {document['engine']['leaves_out']}."
     tiles = [
         (pages.percent(ours["attainment"]), f"attainment with slos-serve at {rate}", "ours"),
         (pages.percent(stock["attainment"]), f"attainment of plain vLLM at {rate}", "stock"),

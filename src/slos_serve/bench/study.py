@@ -36,7 +36,7 @@ from slos_serve.bench.compare import (
     save_run,
 )
 from slos_serve.bench.lab import MODEL_NAME, Lab, Side, describe_engine
-from slos_serve.bench.scaled import Scaled
+from slos_serve.bench.scaled import Scaled, fitted
 from slos_serve.cache import write_json
 from slos_serve.errors import SlosServeError
 from slos_serve.records.profile import Profile
@@ -237,7 +237,7 @@ def verdict(comparisons: Sequence[Mapping[str, Any]]) -> str:
 def write_study(runs: Sequence[Run], options: StudyOptions) -> list[dict[str, Any]]:
     """Write report.json, report.html and a plot; return the comparisons."""
     comparisons = summarise(runs)
-    scaled = Scaled(profile=Profile.load(options.out / "profile.json"))
+    scaled = fitted(Profile.load(options.out / "profile.json"))
     profile = scaled.profile.document
     document = {
         "schema": "slos-serve-study/1",

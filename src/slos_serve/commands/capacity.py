@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
+from slos_serve.named import check_router
 from slos_serve.sim.capacity.detail import look_closer
 from slos_serve.sim.capacity.jobs import Journal, run_lanes
 from slos_serve.sim.capacity.report import write_report, write_tables
@@ -41,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--systems",
         metavar="NAMES",
         help=f"of {', '.join(SYSTEMS)}, {CLAIRVOYANT} (a bound, slow); 'main' is ours and its opponents, 'ablations' "
-        "ours with parts taken out "
+        "ours with parts taken out; or package.module:Class, a planner of your own "
         f"(main; with --quick {', '.join(QUICK_SYSTEMS)})",
     )
     parser.add_argument(
@@ -58,7 +59,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         metavar="NAME[,NAME...]",
-        help=f"of {', '.join(ROUTERS)}, {POOLED} (one replica as fast as all); default: the system's own",
+        help=f"of {', '.join(ROUTERS)}, {POOLED} (one replica as fast as all), or package.module:Class; "
+        "default: the system's own",
     )
     parser.add_argument(
         "--higher-goals", action="store_true", help="search at 95 and 99 %% too (default: what the rates run tell)"
@@ -175,9 +177,8 @@ def read_routers(text: str | None) -> tuple[str | None, ...]:
     """Return the routers to run behind, None for the system's own."""
     names = tuple(dict.fromkeys(text.split(","))) if text else (None,)
     for name in names:
-        if name not in {None, *ROUTERS, POOLED}:
-            expected = f"of {', '.join((*ROUTERS, POOLED))}"
-            raise ConfigError(where="capacity", key="router", value=name, expected=expected)
+        if name is not None:
+            check_router(name, where="capacity", key="router", more=(POOLED,))
     return names
 
 

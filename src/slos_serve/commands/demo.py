@@ -11,6 +11,7 @@ from pathlib import Path
 from slos_serve.bench import report
 from slos_serve.bench.compare import OURS, STOCK
 from slos_serve.bench.demo import Options, run_demo, systems_of
+from slos_serve.emulated.emulation import LEAVES_OUT, serve_flags
 from slos_serve.errors import ConfigError
 from slos_serve.terminal.signals import ending_by_signal
 
@@ -31,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="demo-report")
     parser.add_argument("--seconds", type=float, default=32.0, metavar="S", help="length of one of the runs (32)")
     parser.add_argument("--rates", metavar="R,R", help="requests per second (default: two, from the profile)")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help="on a device emulated by this hardware file")
     parser.add_argument("--seed", type=int, default=7, metavar="N", help="7")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
@@ -42,11 +44,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(where="demo", key="--seconds", value=args.seconds, expected="a number of at least 1")
     if args.seed < 0:
         raise ConfigError(where="demo", key="--seed", value=args.seed, expected="0 or more")
+    serve_flags(args.emulate)
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     with ending_by_signal():
         model = args.model or _demo_model()
-        options = Options(model=str(model), out=args.out, seconds=args.seconds, seed=args.seed, rates_rps=rates)
+        options = Options(
+            model=str(model),
+            out=args.out,
+            seconds=args.seconds,
+            seed=args.seed,
+            rates_rps=rates,
+            emulate=args.emulate,
+        )
         outcome = run_demo(options, say=_say)
     if args.json:
         print((args.out / "report.json").read_text(encoding="utf-8"), end="")
@@ -54,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     chosen, best = systems_of(outcome.runs)
     systems = {name: [run["entry"] for run in chosen[name]] for name in (STOCK, OURS)}
     labels = {STOCK: "vLLM (best budget)"}
+    if args.emulate:
+        print(f"\nThe device is EMULATED ({args.emulate}): {LEAVES_OUT}.")
     print("\nSLO attainment: requests with every token in time, of all that were offered\n")
     print(report.text_table(systems, labels=labels))
     budgets = ", ".join(f"{name.removeprefix(STOCK + '-')} at {rate:.2f}/s" for rate, name in best.items())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.bench.ask import NotFoundError, get_json
+from slos_serve.core.words import MEANINGS, Reason
 from slos_serve.errors import ConfigError, SlosServeError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "Say why a request was promised, demoted or late."
 BINDS = {
+    **MEANINGS[Reason],
     "": "nothing is in its way",
     "requested": "it asks for nothing",
     "deadline-passed": "its deadline has passed",
@@ -29,6 +31,9 @@ BINDS = {
     "pace": "its first token fits, its tokens after that do not fit beside what is promised",
     "compute": "the engine cannot compute its prompt in time beside what is promised",
 }
+
+
+UNCERTAIN = frozenset({Reason.COMPUTE, Reason.MEMORY, Reason.DEADLINE_PASSED})  # a plan can tell more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +96,9 @@ def as_answer(record: Mapping[str, Any]) -> str:
     reason = record.get("reason")
     if reason:
         lines[0] += f", reason {reason}" + (f": {BINDS[reason]}" if reason in BINDS else "")
+    for word in ("promise", "asked"):
+        times = ", ".join(f"{key.removesuffix('_ms')} {ms:g} ms" for key, ms in (record.get(word) or {}).items())
+        lines += [f"  {word}{'d' if word == 'promise' else ''}: {times}"] if times else []
     said = {"predicted_ttft_ms": "first token predicted", "slack_ms": "to spare", "ttft_ms": "first token came"}
     said |= {"tpot_ms": "per token", "promise_lead_ms": "promised before its deadline by"}
     lines += [f"  {text}: {record[key]:.0f} ms" for key, text in said.items() if record.get(key) is not None]
@@ -99,7 +107,7 @@ def as_answer(record: Mapping[str, Any]) -> str:
         lines.append(f"  outcome: {record['outcome']}" + (f" ({stages})" if stages else ""))
     else:
         lines.append("  it has not ended yet")
-    if record["verdict"] != "promised":
+    if reason in UNCERTAIN:
         lines.append("  what would have helped: start the server with --record FILE, then explain --record FILE")
     return "\n".join(lines)
 

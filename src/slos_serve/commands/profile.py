@@ -17,6 +17,7 @@ from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.profiling import profile_server
 from slos_serve.cache import write_json
 from slos_serve.core.fit import fit_perf_model, from_records
+from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError
 from slos_serve.records.profile import Profile, profile_document, read_records
 from slos_serve.terminal.progress import Progress
@@ -37,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help="start a server with this model, measure it and stop it")
     what.add_argument("--target", metavar="URL", help="measure this running server; needs --record")
     what.add_argument("--from-steps", type=Path, metavar="FILE", help="fit recorded steps, measure nothing")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help="with --model: on a device emulated by a hardware file")
     parser.add_argument("--record", type=Path, metavar="FILE", help="the file that the target records its steps to")
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("profile.json"), help="profile.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against measured step times, PNG")
@@ -85,6 +87,9 @@ def _check(args: argparse.Namespace) -> None:
     where = "profile"
     if args.extra and args.model is None:
         raise ConfigError(where=where, key=args.extra[0], value="", expected="flags for vLLM only with --model")
+    serve_flags(args.emulate)
+    if args.emulate and args.model is None:
+        raise ConfigError(where=where, key="--emulate", value=args.emulate, expected="--model beside it")
     if args.target is not None and args.record is None:
         expected = "--record FILE, the file that the server was started with (serve --record FILE)"
         raise ConfigError(where=where, key="--target", value=args.target, expected=expected)
@@ -117,7 +122,7 @@ def _measure_model(args: argparse.Namespace, record: Path, scratch: Path) -> Non
     """Let `serve` measure the model as it does for itself, then end it."""
     flags = ["--slo-mode", "observe", "--record", str(record.resolve()), "--profile", str(args.out.resolve())]
     with ending_by_signal(), Fleet(scratch) as fleet:
-        engine = fleet.start("server", args.model, [*flags, "--reprofile", *args.extra])
+        engine = fleet.start("server", args.model, [*flags, "--reprofile", *serve_flags(args.emulate), *args.extra])
         with Progress("starting the server and measuring its steps"):
             fleet.wait([engine], timeout_s=1800)
 
@@ -144,4 +149,5 @@ def as_text(profile: Profile) -> str:
         f"alone: a decode step takes {profile.decode_step_s * 1e3:.1f} ms, a prompt of 512 tokens "
         f"{profile.reference_s(512) * 1e3:.0f} ms (token budget {profile.max_num_batched_tokens})"
     )
+    lines += filter(None, [notice(document.get("key"))])
     return "\n".join(lines)

@@ -18,12 +18,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `replay`."""
     parser.epilog = "example: slos-serve serve MODEL --record run.jsonl, some traffic, then slos-serve replay run.jsonl"
     parser.add_argument("record", metavar="RECORD", type=Path, help="a file that serve --record wrote")
+    parser.add_argument(
+        "--trust-planner", action="store_true", help="import the recorded planner even where it is not this package's"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; 1 where a plan differs."""
-    recording = read_recording(args.record)
+    recording = read_recording(args.record, trusts_planner=args.trust_planner)
     if not recording.plans:
         expected = "at least one plan (are there requests with an SLO in it?)"
         raise ConfigError(where=str(args.record), key="plan", value="none", expected=expected)

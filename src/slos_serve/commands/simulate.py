@@ -16,11 +16,12 @@ from slos_serve.config import load_slo_config
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.core.warmup import warm_up
 from slos_serve.errors import ConfigError
+from slos_serve.named import check_router
 from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.cluster.faults import FORM, parse_fault
 from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import SYSTEMS, System, find_system
 from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
@@ -29,6 +30,7 @@ from slos_serve.traces.offered import add_options, check_options, offered_trace,
 from slos_serve.traces.standins import SYNTHETIC, data_folder
 
 if TYPE_CHECKING:
+    from slos_serve.core.types import Planner
     from slos_serve.sim.hardware import Hardware
     from slos_serve.traces.trace import Trace
 
@@ -47,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="NAME[,NAME...]",
         default="slos-serve",
-        help=f"of {', '.join(SYSTEMS)}; the same requests for each",
+        help=f"of {', '.join(SYSTEMS)}, or package.module:Class, a planner of your own; the same requests for each",
     )
     parser.add_argument(
         "--set",
@@ -66,8 +68,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         metavar="NAME",
-        choices=(*ROUTERS, POOLED),
-        help=f"one of {', '.join(ROUTERS)}; {POOLED}: one replica as fast as all (default: the system's)",
+        help=f"one of {', '.join(ROUTERS)}, or package.module:Class; {POOLED}: one replica as fast as all "
+        "(default: the system's)",
     )
     parser.add_argument("--hops", metavar="N", type=int, help="replicas tried after the first (the router's own)")
     parser.add_argument(
@@ -120,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
     check_options(where, args)
     if not 1 <= args.replicas <= MAX_REPLICAS:
         raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
+    if args.router is not None:
+        check_router(args.router, where=where, key="router", more=(POOLED,))
     if args.hops is not None and args.hops < 0:
         raise ConfigError(where=where, key="hops", value=args.hops, expected="0 or more")
     bounds = {
@@ -183,46 +187,35 @@ def simulate(
     """Run and return the JSON document."""
     settings = parse_settings(system, args.set)
     faults = tuple(parse_fault(text) for text in args.fault)
-    try:
-        planner, cluster = system.deploy(settings, num_replicas=args.replicas, router=args.router)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
-    try:
-        cluster = replace(
-            cluster,
-            max_hops=args.hops,
-            snapshot_period_s=args.snapshot_period,
-            snapshot_lag_s=args.snapshot_lag,
-            faults=faults,
-        )
-    except ValueError as error:
-        raise ConfigError(where="simulate", key="fault", value=args.fault, expected=str(error)) from error
-    options = ReplicaOptions(
+    engine = ReplicaOptions(
         acceptance={"": args.acceptance},
         acceptance_drift=args.acceptance_drift,
         length_error=args.length_error,
-        drops_declined=system.drops_declined,
         async_lag=args.async_lag,
         noise_sigma=args.noise,
         known_lengths=args.known_lengths,
-        makes_promises=system.makes_promises,
     )
+    limits = hardware.limits(max_model_len=max_model_len)
     with said_if_slow(f"{system.name}: compiling its loops, once after an installation: a minute or two"):
-        warm_up(planner, hardware.limits(max_model_len=max_model_len))
+        warm_up(deployed(system, settings, args), limits)
     with _step_writer(args.record) as on_step, Bar(workload.name, workload.num_requests, counted="requests") as bar:
         start = time.perf_counter()
-        result: RunResult = run_workload(
+        result: RunResult = system.serve(
             workload,
-            planner,
             hardware.slower(args.model_error),
+            settings=settings,
+            num_replicas=args.replicas,
+            router=args.router,
+            engine=engine,
+            cluster={
+                "max_hops": args.hops,
+                "snapshot_period_s": args.snapshot_period,
+                "snapshot_lag_s": args.snapshot_lag,
+                "faults": faults,
+            },
             plan_model=hardware.perf_model,
             seed=args.seed,
-            options=options,
-            cluster=cluster,
             max_model_len=max_model_len,
-            max_draft_length=system.max_draft_length,
             plan_clock=time.perf_counter,
             on_step=on_step,
             on_progress=lambda done: bar(done, done),
@@ -235,6 +228,21 @@ def simulate(
         entry["data"] = args.data or SYNTHETIC
     entry["known_lengths"] = args.known_lengths
     return entry
+
+
+def deployed(system: System, settings: dict[str, Any], args: argparse.Namespace) -> Planner:
+    """Return the system's planner; `ConfigError` for settings, replicas or faults that do not go together."""
+    try:
+        planner, cluster = system.deploy(settings, num_replicas=args.replicas, router=args.router)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(where=system.name, key="set", value=args.set, expected=str(error)) from error
+    try:
+        replace(cluster, faults=tuple(parse_fault(text) for text in args.fault))
+    except ValueError as error:
+        raise ConfigError(where="simulate", key="fault", value=args.fault, expected=str(error)) from error
+    return planner
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from slos_serve.bench.acceptance import (
     take_texts,
 )
 from slos_serve.bench.ask import get_json
+from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import checks
 from slos_serve.serving.verification import FAIL, PASS, Check, document_of, verification_path
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="M", help="a model to serve: folder or Hugging Face name")
     source.add_argument("--target", metavar="URL", help="a running server of slos-serve, in enforce mode")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help="with --model: on a device emulated by a hardware file")
     parser.add_argument("--stock", metavar="URL", help="with --target: vLLM alone with the same model")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="where to write it (default: where serve looks for it)"
@@ -70,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Verify, write the document; 1 where it did not pass."""
     if args.extra and args.model is None:
         raise ConfigError(where="arguments", key=args.extra[0], value="", expected="flags for vLLM only with --model")
+    if args.emulate and args.model is None:
+        raise ConfigError(where="arguments", key="--emulate", value=args.emulate, expected="--model beside it")
     if args.stock and args.target is None:
         raise ConfigError(where="arguments", key="--stock", value=args.stock, expected="--target beside it")
     for name in ("target", "stock"):
@@ -95,6 +99,7 @@ def as_text(document: Mapping[str, Any], out: Path) -> str:
     verdict = (
         "passed" if document["passed"] else "did not pass: " + ", ".join([*document["failed"], *document["missing"]])
     )
+    lines += filter(None, [notice(document["key"])])
     return "\n".join([*lines, f"{verdict}; written to {out}"])
 
 
@@ -110,7 +115,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
     from slos_serve.terminal.progress import Progress  # noqa: PLC0415
     from slos_serve.terminal.signals import ending_by_signal  # noqa: PLC0415
 
-    engine = find_engine()
+    engine = find_engine(args.emulate)
     check_model(args.model)
     flags = EngineArguments(args.extra)
     key = engine_key(args.model, engine, args.extra, os.environ)
@@ -126,7 +131,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
         forced = ["--additional-config", json.dumps({"slo": {"mode": "enforce"}})]
         free_before = available_memory()
         ours = fleet.start(
-            "slos-serve", args.model, [*forced, "--record", str(record), *_profiled(args, profile), *args.extra]
+            "slos-serve", args.model, [*forced, "--record", str(record), *_profiled(args, profile), *_given(args)]
         )
         with Progress("starting the server, measuring its steps where nobody has"):
             fleet.wait([ours], timeout_s=START_S)
@@ -151,7 +156,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
         has_graphs = not engine.is_cpu and not flags.has("enforce-eager")
         has_drafter = flags.has("speculative-config")
         found += _of_record(snapshot, record, load, has_drafter=has_drafter, has_graphs=has_graphs)
-        if engine.is_cpu:
+        if engine.is_cpu and engine.emulation is None:
             found.append(checks.skipped("async", "on CPUs vLLM schedules synchronously"))
         elif flags.has("no-async-scheduling"):
             found.append(checks.skipped("async", "asynchronous scheduling is switched off by a flag"))
@@ -165,11 +170,16 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
     return [*found, *_against(pairs, mine, theirs, quick=args.quick)], key, engine.version
 
 
+def _given(args: argparse.Namespace) -> list[str]:
+    """Return what every server is started with, as the user gave it."""
+    return [*serve_flags(args.emulate), *args.extra]
+
+
 def _start_stock(fleet: Fleet, args: argparse.Namespace) -> Engine:
     """Start vLLM alone and wait for it."""
     from slos_serve.terminal.progress import Progress  # noqa: PLC0415
 
-    stock = fleet.start("vllm", args.model, ["--no-slo", *args.extra])
+    stock = fleet.start("vllm", args.model, ["--no-slo", *_given(args)])
     with Progress("starting vLLM alone"):
         fleet.wait([stock], timeout_s=START_S)
     return stock
@@ -188,7 +198,7 @@ def _profiled(args: argparse.Namespace, profile: Path) -> list[str]:
 
 def _other_scheduling(fleet: Any, args: argparse.Namespace, forced: Sequence[str]) -> Check:
     """Serve a little with synchronous scheduling: the other of the two scheduler classes."""
-    engine = fleet.start("slos-serve-sync", args.model, [*forced, "--no-async-scheduling", *args.extra])
+    engine = fleet.start("slos-serve-sync", args.model, [*forced, "--no-async-scheduling", *_given(args)])
     fleet.wait([engine], timeout_s=START_S)
     texts = [
         complete(engine.url, f"Tell me something about {topic}.", slo=STEERED, tokens=16) for topic in ("rain", "glass")

@@ -32,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes to project (default: the recorded ones)")
     parser.add_argument("--runs", metavar="N", type=int, default=3, help="runs to average where drafts are drawn (3)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the first run (0)")
+    parser.add_argument(
+        "--trust-planner", action="store_true", help="import the recorded planner even where it is not this package's"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if value < least:
             raise ConfigError(where="arguments", key=f"--{name}", value=value, expected=f"at least {least}")
     config = load_slo_config(args.slo_config) if args.slo_config else None
-    observed = Observed.of(read_recording(args.record))
+    observed = Observed.of(read_recording(args.record, trusts_planner=args.trust_planner))
     document = what_if(observed, config, seeds=range(args.seed, args.seed + args.runs))
     document |= {"record": str(args.record), "slo_config": args.slo_config}
     print(json.dumps(document, indent=1) if args.json else as_text(document))

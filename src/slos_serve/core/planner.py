@@ -23,7 +23,7 @@ The planner keeps nothing between calls: the same state gives the same plan.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -73,6 +73,8 @@ class SloPlanner:
     (1: wherever it holds). `admission_name`: `dp` (the dynamic programme) or `greedy` (by value density,
     for comparison). `beam_width`: most labels of the programme.
     """
+
+    makes_promises: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
@@ -444,10 +444,33 @@ class Plan:
 class Planner(Protocol):
     """Decide the next batch and verdicts. Pure: same state, same plan; the state is not changed.
 
-    One that never reads `ReplicaState.perf_model` may say so with an attribute `ignores_times`: then a simulator
-    need not keep that right. One whose plans go on in ways that can be told has a `count_steps` (see `SloPlanner`).
+    A planner may say more of itself with attributes: see `PlannerTraits`. One whose plans go on in ways that can be
+    told has a `count_steps` (see `SloPlanner`).
     """
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the plan for the step that starts at `state.now_s`."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerTraits:
+    """What a planner says of itself, each in an attribute of the same name; what it does not say is as here.
+
+    `makes_promises`: its verdicts are promises, so a request without one is graded as declined and may be offered to
+    another replica. A planner without this gives no verdicts. `ignores_times`: it never reads
+    `ReplicaState.perf_model`, so that a simulator need not keep that right. `max_draft_length`: the most draft tokens
+    that it asks an engine to verify for one request in a step, where nobody sets another limit.
+    """
+
+    makes_promises: bool = False
+    ignores_times: bool = False
+    max_draft_length: int = 0
+
+    @classmethod
+    def of(cls, planner: object) -> Self:
+        """Return the traits of a planner or of its class."""
+        said: dict[str, Any] = {
+            one.name: getattr(planner, one.name) for one in fields(cls) if hasattr(planner, one.name)
+        }
+        return cls(**said)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from slos_serve.emulated import asked_for
 from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.sim.hardware import Hardware, load_hardware
 
+PREFIX = "emulated "  # of the name of the hardware in profiles, verifications and reports
 LEAVES_OUT = (
     "no model runs: tokens are made up, a step lasts as long as the file says, and there are no kernels, captured "
     "graphs, collectives or memory traffic; nothing measured here is a claim about a GPU"
@@ -55,7 +57,7 @@ class Emulation:
     @property
     def name(self) -> str:
         """Return what pages, logs and reports call the device."""
-        return f"emulated {self.text}"
+        return PREFIX + self.text
 
     def key(self) -> str:
         """Return a name that differs wherever steps may take another time: it holds a digest of the file."""
@@ -83,6 +85,17 @@ def parse(text: str) -> Emulation:
     if Path(place).is_file() and hardware.name != place:
         place = str(Path(place).resolve())
     return Emulation(hardware=hardware, switches=switches, text=",".join([place, *(part for part in parts if part)]))
+
+
+def notice(key: object) -> str:
+    """Return what a report says of an engine whose key (see `serving.profiles`) is an emulated device's; else ""."""
+    hardware = key.get("hardware") if isinstance(key, Mapping) else None
+    return f"The device is EMULATED: {LEAVES_OUT}." if str(hardware).startswith(PREFIX) else ""
+
+
+def serve_flags(text: str | None) -> list[str]:
+    """Return the flags of `slos-serve serve` for a device, none for None; `ConfigError` as `parse`."""
+    return [] if text is None else ["--emulate", parse(text).text]
 
 
 def current() -> Emulation | None:

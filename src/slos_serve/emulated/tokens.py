@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 MIX = 2654435761  # Knuth's multiplicative hash
 
 
@@ -32,7 +35,7 @@ def natural_length(seed: int, mean: float, least: int = 0) -> int:
 class Progress:
     """One request on the device. `emitted` counts output tokens; `ends_at` is the output length that ends it.
 
-    `end_token` is None where the request does not end by itself.
+    `end_token` is None where the request does not end by itself; `num_logprobs` where none are asked for.
     """
 
     num_prompt_tokens: int
@@ -40,6 +43,7 @@ class Progress:
     emitted: int = 0
     ends_at: int = 0
     end_token: int | None = None
+    num_logprobs: int | None = None
 
     def take(self, count: int, vocabulary: range) -> list[int]:
         """Return the next `count` tokens; fewer where the request ends by itself before."""
@@ -50,6 +54,12 @@ class Progress:
                 return [*tokens, self.end_token]
             tokens.append(vocabulary[(self.seed + self.emitted * MIX) % len(vocabulary)])
         return tokens
+
+
+def made_up_logprobs(tokens: Sequence[int], count: int) -> tuple[IntArray, FloatArray]:
+    """Return ids and logprobs of each token and `count` others, all as likely; shapes (N, count + 1)."""
+    ids = np.asarray(tokens, np.int64)[:, None] + np.arange(count + 1)
+    return ids, np.full(ids.shape, -math.log(count + 1), np.float32)
 
 
 def plain_tokens(size: int) -> range:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    AsyncModelRunnerOutput,
+    DraftTokenIds,
+    LogprobsLists,
+    ModelRunnerOutput,
+)
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from slos_serve.emulated.device import Batch, Device, Run
 from slos_serve.emulated.emulation import LEAVES_OUT, current
-from slos_serve.emulated.tokens import Progress, accepted, allowed_token, natural_length, plain_tokens, seed_of
+from slos_serve.emulated.tokens import (
+    Progress,
+    accepted,
+    allowed_token,
+    made_up_logprobs,
+    natural_length,
+    plain_tokens,
+    seed_of,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
@@ -227,6 +243,7 @@ class EmulatedWorker(WorkerBase):
             emitted=end - prompt_len,
             ends_at=natural_length(seed, mean, params.min_tokens + 1) if ends else 0,
             end_token=params.eos_token_id if ends else None,
+            num_logprobs=None if params is None else params.num_logprobs,
         )
 
     def _outputs(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
@@ -247,7 +264,18 @@ class EmulatedWorker(WorkerBase):
             count = 1 + accepted(len(drafts.get(name, ())), self.emulation.switches.acceptance, self._random)
             tokens[index[name]] = progress.take(count, self._vocabulary)
         self._drafted = dict.fromkeys(self._emits, batch.num_spec_tokens_to_schedule)
-        return ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens)
+        logprobs = self._logprobs(tokens)
+        return ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=tokens, logprobs=logprobs)
+
+    def _logprobs(self, tokens: Sequence[Sequence[int]]) -> LogprobsLists | None:
+        """Return made-up logprobs of every token of the batch, None where no request asks for any."""
+        asked = [p.num_logprobs for p in map(self._requests.__getitem__, self._emits) if p.num_logprobs is not None]
+        if not asked:
+            return None
+        flat = [token for part in tokens for token in part]
+        ids, values = made_up_logprobs(flat, max(asked))
+        starts = list(itertools.accumulate(map(len, tokens), initial=0))
+        return LogprobsLists(ids, values, np.ones(len(flat), np.int64), starts)
 
 
 def _masks(grammar: GrammarOutput | None, drafts: dict[str, list[int]]) -> dict[str, Any]:

@@ -256,6 +256,11 @@ class Hub:
             record = self._records.find(request_id, may_see)
             return None if record is None else public(record)
 
+    def recent(self, may_see: Callable[[str], bool], limit: int) -> list[Record]:
+        """Return what is known of the newest requests that one may see."""
+        with self._lock:
+            return [public(record) for record in self._records.recent(may_see, limit)]
+
     def reject(self, slo_id: str, *, slo_class: str, tenant: str, reason: str, is_retry: bool = False) -> None:
         """Count a request that was answered with a 429; one that its client tries again was counted the first time."""
         label = self._label(slo_class)

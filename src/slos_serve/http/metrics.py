@@ -89,6 +89,7 @@ class SloMetrics:
         self.best_effort = gauge("slos_serve_best_effort_requests", "Live best-effort requests.")
         self.headroom = gauge("slos_serve_prefill_headroom_tokens_per_second", "Prefill rate not yet promised away.")
         self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
+        self.emulated = gauge("slos_serve_emulated_device", "1 where no model runs: the device is emulated.")
         self.margin_coverage = gauge("slos_serve_margin_coverage", "Share of steps within the predicted time.")
         self.margin_coverage.set(math.nan)  # unknown is not 0
         self.clock_error = gauge(
@@ -158,14 +159,15 @@ class SloMetrics:
     def show(self, snapshot: Mapping[str, Any]) -> None:
         """Move the gauges to a snapshot."""
         self.mode.set(MODES.get(str(snapshot.get("effective_mode")), 0))
+        self.emulated.set(1 if snapshot.get("device") else 0)
         for gauge, key in (
             (self.promised, "num_promised"),
             (self.best_effort, "num_best_effort"),
             (self.headroom, "headroom_tokens_per_s"),
             (self.margin_coverage, "margin_coverage"),
         ):
-            if snapshot.get(key) is not None:
-                gauge.set(snapshot[key])
+            if key in snapshot:  # what is not known now is no number, least of all the last one
+                gauge.set(math.nan if snapshot[key] is None else snapshot[key])
         clock_error = (snapshot.get("clock_error_s") or {}).get("p50")
         if clock_error is not None:
             self.clock_error.set(clock_error)

@@ -68,7 +68,9 @@ class SloMiddleware:
             if method == "POST" and path in ROUTES:
                 await _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path]).run()
                 return
-            if path.startswith(replies.SLO_PREFIX) and (method in {"GET", "HEAD"} or path == MODE_PATH):
+            if path.startswith(replies.SLO_PREFIX) and (
+                method in {"GET", "HEAD"} or (method, path) == ("POST", MODE_PATH)
+            ):
                 await self._page(path.rstrip("/"), scope, receive, send)
                 return
             if method == "GET" and path.startswith(RESPONSES + "/"):
@@ -308,7 +310,8 @@ class _Exchange:
         kind = headers.get(b"content-type", b"")
         if message["status"] != 200 or b"content-encoding" in headers:
             self._is_started = True
-            await self._client_send(message)
+            named = [(b"x-slo-id", self._slo_id.encode())]  # an answer that is none can be asked about all the same
+            await self._client_send({**message, "headers": _exposed([*message["headers"], *named])})
             return
         self._start = message
         if kind.startswith(b"text/event-stream"):

@@ -16,6 +16,7 @@ NUMBER = {"type": "number", "exclusiveMinimum": 0}
 SUMMARIES = {
     "/v1/slo/classes": "The latency classes of this server",
     "/v1/slo/status": "Mode, profile and load of the engine",
+    "/v1/slo/requests": "The last requests, newest first",
     "/v1/slo/requests/{id}": "What is known of a recent request, by any of its ids",
     "/v1/slo/mode": "Whether plans are carried out",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -54,6 +55,11 @@ class Records:
             if (slo_id := self._aliases.get((tenant, name))) is not None:
                 return self._by_id[slo_id]
         return None
+
+    def recent(self, may_see: Callable[[str], bool], limit: int) -> list[Record]:
+        """Return the newest records that the asker may see, the newest first."""
+        seen = (record for record in reversed(self._by_id.values()) if may_see(record["_owner"]))
+        return list(itertools.islice(seen, limit))
 
     def name(self, slo_id: str, name: str) -> None:
         """Let a record be found by one more name among its tenant's; the newest request of that name counts."""

@@ -17,6 +17,7 @@ from slos_serve.http.slo import BODY_KEYS
 
 SLO_PREFIX = "/v1/slo/"
 LONGEST_WAIT_S = 30
+NUM_RECENT = 100
 REFUSALS: dict[str, str] = {
     Reason.QUEUE_FULL: "the queue for requests without a promise is full",
     Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
@@ -76,6 +77,9 @@ def page(hub: Hub, path: str, caller: Caller) -> Response:
         return JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})})
     if path == SLO_PREFIX + "status":
         return JSONResponse(answers.finite(status(hub, whole=identities.is_operator(caller))))
+    if path + "/" == REQUESTS_PREFIX:
+        recent = hub.recent(lambda tenant: identities.may_see(caller, tenant), NUM_RECENT)
+        return JSONResponse(answers.finite({"object": "list", "data": [answers.told(record) for record in recent]}))
     if path.startswith(REQUESTS_PREFIX):
         request_id = path.removeprefix(REQUESTS_PREFIX)
         record = hub.find(request_id, lambda tenant: identities.may_see(caller, tenant))
@@ -83,7 +87,7 @@ def page(hub: Hub, path: str, caller: Caller) -> Response:
             return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
         message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
         return error(HTTPStatus.NOT_FOUND, message, param="id")
-    message = f"{path[:100]} is not one of classes, status, mode, requests/ID below {SLO_PREFIX}"
+    message = f"{path[:100]} is not one of classes, status, mode, requests, requests/ID below {SLO_PREFIX}"
     return error(HTTPStatus.NOT_FOUND, message)
 
 
@@ -121,4 +125,6 @@ def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,
     }
+    if (snapshot or {}).get("device"):  # an emulated one: everybody may know
+        document["device"] = (snapshot or {})["device"]
     return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}

@@ -22,17 +22,16 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from slos_serve.config import load_slo_config
 from slos_serve.core.perf import PerfModel
-from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
+from slos_serve.named import check_router
 from slos_serve.ray_serve import ingress, names
 from slos_serve.ray_serve.server import SloServer, digest_of, slo_settings
 
 WHERE = "args"
-SCHEDULER = "slos_serve.vllm_plugin.scheduler"
+SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 ROUTER = "slos_serve.ray_serve.router.SloRequestRouter"
 POLICY = "slos_serve.ray_serve.autoscaling:HeadroomPolicy"
 RAYS_OWN = "ray"  # the router that Ray uses by itself
-ASYNC_DRAFTERS = ("eagle", "mtp", "ngram_gpu", "draft_model")
 PATIENCE_S = 300.0
 DEPLOYMENT = {
     "health_check_period_s": 2.0,
@@ -75,9 +74,7 @@ def read_slo(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
         raise ConfigError(where=WHERE, key="slo", value=given, expected="a mapping")
     slo = dict(given or {})
     router, options = slo.pop("router", "slo"), slo.pop("router_options", {})
-    if router not in (*ROUTERS, RAYS_OWN):
-        expected = f"one of {', '.join((*ROUTERS, RAYS_OWN))}"
-        raise ConfigError(where=WHERE, key="slo.router", value=router, expected=expected)
+    check_router(str(router), where=WHERE, key="slo.router", more=(RAYS_OWN,))
     if not isinstance(options, Mapping):
         raise ConfigError(where=WHERE, key="slo.router_options", value=options, expected="a mapping")
     slo["config"] = load_slo_config(slo.get("config")).to_json()
@@ -127,7 +124,7 @@ def replica_document(given: Mapping[str, Any], slo: Mapping[str, Any], routing: 
     """Return an `LLMConfig` document with our scheduler, server and router in it; what it says itself stays."""
     document = dict(given)
     engine = dict(document.get("engine_kwargs") or {})
-    scheduler = engine.setdefault("scheduler_cls", f"{SCHEDULER}.{_scheduler(document, engine)}")
+    scheduler = engine.setdefault("scheduler_cls", SCHEDULER)
     if not str(scheduler).startswith("slos_serve."):
         raise ConfigError(where=WHERE, key="scheduler_cls", value=scheduler, expected="none: we bring our own")
     additional = dict(engine.get("additional_config") or {})
@@ -151,17 +148,3 @@ def replica_document(given: Mapping[str, Any], slo: Mapping[str, Any], routing: 
         deployment["autoscaling_config"] = {**scaling, "policy": policy}
     document["deployment_config"] = deployment
     return document
-
-
-def _scheduler(document: Mapping[str, Any], engine: dict[str, Any]) -> str:
-    """Return which of our schedulers fits vLLM's own choice between synchronous and asynchronous steps."""
-    placement = document.get("placement_group_config") or {}
-    bundles = [placement.get("bundle_per_worker") or {}, *(placement.get("bundles") or ())]
-    kind = (document.get("accelerator_config") or {}).get("kind")
-    is_cpu = kind == "cpu" or (kind is None and bool(placement) and not any(one.get("GPU") for one in bundles))
-    drafter = engine.get("speculative_config") or {}
-    if is_cpu or engine.get("async_scheduling") is False:
-        return "SloScheduler"
-    if drafter and not any(name in json.dumps(drafter, default=str) for name in ASYNC_DRAFTERS):
-        return "SloScheduler"
-    return "AsyncSloScheduler"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slos_serve.core.routing.routers import Arrival
+from slos_serve.core.words import Reason
 
 # Why a replica gives no promise although the client asked for one it might get elsewhere.
-REFUSALS = frozenset({"compute", "memory", "deadline-passed"})
+REFUSALS = frozenset({Reason.TOO_TIGHT, Reason.COMPUTE, Reason.MEMORY, Reason.DEADLINE_PASSED})
 VERDICT, FINISHED = "verdict", "finished"
 DONE = "data: [DONE]"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.core.routing.routers import make_router
+from slos_serve.named import is_own, make_router
 from slos_serve.ray_serve.decisions import recorded
 from slos_serve.ray_serve.fleet import Fleet, fleet_of
 from slos_serve.ray_serve.hops import Hop
@@ -32,7 +32,7 @@ class SloRequestRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Make the policy; `ValueError` for an unknown one. Several routers must not all draw alike."""
         name = self._deployment_id
         self.fleet = fleet_of(name.app_name, name.name)
-        options = {"transit_s": TRANSIT_S, **options}
+        options = options if is_own(policy) else {"transit_s": TRANSIT_S, **options}
         router = make_router(policy, rng=np.random.default_rng(), **options)
         self.fleet.use(recorded(router, record, policy=policy, options=options) if record else router)
 

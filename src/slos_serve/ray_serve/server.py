@@ -22,6 +22,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from slos_serve.core.perf import PerfModel
+from slos_serve.core.words import Reason
 from slos_serve.errors import SlosServeError
 from slos_serve.http import seal
 from slos_serve.http.hub import HUB
@@ -81,7 +82,8 @@ class SloServer(LLMServer):
             async for item in stream:
                 if isinstance(item, Note) and item.kind == VERDICT and is_refusal(item.record):
                     # What was refused beside no promise at all would be refused by a new replica too.
-                    self._num_refused += bool((HUB.snapshot or {}).get("num_promised"))
+                    is_busy = item.record.get("reason") != Reason.TOO_TIGHT
+                    self._num_refused += is_busy and bool((HUB.snapshot or {}).get("num_promised"))
                 yield item
         finally:
             await stream.aclose()

@@ -5,7 +5,6 @@ A file may hold several runs of a server, one after the other; the last one coun
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Planner, ReplicaState
 from slos_serve.errors import ConfigError
+from slos_serve.named import make
 
 SCHEMA = "slos-serve-record/1"
 KINDS = ("engine", "model", "request", "plan")
@@ -39,10 +39,14 @@ class RecordedPlan:
 
 @dataclass(slots=True, kw_only=True)
 class Recording:
-    """The last run in a record. Steps, requests and plans are documents as they were written."""
+    """The last run in a record. Steps, requests and plans are documents as they were written.
+
+    `trusts_planner`: a planner that is not this package's may be imported, which runs its module.
+    """
 
     path: Path
     engine: Mapping[str, Any]
+    trusts_planner: bool = False
     model: Mapping[str, Any] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -83,21 +87,16 @@ class Recording:
         return about or next(known, None)
 
     def planner(self) -> Planner:
-        """Construct the planner that made the plans; only this package's are ever imported."""
+        """Construct the planner that made the plans; only this package's are imported, unless `trusts_planner`."""
         name = str(self.engine.get("planner"))
-        module, _, attribute = name.rpartition(".")
-        where = str(self.path)
-        if not name.startswith(OURS):
-            raise ConfigError(where=where, key="planner", value=name, expected=f"a planner below {OURS[:-1]}")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-            planner: Planner = factory(**self.engine.get("planner_options", {}))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(where=where, key="planner", value=name, expected=f"a planner ({error})") from error
+        if not (name.startswith(OURS) or self.trusts_planner):
+            expected = f"a planner below {OURS[:-1]} (--trust-planner imports any other)"
+            raise ConfigError(where=str(self.path), key="planner", value=name, expected=expected)
+        planner: Planner = make(name, where=str(self.path), key="planner", **self.engine.get("planner_options", {}))
         return planner
 
 
-def read_recording(path: Path) -> Recording:
+def read_recording(path: Path, *, trusts_planner: bool = False) -> Recording:
     """Read the last run of a record; `ConfigError` names the line that does not fit.
 
     A last line without its end, from a server that was killed, is left out.
@@ -114,7 +113,7 @@ def read_recording(path: Path) -> Recording:
         if kind == "engine":
             if line.get("schema") != SCHEMA:
                 raise ConfigError(where=where, key="schema", value=line.get("schema"), expected=SCHEMA)
-            recording = Recording(path=path, engine=line)
+            recording = Recording(path=path, engine=line, trusts_planner=trusts_planner)
         elif recording is None:
             raise ConfigError(where=where, key="kind", value=kind, expected="an engine line before it")
         elif kind == "model":

@@ -25,9 +25,7 @@ SMALL_MACHINE_CORES = 8
 MIB = 1 << 20
 KV_CACHE_LIMIT = 4096 * MIB
 KV_CACHE_LEAST = 64 * MIB
-# vLLM runs these drafters without asynchronous scheduling; keep in step with its config/vllm.py.
 TOKENIZERS = ("tokenizer*", "*.gguf", "tekken.json", "vocab*", "spiece.model")
-ASYNC_DRAFTERS = ("eagle", "mtp", "ngram_gpu", "draft_model", "dspark", "dflash")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +104,6 @@ def hardware_name(engine: Engine) -> str:
     except (OSError, StopIteration):
         model = platform.machine()
     return f"{model}, {num_cores()} cores"
-
-
-def uses_async_scheduling(engine: Engine, arguments: EngineArguments) -> bool:
-    """Tell whether vLLM will schedule asynchronously, by its own rules."""
-    if (engine.is_cpu and engine.emulation is None) or arguments.has("no-async-scheduling"):
-        return False
-    if (arguments.get("distributed-executor-backend") or "mp") not in ("mp", "uni", "external_launcher"):
-        return False
-    drafter = arguments.get("speculative-config") or ""
-    return not drafter or any(name in drafter for name in ASYNC_DRAFTERS)
 
 
 def emulated_settings(

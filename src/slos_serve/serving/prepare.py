@@ -32,12 +32,11 @@ from slos_serve.serving.platforms import (
     has_compiler,
     installed_engines,
     num_cores,
-    uses_async_scheduling,
 )
 from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
 from slos_serve.serving.verification import why_not_verified
 
-SCHEDULER = "slos_serve.vllm_plugin.scheduler"
+SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 VLLM_SERVE = "slos_serve.serving.vllm_command"
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
@@ -201,8 +200,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         slo["record"] = str(record)
     merge(slo, additional.get("slo") or {})
     additional["slo"] = slo
-    name = "AsyncSloScheduler" if uses_async_scheduling(engine, arguments) else "SloScheduler"
-    command += ["--scheduler-cls", f"{SCHEDULER}.{name}", "--middleware", MIDDLEWARE]
+    command += ["--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
     command += ["--additional-config", json.dumps(additional)]
     return Launch(
         arguments=[*command, *flags, *arguments.arguments],

@@ -78,11 +78,10 @@ def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
     if (args.replicas or 1) > most:
         expected = f"at most {most}: each takes {bundle['CPU']:g} core, this machine has {num_cores()}"
         raise ConfigError(where="arguments", key="--replicas", value=args.replicas, expected=expected)
-    from slos_serve.core.routing.routers import ROUTERS  # noqa: PLC0415
+    if args.router is not None:
+        from slos_serve.named import check_router  # noqa: PLC0415
 
-    if args.router not in (None, "ray", *ROUTERS):
-        expected = f"one of {', '.join((*ROUTERS, 'ray'))}"
-        raise ConfigError(where="arguments", key="--router", value=args.router, expected=expected)
+        check_router(args.router, where="arguments", key="--router", more=("ray",))
     arguments = EngineArguments(args.extra)
     for name in REFUSED:
         if arguments.has(name):

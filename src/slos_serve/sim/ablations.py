@@ -7,7 +7,7 @@ differs from the real thing in more than it says.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtArrival:
     """No deferral: what gets no promise from the first plan that sees it never gets one."""
+
+    makes_promises: ClassVar[bool] = True
 
     inner: Planner
 
@@ -41,6 +43,8 @@ class AtArrival:
 class NoLowerTier:
     """No best-effort tier: what cannot be promised is not told so, and keeps its place in deadline order."""
 
+    makes_promises: ClassVar[bool] = True
+
     inner: Planner
 
     def plan(self, state: ReplicaState) -> Plan:
@@ -52,6 +56,8 @@ class NoLowerTier:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedBatch:
     """One batch size: no step holds more than `token_budget` tokens, whatever the deadlines allow."""
+
+    makes_promises: ClassVar[bool] = True
 
     inner: Planner
     token_budget: int = 512

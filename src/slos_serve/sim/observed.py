@@ -161,7 +161,6 @@ class Observed:
         options = ReplicaOptions(
             async_lag=bool(self.recording.engine.get("is_async")),
             pace=self.pace,
-            makes_promises=enforced,
             acceptance=_acceptance(self.recording),
         )
         result = run_workload(

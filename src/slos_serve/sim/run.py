@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slos_serve.core.slo.summary import GradedRequest, summarize
+from slos_serve.core.types import PlannerTraits
 from slos_serve.sim.cluster.cluster import POOLED, Cluster, ClusterOptions
 from slos_serve.sim.replica.invariants import check_apart, check_conservation, check_table
 from slos_serve.sim.replica.kernel import Kernel, Priority
@@ -38,7 +39,13 @@ class RunResult:
         """The first replica."""
         return self.cluster.replicas[0]
 
-    def entry(self, *, system: str, wall_s: float, rate_rps: float | None = None) -> dict[str, Any]:
+    @property
+    def attainment(self) -> float | None:
+        """Share of the requests with an SLO that met all of it; None where there are none."""
+        share: float | None = self.entry()["attainment"]
+        return share
+
+    def entry(self, *, system: str = "", wall_s: float = 0.0, rate_rps: float | None = None) -> dict[str, Any]:
         """Return the document of `simulate --json`; `wall_s`, `plan_s` and `route_s` are the caller's wall time.
 
         Counts are of all replicas; `kv_peak_tokens` is the highest of any.
@@ -148,6 +155,7 @@ def run_workload(
         router=cluster.make_router(seed),
         options=cluster,
         replica_options=options,
+        makes_promises=PlannerTraits.of(planner).makes_promises,
         lengths=workload.length_model(),
         num_requests=workload.num_requests,
         route_clock=plan_clock,

@@ -1,4 +1,7 @@
-"""Named systems: a planner, the settings that are swept for it, and whether it gives verdicts."""
+"""Systems under test: a planner, the settings that are swept for it, and how its replicas are laid out.
+
+`System.serve` is the one way to run a system on a workload: what kind of run its planner needs, it knows.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,18 @@ from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
+from slos_serve import named
 from slos_serve.core import baselines
+from slos_serve.core.types import PlannerTraits
 from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.sim.cluster.cluster import DEFAULT_ROUTER, ClusterOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
+from slos_serve.sim.run import RunResult, run_workload
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Planner
+    from slos_serve.sim.hardware import Hardware
+    from slos_serve.sim.workloads.workload import Workload
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 MAX_DRAFT_LENGTH = 6
@@ -72,7 +81,6 @@ class System:
     build: Callable[..., Planner]
     default: Settings
     grid: Sequence[Settings]
-    makes_promises: bool = False
     max_draft_length: int = 0
     drops_declined: bool = False
     router: str | None = None
@@ -104,8 +112,45 @@ class System:
             silos={key: count * num_replicas for key, count in unit.silos.items()},
             router=name,
         )
-        planner = self.build(**{key: value for key, value in settings.items() if key not in self._layout_keys})
-        return planner, cluster
+        return self.build(**self._planner_settings(settings)), cluster
+
+    def serve(
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        *,
+        settings: Settings | None = None,
+        num_replicas: int = 1,
+        router: str | None = None,
+        engine: ReplicaOptions | None = None,
+        cluster: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> RunResult:
+        """Run the system on a workload, at its default settings where none are given.
+
+        `engine`: how the simulated engine differs from an ideal one. `cluster`: changes of `ClusterOptions`, such as
+        faults and hops. `how` goes to `run_workload`.
+        """
+        planner, options = self.deploy(
+            self.default if settings is None else settings, num_replicas=num_replicas, router=router
+        )
+        return run_workload(
+            workload,
+            planner,
+            hardware,
+            options=replace(engine or ReplicaOptions(), drops_declined=self.drops_declined),
+            cluster=replace(options, **(cluster or {})),
+            max_draft_length=self.max_draft_length,
+            **how,
+        )
+
+    @property
+    def makes_promises(self) -> bool:
+        """Whether the planner's verdicts are promises."""
+        return PlannerTraits.of(self.build(**self._planner_settings(self.default))).makes_promises
+
+    def _planner_settings(self, settings: Settings) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key not in self._layout_keys}
 
     def setting_names(self) -> list[str]:
         """Return what `deploy` takes: the planner's settings, ours where it passes them on, and the layout's."""
@@ -159,7 +204,7 @@ def _ablated(name: str) -> Callable[..., Planner]:
 
 
 def _slo(name: str, build: Callable[..., Planner] = slo_planner, max_draft_length: int = 0, **more: Any) -> System:
-    values = {"default": {}, "grid": ({},), "makes_promises": True, **more}
+    values = {"default": {}, "grid": ({},), **more}
     return System(name=name, build=build, max_draft_length=max_draft_length, **values)
 
 
@@ -251,7 +296,15 @@ SYSTEMS = {system.name: system for system in _SYSTEMS}
 
 
 def find_system(name: str) -> System:
-    """Return a system by name; `ConfigError` says the closest name and lists all."""
+    """Return a system by name, or of a planner's class (`package.module:Class`); `ConfigError` lists the names."""
+    if named.is_own(name):
+        return system_of(named.find_class(name, where="arguments", key="system"), name=name)
     if name not in SYSTEMS:
         raise unknown_name(where="arguments", key="system", value=name, names=SYSTEMS)
     return SYSTEMS[name]
+
+
+def system_of(build: Callable[..., Planner], *, name: str, like: object = None) -> System:
+    """Return the system of a planner's class, with its own defaults as settings; `like`: what says its traits."""
+    traits = PlannerTraits.of(build if like is None else like)
+    return System(name=name, build=build, default={}, grid=({},), max_draft_length=traits.max_draft_length)

@@ -72,6 +72,7 @@ class SloRuntime:
         self.differences = view.probe()
         if not self.differences:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
+        self.differences += view.mismatch(scheduler, is_async=is_async)
         self._work_limit = WorkLimit()
         self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()

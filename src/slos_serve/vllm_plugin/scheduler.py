@@ -1,8 +1,9 @@
-"""The scheduler classes to give to vLLM: `--scheduler-cls slos_serve.vllm_plugin.scheduler.SloScheduler`.
+"""The scheduler classes to give to vLLM: `--scheduler-cls slos_serve.vllm_plugin.scheduler.AutoSloScheduler`.
 
 `SloScheduler` is for synchronous scheduling (CPUs, or `--no-async-scheduling`), `AsyncSloScheduler` for
-asynchronous scheduling, vLLM's default on GPUs. Both run vLLM's own `schedule()`; the planner's decisions
-reach it through one method that vLLM asks for the size of every share (see `steer`).
+asynchronous scheduling, vLLM's default on GPUs; `AutoSloScheduler` is whichever fits, by vLLM's own configuration.
+Both run vLLM's own `schedule()`; the planner's decisions reach it through one method that vLLM asks for the size of
+every share (see `steer`).
 
 What plans is imported with the first scheduler, which vLLM makes after its worker. Numba before the worker ends an
 engine on CPUs from vLLM 0.31 on; and a vLLM that lacks what we import serves on in its own order.
@@ -42,6 +43,7 @@ class SloMixin:
     """
 
     slo: SloRuntime | None = None
+    is_stand_in = False  # in the place of the class that was given, which this engine cannot run
     _slo_caps: dict[str, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,8 +110,37 @@ class SloMixin:
 
 
 class SloScheduler(SloMixin, Scheduler):
-    """The SLO scheduler for synchronous scheduling."""
+    """The SLO scheduler for synchronous scheduling.
+
+    An asynchronous engine would run half of its steps empty with it: there the other class takes its place, and
+    only observes, because it is not what was asked for (see `view.mismatch`).
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the class that the engine can run."""
+        if cls is not SloScheduler or not _is_async(*args, **kwargs):
+            return super().__new__(cls)
+        return StandIn(*args, **kwargs)
 
 
 class AsyncSloScheduler(SloMixin, AsyncScheduler):
     """The SLO scheduler for asynchronous scheduling."""
+
+
+class StandIn(AsyncSloScheduler):
+    """In the place of the synchronous class on an asynchronous engine."""
+
+    is_stand_in = True
+
+
+class AutoSloScheduler:
+    """Whichever of the two fits how the engine schedules, by vLLM's own configuration."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a scheduler of the class that fits."""
+        return (AsyncSloScheduler if _is_async(*args, **kwargs) else SloScheduler)(*args, **kwargs)
+
+
+def _is_async(*args: Any, **kwargs: Any) -> bool:
+    config = kwargs.get("vllm_config", args[0] if args else None)
+    return config is not None and bool(config.scheduler_config.async_scheduling)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from slos_serve.config import SloConfig, load_slo_config
 from slos_serve.core.types import Planner
 from slos_serve.errors import ConfigError
+from slos_serve.named import find_class
 from slos_serve.vllm_plugin.safety.modes import MODES, Modes
 from slos_serve.vllm_plugin.safety.rules import SafetyLimits
 
@@ -105,12 +105,7 @@ class Settings:
 
     def make_planner(self) -> Planner:
         """Import and construct the planner; `ConfigError` where there is none of that name."""
-        module, _, name = self.planner.rpartition(".")
-        try:
-            factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            expected = f"the dotted name of a planner class ({error})"
-            raise ConfigError(where=WHERE, key="planner", value=self.planner, expected=expected) from error
+        factory = find_class(self.planner, where=WHERE, key="planner")
         try:
             planner: Planner = factory(**self.planner_options)
         except (TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ def worst_class(result):
 def test_nobody_attains_more_than_the_bound(seed, rate):
     load, hw = load_of(seed, rate), hardware()
     bound = clairvoyant_attainment(load, hw)
-    ours = ReplicaOptions(makes_promises=True, known_lengths=True)
+    ours = ReplicaOptions(known_lengths=True)
     for planner, options in ((SloPlanner(), ours), (VllmPlanner(), None), (EdfPlanner(), None)):
         assert worst_class(run_workload(load, planner, hw, options=options)) <= bound + 1e-6
 
@@ -87,7 +87,7 @@ def test_the_bound_falls_with_the_rate():
 def test_nobody_who_drafts_attains_more_than_the_bound_with_drafts(rate):
     drafts = {"acceptance": 0.7, "max_draft_length": 4}
     load, hw = load_of(2, rate, count=100), hardware(perf_model=CHEAP_DRAFTS)
-    options = ReplicaOptions(makes_promises=True, known_lengths=True, acceptance={"": 0.7})
+    options = ReplicaOptions(known_lengths=True, acceptance={"": 0.7})
     result = run_workload(load, SloPlanner(), hw, options=options, max_draft_length=4)
     bound = clairvoyant_attainment(load, hw, **drafts)
     assert worst_class(result) <= bound + 1e-6

@@ -22,7 +22,7 @@ from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import pooled, run_workload
 from slos_serve.sim.systems import SYSTEMS
 
-PROMISES = ReplicaOptions(makes_promises=True, learns_times=False)  # no margin: times can be worked out
+PROMISES = ReplicaOptions(learns_times=False)  # no margin: times can be worked out
 
 
 def load_of(seed, count=60, *, rate=20.0, prompt=120, output=12, ttft_s=0.8, classes=("chat",), **more):
@@ -89,7 +89,7 @@ def test_every_request_has_one_outcome_whatever_is_routed_where_and_whatever_bre
         load,
         replicas,
         planner=SloPlanner() if promises else VllmPlanner(),
-        options=ReplicaOptions(makes_promises=promises, async_lag=async_lag),
+        options=ReplicaOptions(async_lag=async_lag),
         router=router,
         snapshot_lag_s=lag_s,
         faults=tuple(faults),
@@ -275,7 +275,7 @@ def test_a_replica_that_starts_late_serves_from_then_on():
 
 def test_a_slow_replica_gets_less_from_the_slo_router():
     load = load_of(5, 200, rate=16.0)
-    learns = ReplicaOptions(makes_promises=True)
+    learns = ReplicaOptions()
     result = run(load, 2, router="slo", planner=SloPlanner(), options=learns, faults=(parse_fault("slow:0@0:1000:3"),))
     slow, fast = result.cluster.replicas
     assert slow.tokens_computed < 0.75 * fast.tokens_computed
@@ -358,9 +358,7 @@ def test_every_named_system_serves_at_every_setting_of_its_grid(name):
     load = load_of(6, 24, rate=12.0, classes=("chat", "coding", "summarization"))
     for chosen in (system.default, *system.grid[:2], system.grid[-1]):
         planner, cluster = system.deploy(chosen, num_replicas=2)
-        options = ReplicaOptions(
-            makes_promises=system.makes_promises, drops_declined=system.drops_declined, acceptance={"": 0.7}
-        )
+        options = ReplicaOptions(drops_declined=system.drops_declined, acceptance={"": 0.7})
         result = run_workload(
             load, planner, hardware(), options=options, cluster=cluster, max_draft_length=system.max_draft_length
         )
@@ -406,6 +404,8 @@ def test_without_a_lower_tier_nobody_is_told_no():
     said = []
 
     class Watched:
+        makes_promises = True
+
         def plan(self, state):
             plan = planner.plan(state)
             said.extend(plan.verdicts)
@@ -420,7 +420,7 @@ def test_without_a_lower_tier_nobody_is_told_no():
 def test_dropping_what_is_declined_turns_it_away_and_computes_nothing_for_it():
     load = workload(sim("hopeless", 900, 2, ttft_s=0.1), sim("fine", 20, 2, ttft_s=2.0))
     kept = run(load, 1, options=PROMISES)
-    dropped = run(load, 1, planner=SloPlanner(), options=ReplicaOptions(makes_promises=True, drops_declined=True))
+    dropped = run(load, 1, planner=SloPlanner(), options=ReplicaOptions(drops_declined=True))
     assert outcomes(kept) == {"declined": 1, "met": 1}
     assert outcomes(dropped) == {"rejected": 1, "met": 1}
     assert dropped.replica.tokens_computed == 21
@@ -431,6 +431,8 @@ def test_a_fixed_batch_never_holds_more_than_its_size():
     planner = fixed_batch(token_budget=64)
 
     class Watched:
+        makes_promises = True
+
         def plan(self, state):
             plan = planner.plan(state)
             sizes.append(int(plan.batch.num_tokens.sum()))

@@ -35,6 +35,7 @@ class Scripted:
     def __init__(self, *script, verdicts=()):
         self.script = list(script)
         self.verdicts = list(verdicts)
+        self.makes_promises = bool(verdicts)
         self.seen = []
 
     def plan(self, state):
@@ -204,7 +205,7 @@ def test_verdicts_decide_between_met_missed_and_declined():
             [yes("promoted"), yes("too-late")],
         ],
     )
-    grades = by_class(run(load, planner, options=ReplicaOptions(makes_promises=True)))
+    grades = by_class(run(load, planner))
     assert {name: grade.outcome for name, grade in grades.items()} == {
         "promised": "met",
         "declined": "declined",
@@ -217,7 +218,7 @@ def test_verdicts_decide_between_met_missed_and_declined():
 
 def test_a_promise_that_is_broken_is_a_miss():
     planner = Scripted(verdicts=[[Verdict(request_id="a", promised=True)]])
-    grade = run(workload(sim("a", 500, 3, ttft_s=0.1)), planner, options=ReplicaOptions(makes_promises=True)).graded[0]
+    grade = run(workload(sim("a", 500, 3, ttft_s=0.1)), planner).graded[0]
     assert (grade.outcome, grade.promised) == ("missed", True)
 
 
@@ -464,7 +465,6 @@ def test_steps_that_a_planner_foretells_are_those_it_plans_one_by_one(rows, kv_b
         hw = hardware(kv_tokens=16 * kv_blocks, max_model_len=16 * kv_blocks, max_num_batched_tokens=256)
         result = run(
             load, SloPlanner(), hw=hw.slower(error), plan_model=hw.perf_model, plan_clock=lambda: 0.0,
-            options=ReplicaOptions(makes_promises=True),
             cluster=ClusterOptions(num_replicas=num_replicas, router="slo"), **more,
         )  # fmt: skip
         replicas = result.cluster.replicas
@@ -487,11 +487,11 @@ def test_a_prompt_of_one_token_is_no_decode_to_foretell(monkeypatch):
     """Beside decodes it, too, computes one token; but it starts in that step."""
     monkeypatch.setattr(replica, "CHECK_EVERY_STEPS", 1)
     load = workload(sim("a", 40, 60), sim("b", 1, 30, at_s=0.5), sim("c", 17, 40, at_s=0.9))
-    result = run(load, SloPlanner(), options=ReplicaOptions(makes_promises=True), plan_clock=lambda: 0.0)
+    result = run(load, SloPlanner(), plan_clock=lambda: 0.0)
     assert [one.outcome for one in result.graded] == ["met"] * 3
 
 
 def test_a_planner_that_foretells_its_steps_is_asked_less_often():
     load = workload(*[sim(f"r{i}", 50, 100, at_s=0.05 * i) for i in range(4)])
-    result = run(load, SloPlanner(), options=ReplicaOptions(makes_promises=True), plan_clock=lambda: 0.0)
+    result = run(load, SloPlanner(), plan_clock=lambda: 0.0)
     assert len(result.replica.plan_s) < 0.5 * result.replica.num_steps

@@ -14,12 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slos_serve import named
 from slos_serve.core.slo.summary import drain_seconds
 from slos_serve.sim.capacity.bounds import clairvoyant_attainment
 from slos_serve.sim.capacity.search import Outcome
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import RunResult, run_workload
+from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import MAX_DRAFT_LENGTH, find_system
 from slos_serve.sim.workloads.scenarios import Offer, find_scenario, scaled_slos
 
@@ -67,6 +68,9 @@ class Cell:
             values["hardware_digest"] = _digest(path.read_bytes())
         values["data_digest"] = _data_digest(self.data)
         values["slo_digest"] = _digest(repr(scaled_slos(self.slo_scale)).encode())
+        own = [name for name in (self.system, self.router or "") if named.is_own(name)]
+        if own:
+            values["own_digests"] = [named.digest(name) for name in own]
         return json.dumps(values, sort_keys=True)
 
 
@@ -107,24 +111,18 @@ def offered(cell: Cell, hardware: Hardware, num_replicas: int) -> Workload:
 def simulate(cell: Cell) -> RunResult:
     """Run a cell."""
     hardware = load_hardware(cell.hardware)
-    system = find_system(cell.system)
-    planner, cluster = deploy(cell)
+    _, cluster = deploy(cell)
     workload = offered(cell, hardware, cluster.num_replicas)
     budget = {name: int(STOP_SHARE * count) for name, count in workload.num_by_class().items()}
-    return run_workload(
+    return find_system(cell.system).serve(
         workload,
-        planner,
         hardware,
+        settings=json.loads(cell.settings),
+        num_replicas=cell.replicas,
+        router=cell.router,
+        engine=ReplicaOptions(acceptance={"": cell.acceptance}, known_lengths=cell.known_lengths),
         seed=1000 * cell.seed + cell.window,
-        options=ReplicaOptions(
-            acceptance={"": cell.acceptance},
-            known_lengths=cell.known_lengths,
-            makes_promises=system.makes_promises,
-            drops_declined=system.drops_declined,
-        ),
-        cluster=cluster,
         max_model_len=find_scenario(cell.scenario).max_model_len(hardware),
-        max_draft_length=system.max_draft_length,
         miss_budget=budget if cell.may_stop else None,
     )
 

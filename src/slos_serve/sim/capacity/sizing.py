@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from slos_serve.sim.capacity.runs import outcome_of
 from slos_serve.sim.capacity.search import Outcome, pooled
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import run_workload
 
 if TYPE_CHECKING:
     from slos_serve.sim.hardware import Hardware
@@ -77,20 +76,14 @@ class Deployment:
     def _run(self, workload: Workload, num_replicas: int) -> Outcome:
         key = id(workload), num_replicas
         if key not in self._known:
-            planner, cluster = self.system.deploy(self.settings, num_replicas=num_replicas)
-            result = run_workload(
+            result = self.system.serve(
                 workload,
-                planner,
                 self.hardware,
+                settings=self.settings,
+                num_replicas=num_replicas,
+                engine=ReplicaOptions(acceptance={"": self.acceptance}),
                 seed=self.seed,
-                options=ReplicaOptions(
-                    acceptance={"": self.acceptance},
-                    makes_promises=self.system.makes_promises,
-                    drops_declined=self.system.drops_declined,
-                ),
-                cluster=cluster,
                 max_model_len=self.max_model_len,
-                max_draft_length=self.system.max_draft_length,
             )
             self._known[key] = workload, outcome_of(result)  # the workload stays alive, and its id its own
             self.on_run()

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from slos_serve.core.routing.routers import ROUTERS, Arrival, LeastLoad, Router, make_router, snapshot_of
+from slos_serve.core.routing.routers import Arrival, LeastLoad, Router, snapshot_of
 from slos_serve.core.types import Tier
+from slos_serve.named import check_router, make_router
 from slos_serve.sim.cluster.fleet import Door, Fleet
 from slos_serve.sim.cluster.silos import Homes, Silos
 from slos_serve.sim.replica.invariants import InvariantError
@@ -70,8 +71,7 @@ class ClusterOptions:
             raise ValueError(
                 f"{self.num_prefill} of {self.num_replicas} replicas for prefill: expected some for decode"
             )
-        if self.router not in (*ROUTERS, POOLED):
-            raise ValueError(f"router = {self.router!r}: expected one of {', '.join((*ROUTERS, POOLED))}")
+        check_router(self.router, where="ClusterOptions", key="router", more=(POOLED,))
         if self.silos and (sum(self.silos.values()) != self.num_replicas or min(self.silos.values()) < 1):
             raise ValueError(
                 f"silos = {dict(self.silos)}: expected {self.num_replicas} replicas in all, 1 or more each"
@@ -123,6 +123,7 @@ class Cluster:
         router: Router,
         options: ClusterOptions,
         replica_options: ReplicaOptions,
+        makes_promises: bool,
         lengths: LengthModel,
         num_requests: int,
         route_clock: Callable[[], float] | None = None,
@@ -144,7 +145,8 @@ class Cluster:
         self._waiting: list[SimRequest] = []
         self._published_s = dict.fromkeys(self._names, -math.inf)
         self._decode_router = LeastLoad()
-        self._has_hops = replica_options.makes_promises and self._max_hops > 0
+        self._makes_promises = makes_promises
+        self._has_hops = makes_promises and self._max_hops > 0
         self._hears_steps = hooks.step is not None or (replica_options.async_lag and self._has_hops)
         door = Door(
             make=self._make_replica,
@@ -304,7 +306,7 @@ class Cluster:
             headroom_tokens_per_s=plan.headroom_tokens_per_s if plan else 0.0,
             step_s=plan.batch.predicted_s if plan else 0.0,
             sessions=replica.engine.pool.sessions(MAX_SESSIONS),
-            mode="enforce" if self._replica_options.makes_promises else "observe",
+            mode="enforce" if self._makes_promises else "observe",
         )
         if self.options.snapshot_lag_s:
             at_s = self.kernel.now_s + self.options.snapshot_lag_s

@@ -32,7 +32,8 @@ from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.fit import OnlineCorrection, StepSample
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.ageing import Ageing
-from slos_serve.core.types import ReplicaState, Tier
+from slos_serve.core.types import PlannerTraits, ReplicaState, Tier
+from slos_serve.errors import ConfigError
 from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.coasting import Coasting
 from slos_serve.sim.replica.engine import Engine
@@ -60,7 +61,7 @@ class ReplicaOptions(StreamOptions):
     `noise_sigma`: lognormal spread of step times, mean 1. `pace`: how long a step takes that starts at a time, from
     its seconds on the hardware (replays). `drafter_step_s`: seconds each drafter step
     adds to what the hardware model says. `learns_times`: the planner's model is corrected online.
-    `makes_promises`: the system gives verdicts. `drops_declined`: what gets a "no" is turned away, not served.
+    `drops_declined`: what gets a "no" is turned away, not served.
     """
 
     async_lag: bool = False
@@ -68,7 +69,6 @@ class ReplicaOptions(StreamOptions):
     pace: Callable[[float, float], float] | None = None
     drafter_step_s: float = 0.0
     learns_times: bool = True
-    makes_promises: bool = False
     drops_declined: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +115,7 @@ class Replica:
         self.is_mid_step = False  # a batch refers to rows of the table: none may be removed
         self.kernel = kernel
         self.planner = planner.for_replica() if isinstance(planner, VllmPlanner) else planner
+        self.traits = PlannerTraits.of(planner)
         self.limits = limits
         self.options = options or ReplicaOptions()
         self.engine = Engine(limits)
@@ -130,7 +131,7 @@ class Replica:
         self.lines[:, 3] += self.options.drafter_step_s
         self.coasting = Coasting(self)
         # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
-        is_unread = self.coasting.is_possible and getattr(planner, "ignores_times", False)
+        is_unread = self.coasting.is_possible and self.traits.ignores_times
         self._base_model = plan_model or true_model
         self.correction = OnlineCorrection(self._base_model) if self.options.learns_times and not is_unread else None
         self._told_s = math.inf  # until then nobody need be told of a plan that goes on
@@ -204,7 +205,7 @@ class Replica:
 
     def _plan(self, now_s: float) -> Plan:
         """Ask the planner and apply its verdicts."""
-        if self.options.makes_promises:
+        if self.traits.makes_promises:
             self.ageing.step(self.table, now_s)
         state = self.state(now_s)
         clock = self.hooks.plan_clock
@@ -214,6 +215,9 @@ class Replica:
             start = clock()
             plan = self.planner.plan(state)
             self.plan_s.append(clock() - start)
+        if plan.verdicts and not self.traits.makes_promises:
+            key = f"{type(self.planner).__name__}.makes_promises"
+            raise ConfigError(where="planner", key=key, value=False, expected="True: its plans hold verdicts")
         for verdict in plan.verdicts:
             index = self.table.index(verdict.request_id)
             self.table.rows["tier"][index] = Tier.PROMISED if verdict.promised else Tier.BEST_EFFORT
@@ -314,7 +318,7 @@ class Replica:
         sim, request = record.sim, record.sim.request
         self.engine.pool.give(blocks, sim.session_id, request.num_prompt_tokens + sim.num_output_tokens - 1)
         self.lengths.observe(request.slo_class, request.num_prompt_tokens, sim.num_output_tokens)
-        self.hooks.end(sim, record.finish(self.kernel.now_s, makes_promises=self.options.makes_promises))
+        self.hooks.end(sim, record.finish(self.kernel.now_s, makes_promises=self.traits.makes_promises))
 
     def _sample(self, step: Step) -> StepSample:
         """Return the size of a step and its true time."""

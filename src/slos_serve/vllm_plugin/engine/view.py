@@ -163,6 +163,16 @@ def unsupported(scheduler: Any) -> list[str]:
     return [name for name, present in checks.items() if present]
 
 
+def mismatch(scheduler: Any, *, is_async: bool) -> list[str]:
+    """Return that the class given to vLLM is not for how this engine schedules; empty where it is."""
+    names = {False: ("SloScheduler", "synchronous"), True: ("AsyncSloScheduler", "asynchronous")}
+    given, wanted = is_async and not scheduler.is_stand_in, bool(scheduler.scheduler_config.async_scheduling)
+    if given == wanted:
+        return []
+    (name, kind), (fitting, other) = names[given], names[wanted]
+    return [f"{name} is for {kind} scheduling and this engine's is {other}: give it {fitting} or AutoSloScheduler"]
+
+
 def is_blocked(request: Request) -> bool:
     """Tell whether a waiting request cannot run yet: a grammar, remote KV or more input is awaited."""
     return request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED, RequestStatus.RUNNING)
