@@ -113,10 +113,10 @@ def test_nothing_is_foretold_where_somebody_waits_for_a_verdict() -> None:
 def test_who_waits_for_a_seat_is_looked_at_again_after_a_few_steps() -> None:
     table = RequestTable()
     for i in range(4):
-        add_decode(table, f"r{i}", now_s=10.0, ahead_s=0.05)
-    table.add(make_request("new", arrival_s=10.0, prompt=400, ttft_s=5.0, tpot_s=0.1))
+        add_decode(table, f"r{i}", now_s=10.2, ahead_s=0.05)
+    table.add(make_request("new", arrival_s=10.2, prompt=400, ttft_s=5.0, tpot_s=0.1))
     for seats, steps in ((4, LOOK_STEPS), (5, None)):
-        state = make_state(table, now_s=10.0, limits=make_limits(max_num_seqs=seats))
+        state = make_state(table, now_s=10.2, limits=make_limits(max_num_seqs=seats))
         told = foretell(state, PLANNER.plan(state), 32)
         assert (told and len(told.starts_s)) == steps
         assert told is None or not told.is_alone

@@ -314,7 +314,9 @@ class SloRuntime:
             self._planned_modes = self.modes
             tracker.regroup()
         model = self.learner.model
-        wanted = tracker.num_with_slo or (self.settings.always_plan and len(tracker.table)) or tracker.blocked
+        if tracker.blocked:
+            tracker.promote()
+        wanted = tracker.num_with_slo or (self.settings.always_plan and len(tracker.table))
         if model is None or not wanted or self.safety.is_resting:
             return None  # nothing is promised to anybody: vLLM's own order serves best
         tracker.sync(starts_s)
@@ -433,7 +435,7 @@ class SloRuntime:
                 predicted_s=predicted,
                 plan_age=0 if self._carried is None else self._carried.num_steps - 1,
                 cost_s=cost_s,
-                delay_s=min(cost_s, self._pipeline.waited_s(now)),
+                delay_s=0.0 if predicted is None else min(cost_s, self._pipeline.waited_s(now)),  # else nobody plans
                 undrafted=self._undrafted(output.num_scheduled_tokens),
             )
         )

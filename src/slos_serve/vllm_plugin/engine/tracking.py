@@ -295,8 +295,6 @@ class Tracker:
     def sync(self, ends_s: float) -> None:
         """Refresh the columns that vLLM moved; `ends_s`: when what is in flight is expected to end."""
         self._steps += 1
-        if self.blocked:
-            self._promote()
         requests = self._rows_requests
         if not requests:
             self.running = np.zeros(0, np.bool_)
@@ -333,7 +331,7 @@ class Tracker:
         last_s[in_flight] = ends_s
         first_s[in_flight & ~np.isfinite(first_s)] = ends_s  # the true time is written when it comes
 
-    def _promote(self) -> None:
+    def promote(self) -> None:
         """Give a row to each request whose grammar is ready."""
         for request_id, live in list(self.blocked.items()):
             if view.awaits_grammar(live.request):
