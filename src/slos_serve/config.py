@@ -26,7 +26,10 @@ BEST_EFFORT = "best-effort"
 CUSTOM = "custom"  # label of a request that brings numbers of its own and names no class
 STAGES = ("loop", "final")
 ON_UNATTAINABLE = (BEST_EFFORT, "reject")
-OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
+PROMISES = tuple(f"{one.name.removesuffix('_s')}_ms" for one in fields(Slo))  # as people write them, in milliseconds
+SAME = {"ttlt_ms": "e2e_ms"}  # other words for a promise: time to last token
+OVERRIDES = (*PROMISES, "ttft_slowdown", *SAME)  # what a request may bring in numbers
+EXCLUSIVE = (("ttft_ms", "ttft_slowdown"), *((promise, word) for word, promise in SAME.items()))
 
 UNKNOWN_KEYS = ("default", "refuse")
 PAGES = ("open", "admin", "off")
@@ -59,8 +62,8 @@ class SloClass:
     """One latency class. `None` means not promised; times in milliseconds.
 
     TTFT is absolute (`ttft_ms`) or `max(floor, ttft_slowdown * reference(prompt) + allowance)`, never
-    both. `final_tpot_ms` replaces `tpot_ms` in the last round of a tool conversation. `ttl_ms` is the
-    longest wait in the queue. Raises `ConfigError` for a bad value.
+    both. `final_tpot_ms` replaces `tpot_ms` in the last round of a tool conversation. `ttlt_ms` is another word for
+    `e2e_ms`, and is read back as that. `ttl_ms` is the longest wait in the queue. Raises `ConfigError` for a bad value.
     """
 
     name: str
@@ -72,6 +75,7 @@ class SloClass:
     final_tpot_ms: float | None = None
     thinking_tpot_ms: float | None = None
     e2e_ms: float | None = None
+    ttlt_ms: float | None = None
     max_gap_ms: float | None = None
     weight: float = 1.0
     output_tokens_hint: int | None = None
@@ -96,9 +100,11 @@ class SloClass:
         if self.on_unattainable not in ON_UNATTAINABLE:
             expected = f"one of {', '.join(ON_UNATTAINABLE)}"
             raise ConfigError(where=where, key="on_unattainable", value=self.on_unattainable, expected=expected)
-        if self.ttft_ms is not None and self.ttft_slowdown is not None:
-            expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
-            raise ConfigError(where=where, key="ttft_slowdown", value=self.ttft_slowdown, expected=expected)
+        _check_exclusive(where, {key: getattr(self, key) for key in OVERRIDES})
+        for word, promise in SAME.items():
+            if getattr(self, word) is not None:
+                object.__setattr__(self, promise, getattr(self, word))
+                object.__setattr__(self, word, None)
         if self.name == BEST_EFFORT and self.promises:
             key = next(key for key in _PROMISES if getattr(self, key) is not None)
             raise ConfigError(where=where, key=key, value=getattr(self, key), expected="no promise in this class")
@@ -255,9 +261,7 @@ class SloConfig:
             value = overrides.get(key)
             if value is not None:
                 check_number(where, key, value, unit=" of milliseconds" if key.endswith("_ms") else "")
-        if overrides.get("ttft_ms") is not None and overrides.get("ttft_slowdown") is not None:
-            expected = "either an absolute ttft_ms or a ttft_slowdown, not both"
-            raise ConfigError(where=where, key="ttft_slowdown", value=overrides["ttft_slowdown"], expected=expected)
+        _check_exclusive(where, overrides)
         stage = overrides.get("stage")
         if stage is not None and stage not in STAGES:
             raise ConfigError(where=where, key="stage", value=stage, expected=f"one of {', '.join(STAGES)}")
@@ -289,25 +293,21 @@ class SloConfig:
         self.check_overrides(class_name, overrides)
         base = self.classes[class_name if class_name is not None else self.default_class]
         ms = {key: overrides.get(key) for key in OVERRIDES}
+        for word, promise in SAME.items():
+            ms[promise] = ms[word] if ms[promise] is None else ms[promise]
         if ms["ttft_ms"] is None and ms["ttft_slowdown"] is None:
             ms["ttft_ms"], ms["ttft_slowdown"] = base.ttft_ms, base.ttft_slowdown
         if ms["tpot_ms"] is None:
             final = overrides.get("stage") == "final" and base.final_tpot_ms is not None
             ms["tpot_ms"] = base.final_tpot_ms if final else base.tpot_ms
-        for key in ("thinking_tpot_ms", "e2e_ms", "max_gap_ms"):
-            if ms[key] is None:
+        for key in PROMISES:
+            if ms[key] is None and key not in {"ttft_ms", "tpot_ms"}:
                 ms[key] = getattr(base, key)
         if ms["ttft_slowdown"] is not None:
             floor = self.ttft_floor_ms if base.floor_ms is None else base.floor_ms
             allowance = self.ttft_allowance_ms if base.allowance_ms is None else base.allowance_ms
             ms["ttft_ms"] = max(floor, ms["ttft_slowdown"] * reference(prompt_tokens) * 1000 + allowance)
-        slo = Slo(
-            ttft_s=_seconds(ms["ttft_ms"]),
-            tpot_s=_seconds(ms["tpot_ms"]),
-            thinking_tpot_s=_seconds(ms["thinking_tpot_ms"]),
-            e2e_s=_seconds(ms["e2e_ms"]),
-            max_gap_s=_seconds(ms["max_gap_ms"]),
-        )
+        slo = Slo(**{f"{key.removesuffix('_ms')}_s": _seconds(ms[key]) for key in PROMISES})
         return slo, base.weight, slo.thinking_tpot_s is not None
 
     def to_json(self) -> dict[str, Any]:
@@ -366,6 +366,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise ConfigError(where=where, key=key.value, value="(written twice)", expected="each key once")
             seen.add(key.value)
         return node
+
+
+def _check_exclusive(where: str, values: Mapping[str, Any]) -> None:
+    for one, other in EXCLUSIVE:
+        if values.get(one) is not None and values.get(other) is not None:
+            expected = f"either {one} or {other}, not both"
+            raise ConfigError(where=where, key=other, value=values[other], expected=expected)
 
 
 def _seconds(ms: float | None) -> float | None:

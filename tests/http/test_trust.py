@@ -302,8 +302,8 @@ def test_a_stored_response_says_what_its_first_answer_said(client, vllm, hub, sa
     vllm.document = {"id": "resp_1", "status": "completed", "service_tier": "auto"}
     vllm.on_request = lambda xargs: hub.feed(
         {
-            "verdicts": [say.verdict(xargs["slo_id"], request_id="resp_1-0a1b2c3d")],
-            "finished": [say.finished(xargs["slo_id"], request_id="resp_1-0a1b2c3d")],
+            "verdicts": [say.verdict(xargs["slo_id"], request_id="resp_1_0-0a1b2c3d")],
+            "finished": [say.finished(xargs["slo_id"], request_id="resp_1_0-0a1b2c3d")],
         }
     )
     client.post("/v1/responses", json=body(slo={"class": "chat"}))

@@ -8,7 +8,6 @@ statistics, arrivals in hops, ends from the ingress, and Ray asks `choose_replic
 
 import asyncio
 import gzip
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,10 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning import draft, trial
 from slos_serve.core.routing import virtual_copy
-from slos_serve.core.routing.routers import make_router
+from slos_serve.core.routing.routers import Arrival, make_router
 from slos_serve.core.types import Request, Slo
 from slos_serve.core.warmup import warm_up_router
+from slos_serve.lines import LineFile
 from slos_serve.ray_serve.decisions import Recorded, replayed
 from slos_serve.ray_serve.fleet import Fleet
 from slos_serve.ray_serve.hops import Hop
@@ -149,8 +149,8 @@ def test_what_rays_router_decided_on_a_real_cluster_is_decided_again_without_it(
 
 
 @pytest.mark.parametrize("policy", ["slo", "least-load"])
-def test_a_record_of_decisions_holds_all_that_they_depend_on(policy, monkeypatch):
-    file = io.StringIO()
+def test_a_record_of_decisions_holds_all_that_they_depend_on(policy, monkeypatch, tmp_path):
+    file = LineFile(tmp_path / "decisions.jsonl", max_bytes=1 << 30)
     router = Recorded(make_router(policy), file, policy=policy, options={})
     answers = []
     for kind, what, *more in recorded(policy, 3, monkeypatch)[:900]:
@@ -160,7 +160,7 @@ def test_a_record_of_decisions_holds_all_that_they_depend_on(policy, monkeypatch
             router.ended(what)
         else:
             answers.append(router.choose(what, [f"r{i}" for i in range(NUM_REPLICAS)], more[1]).replica_id)
-    assert list(replayed(file.getvalue().splitlines())) == [(one, one) for one in answers]
+    assert list(replayed(file.path.read_text().splitlines())) == [(one, one) for one in answers]
 
 
 def test_a_file_that_is_no_record_of_decisions_is_refused():
@@ -178,3 +178,14 @@ def test_no_decision_waits_for_a_loop_to_be_compiled():
     with gzip.open(Path(__file__).parent / "recorded_on_ray.jsonl.gz", "rt") as lines:
         assert len(list(replayed(lines))) > 100
     assert compiled() == before
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/proc/none/record"])
+def test_a_record_on_a_full_disk_never_fails_a_request(path, caplog):
+    router = Recorded(make_router("slo"), LineFile(Path(path), max_bytes=1000), policy="slo", options={})
+    arrival = Arrival(request_id="a", arrival_s=0.0, num_prompt_tokens=10)
+    for i in range(3):
+        assert router.choose(replace(arrival, request_id=str(i)), ["one"], 0.0).replica_id == "one"
+        router.ended(str(i))
+    router.forget("one")
+    assert len([line for line in caplog.messages if "the record of routes stops" in line]) == 1

@@ -116,6 +116,10 @@ def test_vllms_flags_and_additional_config_reach_it_beside_ours(model, tmp_path,
     additional = json.loads(command[command.index("--additional-config") + 1])
     assert command.count("--additional-config") == 1
     assert additional["other"] == 1
+    channel = Path(additional["slo"].pop("channel_dir"))
+    assert (channel.is_dir(), channel.stat().st_mode & 0o777) == (True, 0o700)
+    prepare.remove_scratch(plan)
+    assert not channel.exists()
     assert additional["slo"] == {
         "mode": "enforce",
         "edge": True,
@@ -320,6 +324,23 @@ def run_until_ready(args, monkeypatch):
 def measured(record, out):
     record.write_text('{"step": 1}\n')
     write_profile(out)
+
+
+def test_a_profile_outlives_a_measurement_that_fails(tmp_path):
+    from slos_serve.serving.profiles import set_aside
+
+    path = tmp_path / "p.json"
+    path.write_text("good")
+    with set_aside(path):
+        assert not path.exists()  # the server takes up what appears there
+    assert path.read_text() == "good"
+    with set_aside(path):
+        path.write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("p.json", "new")]
+    path.rename(tmp_path / "p.json.before")  # as a killed run leaves it
+    with set_aside(path):
+        pass
+    assert path.read_text() == "new"
 
 
 def test_it_is_profiled_once_and_the_cache_is_used_then(fake_vllm, model, free_port, profiling, monkeypatch, capsys):

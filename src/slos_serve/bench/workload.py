@@ -51,8 +51,8 @@ def _lognormal(median: float, sigma: float, bounds: tuple[int, int], count: int,
 
 
 def parse_goodput(text: str) -> Slo:
-    """Parse `ttft:400,tpot:50` (milliseconds; also e2el, e2e) into promises."""
-    names = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "e2e_s", "e2el": "e2e_s"}
+    """Parse `ttft:400,tpot:50` (milliseconds; also e2el, e2e, ttlt) into promises."""
+    names = {"ttft": "ttft_s", "tpot": "tpot_s", **dict.fromkeys(("e2e", "e2el", "ttlt"), "e2e_s")}
     values: dict[str, float] = {}
     for part in text.replace(" ", ",").split(","):
         name, _, number = part.partition(":")

@@ -36,6 +36,7 @@ CLASS_KEYS = {
     "final_tpot_ms": "in place of tpot_ms in the last round of a tool conversation",
     "thinking_tpot_ms": "in place of tpot_ms while it thinks",
     "e2e_ms": "last token within this",
+    "ttlt_ms": "another word for e2e_ms: time to last token",
     "max_gap_ms": "no silence longer than this",
     "weight": "what a promise of this class is worth beside others",
     "output_tokens_hint": "how long answers are, until that is learnt",

@@ -23,6 +23,7 @@ HELP = "Check installation, versions, model, port, configuration and clock; say 
 OK, WARN, FAIL = "ok", "warn", "fail"
 RAY_PINNED = "2.60.0"
 SLOW_TICK_S = 0.001
+SPARE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     """Yield every finding, in the order in which a user would mend them."""
     checks: list[Callable[[argparse.Namespace], Finding | None]] = [
         *(_python, _engine, _libnuma, _numba, _plots, _hook, _ray, _compiler, _memory),
-        *(_port, _slo_config, _model, _cache, _clock),
+        *(_port, _slo_config, _model, _cache, _sockets, _clock),
     ]
     for check in checks:
         try:
@@ -148,7 +149,27 @@ def _numba(_args: argparse.Namespace) -> Finding:
     if version is None:
         advice = "plans are made without compiled loops, slowly: pip install numba"
         return Finding(check="numba", status=WARN, detail="not installed", advice=advice)
-    return Finding(check="numba", status=OK, detail=version)
+    from slos_serve.core import jit, planner  # noqa: F401, PLC0415 -- their loops are looked for when imported
+    from slos_serve.core.routing import routers as routing  # noqa: F401, PLC0415 -- their loops are looked for when imported
+
+    problem = jit.why_not_kept() or _why_unwritable(Path(jit.kept_in()))
+    if problem:
+        advice = "every start compiles, a minute or so: set NUMBA_CACHE_DIR to a folder that can be written"
+        return Finding(check="numba", status=WARN, detail=f"{version}; {problem}", advice=advice)
+    if damaged := jit.num_damaged():
+        detail = f"{version}; {damaged} compiled loops in {jit.kept_in()} cannot be read"
+        return Finding(check="numba", status=WARN, detail=detail, advice="nothing: the next start writes them again")
+    return Finding(check="numba", status=OK, detail=f"{version}, compiled loops are kept in {jit.kept_in()}")
+
+
+def _why_unwritable(folder: Path) -> str:
+    """Return why a file cannot be written there, for the disk may be full; "" where it can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(SPARE_BYTES))
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return ""
 
 
 def _plots(_args: argparse.Namespace) -> Finding:
@@ -269,16 +290,34 @@ def _model(args: argparse.Namespace) -> Finding | None:
 
 
 def _cache(_args: argparse.Namespace) -> Finding:
-    from slos_serve.cache import cache_folder  # noqa: PLC0415
+    from slos_serve.cache import cache_folder, why_not_usual  # noqa: PLC0415
 
+    advice = "profiles and the demo model are kept there: make it writable or set XDG_CACHE_HOME"
     try:
         folder = cache_folder()
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
-        advice = "profiles and the demo model are kept there: make it writable or set XDG_CACHE_HOME"
         return Finding(check="cache", status=FAIL, detail=_one_line(error), advice=advice)
+    if problem := _why_unwritable(folder):
+        return Finding(check="cache", status=FAIL, detail=problem, advice=advice)
+    if reason := why_not_usual():
+        status = FAIL if os.environ.get("XDG_CACHE_HOME") else WARN  # what was asked for, or what merely is so
+        return Finding(check="cache", status=status, detail=f"{reason}; using {folder}", advice=advice)
     return Finding(check="cache", status=OK, detail=f"{folder} is writable")
+
+
+def _sockets(_args: argparse.Namespace) -> Finding:
+    from slos_serve.places import socket_root  # noqa: PLC0415
+
+    advice = "engine and API server meet there: set XDG_RUNTIME_DIR or TMPDIR to a short path on a local disk"
+    try:
+        folder = socket_root()
+    except OSError as error:
+        return Finding(check="sockets", status=FAIL, detail=_one_line(error), advice=advice)
+    wanted = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    if not folder.is_relative_to(wanted):
+        detail = f"{wanted} cannot hold sockets; using {folder}"
+        return Finding(check="sockets", status=WARN, detail=detail, advice=advice)
+    return Finding(check="sockets", status=OK, detail=f"{folder} can hold them")
 
 
 def _clock(_args: argparse.Namespace) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; 1 where a plan differs."""
     recording = read_recording(args.record, trusts_planner=args.trust_planner)
+    if recording.num_skipped:
+        print(f"slos-serve replay: {recording.warning()}", file=sys.stderr)
     if not recording.plans:
         expected = "at least one plan (are there requests with an SLO in it?)"
         raise ConfigError(where=str(args.record), key="plan", value="none", expected=expected)

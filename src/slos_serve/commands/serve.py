@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 from slos_serve.errors import ConfigError
 from slos_serve.serving import launch, single
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import check_emulation
-from slos_serve.serving.prepare import check_engine, check_model, find_engine, prepare, say
+from slos_serve.serving.prepare import check_engine, check_model, find_engine, prepare, remove_scratch, say
 from slos_serve.serving.profiles import read_profile
 
 HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
@@ -69,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
             say(note)
         return single.serve(plan, as_json=args.json)
     finally:
-        if plan.scratch is not None:
-            shutil.rmtree(plan.scratch, ignore_errors=True)
+        remove_scratch(plan)
 
 
 def is_cluster(args: argparse.Namespace) -> bool:

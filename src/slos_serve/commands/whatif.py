@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
         if value < least:
             raise ConfigError(where="arguments", key=f"--{name}", value=value, expected=f"at least {least}")
     config = load_slo_config(args.slo_config) if args.slo_config else None
-    observed = Observed.of(read_recording(args.record, trusts_planner=args.trust_planner))
+    recording = read_recording(args.record, trusts_planner=args.trust_planner)
+    if recording.num_skipped:
+        print(f"slos-serve whatif: {recording.warning()}", file=sys.stderr)
+    observed = Observed.of(recording)
     document = what_if(observed, config, seeds=range(args.seed, args.seed + args.runs))
     document |= {"record": str(args.record), "slo_config": args.slo_config}
     print(json.dumps(document, indent=1) if args.json else as_text(document))

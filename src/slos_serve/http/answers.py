@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from slos_serve.config import PROMISES
 from slos_serve.core.words import Outcome, Said
 from slos_serve.http.records import Record
 
 PROMISED = frozenset({Said.PROMISED, Said.PROMOTED})
-PROMISE_KEYS = ("ttft_ms", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
 SIMPLE_HEADERS = {"x-slo-verdict": "verdict", "x-slo-reason": "reason", "x-slo-class": "class", "x-slo-id": "id"}
 EXPOSED_HEADERS = (
     *SIMPLE_HEADERS,
     *("x-slo-predicted-ttft-ms", "x-slo-hops", "x-slo-first-token-deadline-s", "x-slo-last-token-deadline-s"),
-    *("x-slo-" + key.replace("_", "-") for key in PROMISE_KEYS),
+    *("x-slo-" + key.replace("_", "-") for key in PROMISES),
     "retry-after",
 )
 

@@ -17,11 +17,13 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from slos_serve.config import BEST_EFFORT, CUSTOM, SloConfig
 from slos_serve.core.slo.deadlines import STAGES
 from slos_serve.core.words import Outcome, Reason, Said
+from slos_serve.http.status import FIELDS
 
 MAX_TENANTS = 100
 OTHER = "other"
 MODES = {"observe": 1, "enforce": 2}
 PROMISE_RESULTS = ("kept", "broken")
+HOPS = ("served", "passed", "lost", "broken", "refused")
 FAULT_KINDS = ("sync", "plan", "apply", "add", "scheduled", "update", "finish", "starved", "housekeeping", "warm-up")
 VERDICTS = (
     *((Said.PROMISED, Reason.NONE), (Said.PROMOTED, Reason.NONE)),
@@ -62,9 +64,14 @@ class SloMetrics:
             "Verdicts that plans would have given while they are not carried out: promised or best-effort.",
             *("class", "verdict"),
         )
-        self.preemptions = counter("slos_serve_best_effort_preemptions_total", "Best-effort requests preempted.")
+        self.numbers: dict[str, Counter | Gauge] = {
+            field.key: (counter if field.counts else gauge)(*field.metric) for field in FIELDS if field.metric
+        }
+        self.numbers["margin_coverage"].set(math.nan)  # type: ignore[union-attr] # unknown is not 0
         self.faults = counter("slos_serve_planner_faults_total", "Steps the planner did not plan.", "kind")
-        self.hops = counter("slos_serve_router_hops_total", "Requests sent to a replica, by what it did.", "outcome")
+        self.hops = counter(
+            "slos_serve_router_hops_total", f"Requests sent to a replica, by what it did: {', '.join(HOPS)}.", "outcome"
+        )
         self.slack = Histogram(
             "slos_serve_slack_seconds",
             "Planned time to spare before a promised deadline.",
@@ -85,13 +92,8 @@ class SloMetrics:
         self.class_mode = gauge(
             "slos_serve_class_mode", "The mode of a class that differs: as slos_serve_mode.", "class"
         )
-        self.promised = gauge("slos_serve_promised_requests", "Live requests that hold a promise.")
-        self.best_effort = gauge("slos_serve_best_effort_requests", "Live best-effort requests.")
-        self.headroom = gauge("slos_serve_prefill_headroom_tokens_per_second", "Prefill rate not yet promised away.")
         self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
         self.emulated = gauge("slos_serve_emulated_device", "1 where no model runs: the device is emulated.")
-        self.margin_coverage = gauge("slos_serve_margin_coverage", "Share of steps within the predicted time.")
-        self.margin_coverage.set(math.nan)  # unknown is not 0
         self.clock_error = gauge(
             "slos_serve_clock_error_seconds", "When batches were expected to start minus when they did: the median."
         )
@@ -146,6 +148,11 @@ class SloMetrics:
         if outcome != Outcome.CANCELLED:
             self.promises.labels(slo_class, PROMISE_RESULTS[outcome != Outcome.MET]).inc()
 
+    def know_hops(self) -> None:
+        """Show a router's counters from the start."""
+        for outcome in HOPS:
+            self.hops.labels(outcome)
+
     def count_hop(self, outcome: str) -> None:
         """Count one replica's answer to a request: served, passed, lost, broken or refused."""
         self.hops.labels(outcome).inc()
@@ -160,14 +167,10 @@ class SloMetrics:
         """Move the gauges to a snapshot."""
         self.mode.set(MODES.get(str(snapshot.get("effective_mode")), 0))
         self.emulated.set(1 if snapshot.get("device") else 0)
-        for gauge, key in (
-            (self.promised, "num_promised"),
-            (self.best_effort, "num_best_effort"),
-            (self.headroom, "headroom_tokens_per_s"),
-            (self.margin_coverage, "margin_coverage"),
-        ):
-            if key in snapshot:  # what is not known now is no number, least of all the last one
-                gauge.set(math.nan if snapshot[key] is None else snapshot[key])
+        for key, number in self.numbers.items():
+            if isinstance(number, Gauge) and key in snapshot:
+                # what is not known now is no number, least of all the last one
+                number.set(math.nan if snapshot[key] is None else snapshot[key])
         clock_error = (snapshot.get("clock_error_s") or {}).get("p50")
         if clock_error is not None:
             self.clock_error.set(clock_error)
@@ -179,7 +182,9 @@ class SloMetrics:
 
     def count(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:
         """Move the counters by what an engine's cumulative counts have grown."""
-        self.preemptions.inc(self._increment(engine, "preemptions", snapshot.get("best_effort_preemptions") or 0))
+        for key, number in self.numbers.items():
+            if isinstance(number, Counter):
+                number.inc(self._increment(engine, key, snapshot.get(key) or 0))
         for slo_class, verdicts in (snapshot.get("would_be_by_class") or {}).items():
             for verdict, count in verdicts.items():
                 name = f"would be {slo_class} {verdict}"

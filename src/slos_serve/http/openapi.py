@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from slos_serve.config import OVERRIDES, STAGES, SloConfig
+from slos_serve.config import OVERRIDES, PROMISES, STAGES, SloConfig
 from slos_serve.core.words import MEANINGS, Outcome, Reason, Said
-from slos_serve.http.answers import PROMISE_KEYS
 from slos_serve.http.routes import ROUTES, VLLM_XARGS
 
 PREFIX = "#/components/schemas/"
@@ -43,7 +42,7 @@ def schemas(config: SloConfig) -> dict[str, Any]:
     said: dict[str, Any] = {"class": {"type": "string", "enum": list(config.classes)}}
     said |= dict.fromkeys(OVERRIDES, NUMBER)
     said |= {"stage": {"type": "string", "enum": list(STAGES)}, "tenant": {"type": "string", "maxLength": 128}}
-    promise = {"type": "object", "properties": dict.fromkeys(PROMISE_KEYS, NUMBER)}
+    promise = {"type": "object", "properties": dict.fromkeys(PROMISES, NUMBER)}
     answered: dict[str, Any] = {"id": {"type": "string"}, "class": {"type": "string"}}
     answered |= {name: _words(words) for name, words in (("verdict", Said), ("reason", Reason), ("outcome", Outcome))}
     answered |= {"promise": promise, "asked": promise, "predicted_ttft_ms": NUMBER, "slack_ms": {"type": "number"}}

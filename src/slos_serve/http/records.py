@@ -12,7 +12,7 @@ from slos_serve.config import short
 
 Record = dict[str, Any]
 
-_CHOICE = re.compile(r"^\d+_")
+_CHOICE, _PART = re.compile(r"^\d+_"), re.compile(r"_\d+$")
 
 
 class Records:
@@ -71,8 +71,8 @@ class Records:
     def name_by_engine(self, slo_id: str, request_id: object) -> None:
         """Let a request be found by the engine's id and by the one in the client's response.
 
-        vLLM's engine appends `-<8 hex digits>` to the response's id, completions a prompt number before that,
-        and each of several choices gets `<number>_` in front.
+        vLLM's engine appends `-<8 hex digits>` to the response's id, before that completions `-<prompt number>`, and
+        responses and batches `_<part number>`; each of several choices gets `<number>_` in front.
         """
         record = self._by_id[slo_id]
         if not isinstance(request_id, str) or request_id in record["_aliases"]:
@@ -80,7 +80,8 @@ class Records:
         record.setdefault("request_id", short(request_id))
         stem = _CHOICE.sub("", request_id).rpartition("-")[0]
         prompt_stem, _, number = stem.rpartition("-")
-        for name in (request_id, stem, prompt_stem if number.isdigit() and stem.startswith("cmpl-") else ""):
+        whole = prompt_stem if number.isdigit() and stem.startswith("cmpl-") else _PART.sub("", stem)
+        for name in (request_id, stem, whole):
             if name not in record["_aliases"]:
                 self.name(slo_id, name)
 

@@ -103,7 +103,9 @@ class Operator:
             return True
         if any(word in body for word in (b'"slo', b'"service_tier"', b'"vllm_xargs"', b'"extra_args"')):
             return True
-        return _ESCAPED_LETTER.search(body) is not None or any(_is_ours(name) for name, _ in headers)
+        if b"\\u00" in body and _ESCAPED_LETTER.search(body):
+            return True
+        return any(_is_ours(name) for name, _ in headers)
 
     def read(self, headers: Headers, body: Mapping[str, Any], peer: str | None = "") -> SloRequest:
         """Apply the first-match rule. `RequestError` names what is malformed in forms 1 to 3.
@@ -284,7 +286,7 @@ def _slo_object(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_ours(header: bytes) -> bool:
-    return header.startswith((PREFIX, b"x-llm-d-")) or header in SESSION_HEADERS
+    return header.startswith(b"x-") and (header.startswith((PREFIX, b"x-llm-d-")) or header in SESSION_HEADERS)
 
 
 def _refuse_unknown(named: Mapping[bytes, bytes]) -> None:

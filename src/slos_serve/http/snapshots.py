@@ -1,7 +1,6 @@
 """What the engines behind one server last said about themselves, as one snapshot.
 
-Usually there is one engine and this is its snapshot. Several independent ones (data parallelism) add up: counts
-and rates are sums, and the whole enforces only where every engine does.
+Usually there is one engine and this is its snapshot; several (data parallelism) are joined: see `status`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-SUMS = (
-    *("num_promised", "num_best_effort", "num_pending", "num_running", "num_waiting", "free_kv_blocks"),
-    *("num_kv_blocks", "headroom_tokens_per_s", "best_effort_preemptions", "expired", "steps", "invalid"),
-    *("step_downs",),
-)
-LARGEST = ("drain_s",)
+from slos_serve.http.status import joined
 
 Snapshot = Mapping[str, Any]
 
@@ -43,13 +37,7 @@ class Snapshots:
         every = list(self.by_engine.values())
         if len(every) == 1:
             return every[0]
-        whole = dict(newest)
-        for names, join in ((SUMS, sum), (LARGEST, max)):
-            for name in names:
-                values = [one[name] for one in every if one.get(name) is not None]
-                whole[name] = join(values) if values else None
-        held_back = next((one for one in every if one.get("effective_mode") != "enforce"), newest)
-        whole["effective_mode"], whole["reason"] = held_back.get("effective_mode"), held_back.get("reason")
+        whole = {**newest, **joined(every)}
         whole["profile"] = None if any(one.get("profile") is None for one in every) else newest.get("profile")
         return whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ APPLICATION = "slos-serve"
 POLL_S = 0.5
 CONNECT_S = 5.0
 START_ATTEMPTS = 4
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # A replica that hangs would keep its place for the whole patience.
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
 
@@ -37,6 +39,7 @@ class Cluster:
         if self.is_own:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let every other process go first
+            ask_for_token()
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
         if self.is_own:
             options |= {"num_cpus": num_cpus, "num_gpus": num_gpus, "include_dashboard": False}
@@ -105,6 +108,19 @@ class Cluster:
                 return False
             time.sleep(POLL_S)
         return True
+
+
+def ask_for_token() -> None:
+    """Let a cluster of our own ask whoever connects for a token: Ray's ports are open to the network and run code.
+
+    Ray keeps the token in `~/.ray/auth_token`; without a home it is one of this run's processes alone.
+    `RAY_AUTH_MODE=disabled` opts out.
+    """
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+    home = os.path.expanduser("~")  # noqa: PTH111 -- `Path.home` raises where there is none
+    is_usable = os.access(home, os.W_OK | os.X_OK, effective_ids=True)
+    if mode == "token" and not is_usable and not any(os.environ.get(name) for name in TOKENS):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _start(options: Mapping[str, Any]) -> None:

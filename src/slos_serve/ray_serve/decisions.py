@@ -8,23 +8,31 @@ policy made anew, as the simulator does; a policy that draws no random numbers g
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from slos_serve.core.routing.routers import Arrival, ReplicaSnapshot, Route, Router, make_router
+from slos_serve.lines import LineFile
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "slos-serve-decisions/1"
+MAX_BYTES = 1 << 30  # on disk, older parts beside the file included
 ENDLESS = ("ttft_deadline_s", "tpot_s", "e2e_deadline_s")  # null in JSON where nothing is promised
 
 
 class Recorded:
-    """A router that passes everything on to `router` and appends it to `file`; see the module's text."""
+    """A router that passes everything on to `router` and appends it to `file`; see the module's text.
 
-    def __init__(self, router: Router, file: IO[str], *, policy: str, options: Mapping[str, Any]) -> None:
+    A disk that refuses ends the record, with one line in the log, and never a request.
+    """
+
+    def __init__(self, router: Router, file: LineFile, *, policy: str, options: Mapping[str, Any]) -> None:
         self.hops, self.uses_snapshots = router.hops, router.uses_snapshots
         self.rank = router.rank
         self._router = router
@@ -61,13 +69,17 @@ class Recorded:
         return route
 
     def _write(self, event: str, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, **values}) + "\n")
+        line = json.dumps({"event": event, **values})
+        if event == "router":
+            self._file.header = [line]
+        if not self._file.write([line]):
+            logger.warning("the record of routes stops, %s: %s", self._file.path, self._file.problem)
 
 
 def recorded(router: Router, path: str, *, policy: str, options: Mapping[str, Any]) -> Recorded:
     """Return `router` with a record beside `path`: its name with `-router-PID` added, as each ingress has its own."""
-    file = Path(path).with_stem(f"{Path(path).stem}-router-{os.getpid()}").open("a", buffering=1, encoding="utf-8")
-    return Recorded(router, file, policy=policy, options=options)
+    own = Path(path).with_stem(f"{Path(path).stem}-router-{os.getpid()}")
+    return Recorded(router, LineFile(own, max_bytes=MAX_BYTES), policy=policy, options=options)
 
 
 def replayed(lines: Iterable[str]) -> Iterator[tuple[str | None, str | None]]:

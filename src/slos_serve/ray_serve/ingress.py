@@ -24,6 +24,7 @@ from slos_serve.core.warmup import warm_up_router
 from slos_serve.http import replies
 from slos_serve.http.hub import HUB
 from slos_serve.http.middleware import SloMiddleware
+from slos_serve.http.status import FIELDS, joined
 from slos_serve.ray_serve import names
 from slos_serve.ray_serve.arrivals import Estimator
 from slos_serve.ray_serve.fleet import Fleet, fleet_of
@@ -53,6 +54,7 @@ class SloIngress(OpenAiIngress):
         slo = dict(slo or {})
         profile = slo.pop("profile", None)
         HUB.configure(slo=slo, model=", ".join(model_cards))
+        HUB.metrics.know_hops()
         self._estimator = Estimator(HUB.config, profile)
         self._fleets: dict[str, Fleet] = {}
         for model_id, handle in llm_deployments.items():
@@ -199,19 +201,18 @@ def is_fault(error: BaseException) -> bool:
 def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one snapshot for many replicas; see `http.hub` for who reads which key."""
     heard = [one for one in replicas if one["usable"] and one.get("effective_mode")]
-
-    def total(key: str) -> float:
-        return sum(one.get(key) or 0 for one in heard)
-
-    headrooms = [one["headroom_tokens_per_s"] for one in heard if one.get("headroom_tokens_per_s") is not None]
-    enforcing = any(one["effective_mode"] == "enforce" for one in heard)
-    counts = ("num_promised", "num_best_effort", "num_pending", "num_running", "num_waiting", "steps")
+    whole = joined(heard, is_routed=True)
+    mode = "enforce" if whole["effective_mode"] == "enforce" else "observe"
+    # A replica that leaves takes its counts along: what only grows is nothing to add up here, but for the steps.
+    now = {field.key: whole[field.key] for field in FIELDS if not field.counts}
+    counts = {key: now[key] or 0 for key in now if key.startswith("num_")}
     return {
-        **{key: total(key) for key in counts},
-        "mode": "enforce" if enforcing else "observe",
-        "effective_mode": "enforce" if enforcing else "observe",
-        "headroom_tokens_per_s": sum(headrooms) if len(headrooms) == len(heard) and heard else None,
-        "drain_s": min((one.get("drain_s") or 0.0 for one in heard), default=0.0),
+        **now,
+        **counts,
+        "steps": whole["steps"] or 0,
+        "mode": mode,
+        "effective_mode": mode,
+        "drain_s": now["drain_s"] or 0.0,
         "replicas": replicas,
     }
 

@@ -16,13 +16,10 @@ from typing import Any
 
 from slos_serve.core.routing.routers import ReplicaSnapshot
 from slos_serve.http.hub import Hub
+from slos_serve.http.status import KEYS
 
 KEY = "slos_serve"  # in Ray's routing statistics
 VERSION = 1
-STATUS_KEYS = (
-    *("effective_mode", "num_promised", "num_best_effort", "num_pending", "num_running", "num_waiting"),
-    *("headroom_tokens_per_s", "drain_s", "steps", "margin_coverage", "reason"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +64,7 @@ class Reporter:
             "silent_s": silent_s if math.isfinite(silent_s) else None,
             "stalled_s": now - self._stepped_s,
             "digest": self._digest,
-            "status": {"pid": os.getpid(), **{key: heard.get(key) for key in STATUS_KEYS}},
+            "status": {"pid": os.getpid(), **{key: heard.get(key) for key in ("effective_mode", "reason", *KEYS)}},
             "replica": replica,
         }
 

@@ -7,10 +7,10 @@ process's hub through the stat-logger plug-in, as it does in a server of its own
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
 from importlib.metadata import entry_points
@@ -26,6 +26,7 @@ from slos_serve.core.words import Reason
 from slos_serve.errors import SlosServeError
 from slos_serve.http import seal
 from slos_serve.http.hub import HUB
+from slos_serve.places import open_new, private_folder, socket_root
 from slos_serve.ray_serve import names
 from slos_serve.ray_serve.hops import VERDICT, Hop, Note, is_refusal
 from slos_serve.ray_serve.reports import KEY, Reporter
@@ -179,13 +180,16 @@ def _prepare(llm_config: LLMConfig, replica_id: str) -> None:
     if isinstance(profile, Mapping):
         text = json.dumps(profile, sort_keys=True)
         name = f"slos-serve-profile-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-        path = Path(tempfile.gettempdir()) / name
+        path = private_folder("profiles") / name
         part = path.with_suffix(f".{replica_id}")
-        part.write_text(text, encoding="utf-8")
+        with open_new(part) as file:
+            file.write(text)
         part.replace(path)
         slo["profile"] = str(path)
     if record:
         path = Path(record)
         slo["record"] = str(path.with_stem(f"{path.stem}-{replica_id}"))
+    with contextlib.suppress(OSError):  # the engine says what is wrong, and only observes
+        slo["channel_dir"] = str(socket_root() / replica_id)
     additional = {**(llm_config.engine_kwargs.get("additional_config") or {}), "slo": slo}
     llm_config.update_engine_kwargs(additional_config=additional)

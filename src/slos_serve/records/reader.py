@@ -41,6 +41,7 @@ class RecordedPlan:
 class Recording:
     """The last run in a record. Steps, requests and plans are documents as they were written.
 
+    `num_skipped` counts lines of the file that are no JSON object.
     `trusts_planner`: a planner that is not this package's may be imported, which runs its module.
     """
 
@@ -51,6 +52,11 @@ class Recording:
     steps: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     plans: list[RecordedPlan] = field(default_factory=list)
+    num_skipped: int = 0
+
+    def warning(self) -> str:
+        """Return what to tell people of lines that were left out; "" where there are none."""
+        return f"{self.path}: {self.num_skipped} lines are no JSON and were left out" if self.num_skipped else ""
 
     def reference(self) -> tuple[PerfModel, int]:
         """Return the pinned performance model and its token budget; `ConfigError` where none was recorded."""
@@ -99,10 +105,11 @@ class Recording:
 def read_recording(path: Path, *, trusts_planner: bool = False) -> Recording:
     """Read the last run of a record; `ConfigError` names the line that does not fit.
 
-    A last line without its end, from a server that was killed, is left out.
+    A line that was cut short, by a server that was killed or a full disk, is left out and counted.
     """
     recording: Recording | None = None
-    for where, line in _lines(path):
+    bad: list[str] = []
+    for where, line in _lines(path, bad):
         kind = line.get("kind")
         if kind is None and "num_tokens" in line and "seconds" in line:
             if recording is not None:
@@ -122,28 +129,34 @@ def read_recording(path: Path, *, trusts_planner: bool = False) -> Recording:
             recording.requests.append(line)
         else:
             recording.plans.append(RecordedPlan(where=where, document=line))
+    if recording is None and bad:
+        raise ConfigError(where=bad[0], key="line", value="...", expected="a JSON object, and an engine line somewhere")
     if recording is None:
         expected = f"a record of serve --record of this version ({SCHEMA}); none of its lines describes an engine"
         raise ConfigError(where="arguments", key="RECORD", value=str(path), expected=expected)
+    recording.num_skipped = len(bad)
     return recording
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, document) of each line; where those are that hold none goes to `bad`."""
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 where = f"{path}:{number}"
-                try:
-                    line = json.loads(raw)
-                except ValueError:
-                    if raw.endswith(b"\n"):
-                        raise ConfigError(
-                            where=where, key="line", value=raw[:40].decode(errors="replace"), expected="a JSON object"
-                        ) from None
-                    return
-                if not isinstance(line, dict):
-                    raise ConfigError(where=where, key="line", value=line, expected="a JSON object")
-                yield where, line
+                line = _document(raw)
+                if line is not None:
+                    yield where, line
+                elif raw.strip():
+                    bad.append(where)
     except OSError as error:
         expected = f"a file that serve --record wrote ({error.strerror})"
         raise ConfigError(where="arguments", key="RECORD", value=str(path), expected=expected) from None
+
+
+def _document(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None

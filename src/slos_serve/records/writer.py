@@ -9,7 +9,8 @@
   with a verdict and every `PLAN_EVERY`-th without. About 1.5 KB and 0.25 KB for each live request, so these are
   rationed: `PLAN_BYTES_PER_S` on average, `PLAN_BURST_BYTES` at once, `MAX_PLAN_BYTES` in all.
 
-The whole is bounded: at 50 steps and 10 finished requests a second it grows by at most 86 KB a second.
+At 50 steps and 10 finished requests a second it grows by at most 86 KB a second, up to `max_bytes` in all: the file
+and three older ones beside it (see `slos_serve.lines`), each of which begins with `engine` and `model`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slos_serve.lines import LineFile
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Plan, ReplicaState
@@ -34,6 +37,8 @@ PLAN_BYTES, PLAN_BYTES_PER_REQUEST = 1500, 250  # what a plan's line is taken to
 PLAN_BYTES_PER_S = 64 << 10
 PLAN_BURST_BYTES = 8 << 20
 MAX_PLAN_BYTES = 1 << 30
+MAX_BYTES = 4 << 30
+HEADER = ("engine", "model")  # what makes the lines after it readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +54,17 @@ class BatchShape:
 
 
 class StepRecorder:
-    """Append records to a file; buffered, and silent after the first error of the disk.
+    """Append records to a file; buffered, bounded, and silent after the first error of the disk.
 
     Thread-safe where one thread adds and another flushes. Lines of JSON are made when they are flushed.
     """
 
-    def __init__(self, path: Path | None, *, plan_every: int = PLAN_EVERY) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, *, plan_every: int = PLAN_EVERY, max_bytes: int = MAX_BYTES) -> None:
+        self._file = None if path is None else LineFile(path, max_bytes=max_bytes)
         self.num_dropped = 0
         self.num_plans_skipped = 0
         self._plan_every = plan_every
         self._buffer: deque[Callable[[], dict[str, Any]]] = deque()
-        self._is_broken = False
         self._asked: tuple[int, float, ReplicaState, Plan] | None = None
         self._credit: float = PLAN_BURST_BYTES
         self._credited_s: float | None = None
@@ -70,7 +74,7 @@ class StepRecorder:
     @property
     def is_open(self) -> bool:
         """Tell whether anything is written at all."""
-        return self.path is not None and not self._is_broken
+        return self._file is not None and not self._file.problem
 
     def _append(self, make: Callable[[], dict[str, Any]]) -> None:
         if not self.is_open:
@@ -156,13 +160,21 @@ class StepRecorder:
 
     def flush(self) -> None:
         """Write what is buffered."""
-        if not self._buffer or self.path is None or self._is_broken:
+        file = self._file
+        if not self._buffer or file is None or file.problem:
             return
-        lines = [self._buffer.popleft()() for _ in range(len(self._buffer))]
+        made = (self._line(self._buffer.popleft()) for _ in range(len(self._buffer)))
+        if not file.write([line for line in made if line]):
+            logger.warning("slos-serve: step records stop, %s cannot be written: %s", file.path, file.problem)
+
+    def _line(self, make: Callable[[], dict[str, Any]]) -> str:
+        """Return one line; "" where it cannot be said in JSON, which is counted."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            self._is_broken = True
-            logger.warning("slos-serve: step records stop, %s cannot be written: %s", self.path, error)
+            document = make()
+            line = json.dumps(document)
+        except (TypeError, ValueError):
+            self.num_dropped += 1
+            return ""
+        if self._file is not None and document.get("kind") in HEADER:
+            self._file.header = [*self._file.header, line] if document["kind"] != "engine" else [line]
+        return line

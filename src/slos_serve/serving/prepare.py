@@ -18,9 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slos_serve.cache import cache_folder, why_not_usual
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.places import socket_root
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
@@ -62,6 +64,7 @@ class Launch:
     must_profile: bool = False
     record: Path | None = None
     scratch: Path | None = None
+    channel: Path | None = None
     key: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     patience_s: float = launch.PATIENCE_S
@@ -174,6 +177,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         expected = "none: serve brings its own (--no-slo keeps yours)"
         raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
 
+    if reason := why_not_usual():
+        notes.append(f"profiles go to {cache_folder()} and may have to be measured again, for XDG_CACHE_HOME: {reason}")
     additional = arguments.take_additional_config()
     key = engine_key(model, engine, arguments.arguments, environ, share=share)
     problem = "" if engine.is_cpu else why_not_verified(key)
@@ -198,6 +203,9 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
             record = scratch / "steps.jsonl"
     if record is not None:
         slo["record"] = str(record)
+    channel = _channel()
+    if channel is not None:
+        slo["channel_dir"] = str(channel)
     merge(slo, additional.get("slo") or {})
     additional["slo"] = slo
     command += ["--scheduler-cls", SCHEDULER, "--middleware", MIDDLEWARE]
@@ -209,10 +217,26 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         must_profile=must_profile,
         record=record,
         scratch=scratch,
+        channel=channel,
         key=key,
         notes=tuple(notes),
         **common,
     )
+
+
+def remove_scratch(plan: Launch) -> None:
+    """Remove the folders that were made for this launch alone."""
+    for folder in (plan.scratch, plan.channel):
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _channel() -> Path | None:
+    """Make the folder in which engine and API server meet; without one the engine says so, and only observes."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="s-", dir=socket_root()))
+    except OSError:
+        return None
 
 
 def measure(plan: Launch, out: Path, record: Path) -> None:

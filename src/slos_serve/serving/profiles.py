@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slos_serve.cache import cache_folder
+from slos_serve.cache import cache_path
 from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.serving.arguments import EngineArguments
@@ -47,7 +48,7 @@ def key_digest(key: Mapping[str, Any]) -> str:
 
 def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -> tuple[Path, bool]:
     """Return the profile's file, `given` or the cache's for `key`, and whether it must be measured first."""
-    path = cache_folder("profiles") / f"{key_digest(key)}.json" if given is None else given.resolve()
+    path = cache_path("profiles", f"{key_digest(key)}.json") if given is None else given.resolve()
     if again or not path.exists():
         return path, True
     try:
@@ -57,6 +58,24 @@ def choose_profile(given: Path | None, key: Mapping[str, Any], *, again: bool) -
             raise
         return path, True
     return path, False
+
+
+@contextlib.contextmanager
+def set_aside(path: Path) -> Iterator[None]:
+    """Take a profile out of the way while a new one is measured; it comes back where none was.
+
+    One that a killed run left aside comes back too.
+    """
+    aside = path.with_name(f"{path.name}.before")
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(aside)
+    try:
+        yield
+    finally:
+        if path.exists():
+            aside.unlink(missing_ok=True)
+        elif aside.exists():
+            aside.replace(path)
 
 
 def read_profile(path: Path) -> dict[str, Any]:

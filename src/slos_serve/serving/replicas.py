@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
-from slos_serve.serving.prepare import Launch, measure, prepare, say
-from slos_serve.serving.profiles import SPEED_ENVIRONMENT
+from slos_serve.serving.prepare import Launch, measure, prepare, remove_scratch, say
+from slos_serve.serving.profiles import SPEED_ENVIRONMENT, set_aside
 from slos_serve.terminal.signals import ending_by_signal
 
 # What belongs to vLLM's HTTP server or to its own way of scaling; Ray Serve has others.
@@ -26,8 +25,11 @@ REFUSED = (
     *("ssl-certfile", "ssl-ca-certs", "allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials"),
     *("distributed-executor-backend", "data-parallel-size", "data-parallel-backend", "data-parallel-address"),
 )
+REFUSED_ENVIRONMENT = ("VLLM_API_KEY",)
+SECRET = ("api-key",)  # never repeated in a message
 NOT_ENGINE = ("model", "host", "port", "served_model_name", "middleware", "additional_config", "scheduler_cls")
 EMULATED_CORES = 0.25  # a device that computes nothing; its API server, scheduler and tokenizer are real
+OF_ONE_ENGINE = ("profile_key", "channel_dir")  # settings that each replica has its own of
 PATIENCE_S = 310.0
 CONNECT_S = 5.0
 
@@ -59,8 +61,7 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
                     say("finishing what is under way; again to stop at once")
                 return 0 if cluster.drain(PATIENCE_S) else 1
     finally:
-        if plan.scratch is not None:
-            shutil.rmtree(plan.scratch, ignore_errors=True)
+        remove_scratch(plan)
 
 
 def _import() -> tuple[Any, Any]:
@@ -86,7 +87,12 @@ def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
     for name in REFUSED:
         if arguments.has(name):
             expected = "none with --replicas or --ray-address (a proxy in front of them can do that)"
-            raise ConfigError(where="arguments", key=f"--{name}", value=arguments.get(name), expected=expected)
+            value = "..." if name in SECRET else arguments.get(name)
+            raise ConfigError(where="arguments", key=f"--{name}", value=value, expected=expected)
+    for name in REFUSED_ENVIRONMENT:
+        if os.environ.get(name):
+            expected = "to be unset with --replicas or --ray-address: nobody would ask for it (a proxy in front can)"
+            raise ConfigError(where="environment", key=name, value="...", expected=expected)
 
 
 def check_address(address: str) -> None:
@@ -125,7 +131,7 @@ def application(
 
     flags = engine_kwargs(plan.arguments)
     additional = dict(flags.get("additional_config") or {})
-    slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key != "profile_key"}
+    slo = {key: value for key, value in (additional.pop("slo", None) or {}).items() if key not in OF_ONE_ENGINE}
     slo |= {"profile": profile, "router": args.router or "slo"}
     if args.record is None:
         slo.pop("record", None)
@@ -154,13 +160,13 @@ def profile_of(args: argparse.Namespace, plan: Launch) -> str | None:
         say("no profile of the cluster's machines: observing only, until --profile names one")
         return None
     say("no profile yet: measuring on one server first")
-    plan.profile.unlink(missing_ok=True)
-    child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
-    try:
-        launch.wait_healthy(child, plan.url, probe=True)
-        measure(plan, plan.profile, plan.record)
-    finally:
-        launch.end(child)
+    with set_aside(plan.profile):
+        child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
+        try:
+            launch.wait_healthy(child, plan.url, probe=True)
+            measure(plan, plan.profile, plan.record)
+        finally:
+            launch.end(child)
     return str(plan.profile)
 
 

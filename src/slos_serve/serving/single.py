@@ -13,6 +13,7 @@ import threading
 from slos_serve.errors import SlosServeError
 from slos_serve.serving import launch
 from slos_serve.serving.prepare import Launch, measure, say
+from slos_serve.serving.profiles import set_aside
 
 ACCEPT_PROFILE_S = 60.0
 
@@ -20,7 +21,12 @@ ACCEPT_PROFILE_S = 60.0
 def serve(plan: Launch, *, as_json: bool) -> int:
     """Run the server until it ends; return the status to exit with."""
     if plan.must_profile and plan.profile is not None:
-        plan.profile.unlink(missing_ok=True)
+        with set_aside(plan.profile):
+            return _run(plan, as_json=as_json)
+    return _run(plan, as_json=as_json)
+
+
+def _run(plan: Launch, *, as_json: bool) -> int:
     where = f" at {plan.url}" if plan.url else ""
     say(f"starting vLLM with {plan.model_name}{where} ({plan.mode if plan.mode != 'none' else 'no SLOs'})")
     child = launch.start(plan.command, plan.env, stdout_to_stderr=as_json)

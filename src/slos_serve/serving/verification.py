@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slos_serve.cache import cache_folder
+from slos_serve.cache import cache_path
 from slos_serve.errors import ConfigError
 from slos_serve.serving.profiles import key_digest
 
@@ -52,7 +52,7 @@ def document_of(checks: Sequence[Check], *, key: Mapping[str, Any], vllm: str, q
 
 def verification_path(key: Mapping[str, Any]) -> Path:
     """Return where `serve` looks for the verification of an engine."""
-    return cache_folder("verifications") / f"{key_digest(key)}.json"
+    return cache_path("verifications", f"{key_digest(key)}.json")
 
 
 def read_verification(path: Path) -> dict[str, Any]:

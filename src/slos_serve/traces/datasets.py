@@ -25,6 +25,7 @@ from slos_serve.traces.trace import Trace, read_trace, spread_ties, write_trace
 TIMEOUT_S = 30.0
 MOONCAKE = ReadOptions(time_unit="ms", block_tokens=512)
 CHUNK_BYTES = 1 << 16
+MAX_BYTES = 1 << 30  # far more than any of them: what a wrong server sends must not fill a disk
 RAW = "https://raw.githubusercontent.com"
 AZURE = f"{RAW}/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data/AzureLLMInferenceTrace"
 
@@ -153,13 +154,20 @@ def _read(dataset: Dataset, path: Path) -> Trace:
     return replace(trace, arrived_at_s=np.round(trace.arrived_at_s, 6), source=dataset.name)
 
 
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_BYTES:
+        raise ValueError(f"{num_bytes} bytes: expected at most {MAX_BYTES}")
+
+
 def _download(dataset: Dataset, path: Path, progress: Callable[[int, int], None] | None) -> Path:
     try:
         with urllib.request.urlopen(dataset.url, timeout=TIMEOUT_S) as answer, path.open("wb") as file:  # noqa: S310
             total, done = int(answer.headers.get("Content-Length") or 0), 0
+            _check_size(total)
             while chunk := answer.read(CHUNK_BYTES):
                 file.write(chunk)
                 done += len(chunk)
+                _check_size(done)
                 if progress is not None:
                     progress(done, total)
     except (urllib.error.URLError, OSError, ValueError) as error:

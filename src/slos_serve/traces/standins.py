@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slos_serve.cache import cache_folder, complete_folder
+from slos_serve.cache import cache_path, complete_folder
 from slos_serve.errors import ConfigError
 from slos_serve.traces.trace import IntArray, Trace, synthetic_arrivals, write_trace
 
@@ -56,7 +56,7 @@ def data_name(folder: str) -> str:
 
 
 def _folder() -> Path:
-    return cache_folder("traces") / f"stand-ins-{VERSION}"
+    return cache_path("traces", f"stand-ins-{VERSION}")
 
 
 def write_stand_ins(folder: Path) -> None:

@@ -26,7 +26,7 @@ SAVE_EVERY_S = 30.0
 class Housekeeper:
     """Run the thread of one runtime; it starts at once."""
 
-    def __init__(self, runtime: SloRuntime, control_address: str) -> None:
+    def __init__(self, runtime: SloRuntime, control_address: str | None) -> None:
         self._runtime = runtime
         self._control = ControlServer(control_address, self._answer)
         self._report_at = time.monotonic() + runtime.settings.report_s

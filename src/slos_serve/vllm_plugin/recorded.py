@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import vllm
 
 from slos_serve.config import short
+from slos_serve.vllm_plugin.engine.said import CLAIMS
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.engine.tracking import Tracker
     from slos_serve.vllm_plugin.runtime import SloRuntime
 
-NOT_SAID = frozenset({"slo_id", "slo_tenant", "slo_arrival_s"})
+NAMES = ("tenant", "session")  # of people: recorded only where the operator asks for them
 
 
 def engine_facts(runtime: SloRuntime, *, is_async: bool) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def request_facts(tracker: Tracker, requests: Iterable[Request]) -> dict[str, di
             "arrival_s": round(live.arrival_s, 6),
             "added_s": round(live.added_s, 6),
             "first_token_s": round(live.first_token_s, 6) if live.num_output_tokens else None,
-            "said": {key: value for key, value in live.args.items() if key not in NOT_SAID},
+            "said": {key: value for key, value in live.args.items() if key in CLAIMS},
             "slo": {name: value for name, value in live.slo.items() if value is not None},
             "weight": live.weight,
             "thinks": live.thinks,
@@ -59,3 +60,9 @@ def request_facts(tracker: Tracker, requests: Iterable[Request]) -> dict[str, di
             "reason": live.reason,
         }
     return facts
+
+
+def request_line(facts: Mapping[str, Any], end: Mapping[str, Any], *, names: bool, enforced: bool) -> dict[str, Any]:
+    """Return the `request` line of one that ended; without its tenant and session unless `names`."""
+    left_out = () if names else NAMES
+    return {key: value for key, value in {**facts, **end, "enforced": enforced}.items() if key not in left_out}

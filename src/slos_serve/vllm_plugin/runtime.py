@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.fit import STALL_FACTOR
+from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
 from slos_serve.core.tight import is_too_tight
@@ -33,7 +34,7 @@ from slos_serve.vllm_plugin.learning.learner import Learner
 from slos_serve.vllm_plugin.learning.learnt import Learnt
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
-from slos_serve.vllm_plugin.recorded import engine_facts, request_facts
+from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety.cost import Cost
 from slos_serve.vllm_plugin.safety.faults import Faults
@@ -42,7 +43,7 @@ from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
 from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.settings import Settings
 from slos_serve.vllm_plugin.snapshot import facts, snapshot
-from slos_serve.vllm_plugin.wire.channel import Publisher, address
+from slos_serve.vllm_plugin.wire.channel import Publisher, Seat, engine_folder
 from slos_serve.vllm_plugin.wire.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ class SloRuntime:
         )
         self.tracker.use_prefix_hits = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
-        self.recorder = StepRecorder(settings.record)
+        self.recorder = StepRecorder(settings.record, max_bytes=int(settings.record_max_mb * 1e6))
         self.safety = StepDown(settings.safety)
         self.watchdog = Watchdog(settings.safety.max_plan_s)
         self.drafts = DraftWatch() if self.limits.max_draft_length else None
         self.faults = Faults(settings.fault_dir)
         index = int(config.parallel_config.data_parallel_index)
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
-        publisher = Publisher(address(config.instance_id, index))
-        self.outbox = Outbox(publisher, index, self.snapshot, lambda: facts(self), self._refresh)
+        self._seat = self._take_seat(str(config.instance_id), index)
+        self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self), self._refresh)
         self.promises = Promises(self.tracker, self.safety, self.outbox, self._is_too_tight)
         self.expiry = Expiry()
         self.ageing = Ageing()
@@ -124,7 +125,24 @@ class SloRuntime:
         logger.info("SLO scheduler: mode %s, effective %s. %s", mode, self.effective_mode, self.mode_reason)
         if self.differences:
             logger.warning("SLO scheduler only observes: %s", "; ".join(self.differences))
-        self.house = Housekeeper(self, address(config.instance_id, index, "control"))
+        self.house = Housekeeper(self, self._address("control"))
+
+    def _take_seat(self, instance_id: str, index: int) -> Seat | None:
+        """Take the engine's folder; without one verdicts reach nobody, so nothing is promised."""
+        try:
+            return Seat(engine_folder(instance_id, index, self.settings.channel_dir))
+        except OSError as error:
+            self.differences.append(f"no channel to the API server ({error})")
+            return None
+
+    def _publisher(self) -> Publisher:
+        publisher = Publisher(self._address("out"))
+        if publisher.problem:
+            self.differences.append(f"no channel to the API server ({publisher.problem})")
+        return publisher
+
+    def _address(self, purpose: str) -> str | None:
+        return f"ipc://{self._seat.folder / purpose}.sock" if self._seat else None
 
     def _warm_up(self) -> None:
         # a thread that decodes a long request would else keep the scheduler waiting for 5 ms
@@ -136,6 +154,8 @@ class SloRuntime:
             self.faults.add("warm-up", error)
         else:
             logger.info("SLO scheduler: planner ready in %.1f s", time.perf_counter() - started)
+        if why_not_kept():
+            logger.warning("SLO scheduler: compiled loops are not kept, so each start compiles: %s", why_not_kept())
 
     # -- mode -------------------------------------------------------------------------------------
 
@@ -286,6 +306,9 @@ class SloRuntime:
         self.learnt.save()
         self.recorder.flush()
         self.outbox.publisher.close()
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat.leave()
 
     # -- before a step ----------------------------------------------------------------------------
 
@@ -486,7 +509,8 @@ class SloRuntime:
             self._pipeline.rest()
         if known:
             for end in self.outbox.finished[told:]:
-                line = {**known[end["request_id"]], **end, "enforced": self.is_enforcing}
+                facts = known[end["request_id"]]
+                line = request_line(facts, end, names=self.settings.record_names, enforced=self.is_enforcing)
                 self.recorder.add_fact("request", now, line)
 
     def _expire(self, expired: list[Live], outputs: dict[int, Any]) -> None:

@@ -22,16 +22,18 @@ STATE_SUFFIX = ".learnt.json"
 class Settings:
     """The plug-in's settings; `mode` is None where the operator left it to the platform.
 
-    `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file
-    that what was learnt outlives a restart in: None for one beside the profile, False for none. `guard_s`: from
-    the end of a step to the client seeing its token. `planner` is a dotted class name and `planner_options` its
-    keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners). `report_s`: how
-    often the attainment of each class is written to the log. `thinking_end` are the token ids (or one text, looked
-    up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are written
-    (`None`: the temporary folder). `publish_replica`: let snapshots carry what a router plans with. `use_prefix_hits`:
-    tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge stands in front of this
-    engine, so that only what it wrote into a request counts. `may_enforce`: the engine was verified, so that it may be
-    switched to enforcing; one that was started so, or runs on a CPU, may anyway.
+    `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file that
+    what was learnt outlives a restart in: None for one beside the profile, False for none. `record_max_mb`: what
+    records may take on disk, older ones beside the file included. `record_names`: let them say tenants and sessions.
+    `guard_s`: from the end of a step to the client seeing its token. `planner` is a dotted class name and
+    `planner_options` its keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners).
+    `report_s`: how often the attainment of each class is written to the log. `thinking_end` are the token ids (or one
+    text, looked up in the tokenizer) that end a thinking span. `fault_dir` is where the states of planner faults are
+    written (`None`: a private folder below the temporary one). `channel_dir`: the folder below which engine and API
+    server meet (`None`: a private one of this user). `publish_replica`: let snapshots carry what a router plans with.
+    `use_prefix_hits`: tell the planner how much of a waiting prompt the prefix cache holds. `edge`: our HTTP edge
+    stands in front of this engine, so that only what it wrote into a request counts. `may_enforce`: the engine was
+    verified, so that it may be switched to enforcing; one that was started so, or runs on a CPU, may anyway.
     """
 
     config: SloConfig = field(default_factory=SloConfig)
@@ -41,6 +43,8 @@ class Settings:
     profile_key: str = ""
     state: Path | Literal[False] | None = None
     record: Path | None = None
+    record_max_mb: float = 4000.0
+    record_names: bool = False
     guard_s: float = 0.01
     planner: str = "slos_serve.core.planner.SloPlanner"
     planner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +52,7 @@ class Settings:
     report_s: float = 60.0
     thinking_end: str | tuple[int, ...] = "</think>"
     fault_dir: Path | None = None
+    channel_dir: str | None = None
     publish_replica: bool = False
     use_prefix_hits: bool = True
     edge: bool = False
@@ -73,6 +78,7 @@ class Settings:
         state = given.pop("state", None)
         profile, record, fault_dir = (_path(given.pop(key, None)) for key in ("profile", "record", "fault_dir"))
         guard_s = _number(given.pop("guard_ms", 10.0), "guard_ms") / 1000
+        record_max_mb = _number(given.pop("record_max_mb", 4000.0), "record_max_mb")
         report_s = _number(given.pop("report_s", 60.0), "report_s")
         thinking_end = _thinking_end(given.pop("thinking_end", "</think>"))
         safety = _safety(given.pop("safety", {}))
@@ -83,6 +89,7 @@ class Settings:
             state=False if state is False else _path(None if state is True else state),
             guard_s=guard_s,
             report_s=report_s,
+            record_max_mb=record_max_mb,
             thinking_end=thinking_end,
             safety=safety,
             profile=profile,

@@ -45,10 +45,12 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening, and remove the socket's file: vLLM may kill the engine before it can."""
+        """Stop listening, and clear up after the engine: vLLM may kill it before it can."""
+        from slos_serve.vllm_plugin.wire.channel import clear_up  # noqa: PLC0415 - as below
+
         self._stop.set()
         self._thread.join(timeout=5)
-        Path(self.where.removeprefix("ipc://")).unlink(missing_ok=True)
+        clear_up(Path(self.where.removeprefix("ipc://")).parent)
 
     def _listen(self) -> None:
         import msgspec  # noqa: PLC0415 - only where our scheduler runs
@@ -91,8 +93,14 @@ class SloStatLogger(StatLoggerBase):
         model, instance = vllm_config.model_config, vllm_config.instance_id
         client = max(0, vllm_config.parallel_config._api_process_rank)
         HUB.configure(slo=slo or {}, model=model.served_model_name or model.model, client=client)
-        HUB.controls.append(partial(ask, address(instance, engine_index, "control")))
-        self.listener = Listener(address(instance, engine_index), HUB.feed)
+        below = (slo or {}).get("channel_dir")
+        try:
+            where = address(instance, engine_index, below=below)
+        except OSError as error:
+            logger.warning("slos-serve: no channel from the engine, so no verdicts and no counters: %s", error)
+            return
+        HUB.controls.append(partial(ask, address(instance, engine_index, "control", below)))
+        self.listener = Listener(where, HUB.feed)
         atexit.register(self.listener.close)
 
     def record(self, *args: Any, **kwargs: Any) -> None:

@@ -86,7 +86,7 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         earlier: list[tuple[str, Outcome]] = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
                 outcome = Outcome(
@@ -95,11 +95,12 @@ class Journal:
                     stopped=row["stopped"],
                 )
                 key, code = str(row["key"]), row["code"]
+                system = json.loads(key)["system"]
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the line that an interruption cut short
             if code == self.code:
                 self._keep(key, outcome)
-            elif self.reuse and json.loads(key)["system"] in self.reuse:
+            elif self.reuse and system in self.reuse:
                 earlier.append((key, outcome))
             else:
                 self.num_foreign += 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.config import SloClass, SloConfig
+from slos_serve.config import OVERRIDES, SloClass, SloConfig
 from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.sim.workloads.sessions import tool_sessions
 from slos_serve.sim.workloads.workload import History, RequestFactory, Workload, trace_workload
@@ -155,8 +155,7 @@ def scaled_slos(scale: float) -> SloConfig:
         return SCENARIO_SLOS
 
     def scaled(slo_class: SloClass) -> SloClass:
-        names = ("ttft_ms", "ttft_slowdown", "tpot_ms", "final_tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms")
-        given = {name: getattr(slo_class, name) for name in names}
+        given = {name: getattr(slo_class, name) for name in (*OVERRIDES, "final_tpot_ms")}
         return replace(slo_class, **{name: scale * value for name, value in given.items() if value is not None})
 
     return replace(SCENARIO_SLOS, classes={name: scaled(one) for name, one in SCENARIO_SLOS.classes.items()})

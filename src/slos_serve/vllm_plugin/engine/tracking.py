@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slos_serve.config import SloConfig, short
+from slos_serve.config import OVERRIDES, SloConfig, short
 from slos_serve.core.lengths import LengthModel, turn
 from slos_serve.core.slo.deadlines import StreamGrader
 from slos_serve.core.types import Request as CoreRequest
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.engine.clock import Clock
 
 PREFIX = "slo_"
-OVERRIDES = ("ttft_ms", "ttft_slowdown", "tpot_ms", "thinking_tpot_ms", "e2e_ms", "max_gap_ms", "stage")
 LOOKUPS_PER_STEP = 32
 REFRESH_EVERY = 256  # steps between looking prefix hits of waiting requests up again
 REFRESHED = 32
@@ -186,7 +185,7 @@ class Tracker:
         """Turn what was asked into promises; what makes no sense is best-effort, reason `invalid`."""
         args = live.args
         name = args.get("slo_class")
-        overrides = {key: args[PREFIX + key] for key in OVERRIDES if PREFIX + key in args}
+        overrides = {key: args[PREFIX + key] for key in (*OVERRIDES, "stage") if PREFIX + key in args}
         live.is_resolved = True
         try:
             # asked first, so that a nonsensical value is never taken for one that waits for the profile

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from slos_serve.places import open_new, private_folder, writable
 
 if TYPE_CHECKING:
     from slos_serve.core.types import ReplicaState
@@ -23,7 +24,7 @@ class Faults:
 
     def __init__(self, folder: Path | None) -> None:
         self.counts: Counter[str] = Counter()
-        self._folder = folder or Path(tempfile.gettempdir())
+        self._folder = folder
         self._num_dumps = 0
 
     def add(self, kind: str, error: Exception, state: ReplicaState | None = None) -> None:
@@ -37,10 +38,11 @@ class Faults:
 
     def _dump(self, kind: str, state: ReplicaState) -> str:
         """Write a state; return the file, or why there is none."""
-        path = self._folder / f"slos-serve-fault-{os.getpid()}-{self._num_dumps}-{kind}.json"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(state.to_json()), encoding="utf-8")
+            folder = writable(self._folder) if self._folder else private_folder("faults")
+            path = folder / f"slos-serve-fault-{os.getpid()}-{self._num_dumps}-{kind}.json"
+            with open_new(path) as file:
+                file.write(json.dumps(state.to_json()))
         except Exception as error:  # noqa: BLE001 - a dump is a convenience
             return f"not written ({error})"
         return str(path)

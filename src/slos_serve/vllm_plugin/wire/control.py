@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from slos_serve.vllm_plugin.wire.channel import zmq
+from slos_serve.vllm_plugin.wire.channel import bind, zmq
 
 logger = logging.getLogger("vllm.slos_serve")
 
@@ -24,10 +24,12 @@ Message = dict[str, Any]
 class ControlServer:
     """Answer questions with `handle`; used by one thread alone, but for `wake`.
 
-    What `handle` raises is the answer `{"error": text}`. Where the address cannot be bound nobody can ask.
+    What `handle` raises is the answer `{"error": text}`. Where there is no address (`where` None), or it cannot be
+    bound, nobody can ask.
     """
 
-    def __init__(self, where: str, handle: Callable[[Message], Message]) -> None:
+    def __init__(self, where: str | None, handle: Callable[[Message], Message]) -> None:
+        self._is_bound = False
         self.where = where
         self._handle = handle
         self._read_end, self._write_end = os.pipe()
@@ -36,11 +38,14 @@ class ControlServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._poller = zmq.Poller()
         self._poller.register(self._read_end, zmq.POLLIN)
+        if where is None:
+            return
         try:
-            self._socket.bind(where)
-        except zmq.ZMQError as error:
+            bind(self._socket, where)
+        except (zmq.ZMQError, OSError) as error:
             logger.warning("slos-serve: the mode cannot be switched, %s cannot be bound: %s", where, error)
         else:
+            self._is_bound = True
             self._poller.register(self._socket, zmq.POLLIN)
 
     def wake(self) -> None:
@@ -51,10 +56,11 @@ class ControlServer:
         """Wait for questions that long at most, and answer the first."""
         ready = dict(self._poller.poll(timeout_s * 1000))
         if self._socket in ready:
-            self._socket.send(msgspec.json.encode(self._answer(self._socket.recv())))
+            self._socket.send(msgspec.json.encode(self._answer(self._socket.recv_multipart())))
 
-    def _answer(self, question: bytes) -> Message:
+    def _answer(self, parts: list[bytes]) -> Message:
         try:
+            (question,) = parts
             return self._handle(msgspec.json.decode(question, type=dict[str, Any]))
         except Exception as error:  # noqa: BLE001 - whatever was asked, the asker hears of it
             return {"error": str(error)}
@@ -65,7 +71,8 @@ class ControlServer:
         self._context.term()
         os.close(self._read_end)
         os.close(self._write_end)
-        Path(self.where.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self._is_bound:
+            Path(str(self.where).removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def ask(where: str, question: Message, timeout_s: float = 2.0) -> Message:

@@ -1,0 +1,366 @@
+"""What trouble costs on one server: struck under load, and every request is accounted for.
+
+    make faults                       # all, about 20 minutes on a quiet machine: a table, and faults.json
+    make faults ARGS="--quick"        # the three that need no restart
+    make faults ARGS="--device cpu"   # the demo's model on the CPU instead of an emulated device
+
+Real vLLM, our plug-in, our HTTP edge. By default the device is emulated: steps last as long as a hardware file says, so
+that a busy machine does not change them. Load comes in three phases of equal length: normal (half of what the device
+can serve), overflow (three times that), recovery (normal again); the fault strikes as the overflow begins. Where the
+server ends by it, it is started again, as whoever supervises it would. `recovered_s`: from the fault to the first
+request that is answered in full; for faults that a server is started with, from its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from slos_serve.bench.ask import get_json
+from slos_serve.bench.client import BenchRequest, StreamResult, offer
+from slos_serve.bench.endings import account
+from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
+from slos_serve.bench.model import ensure_demo_model
+from slos_serve.bench.scaled import Scaled
+from slos_serve.records.profile import Profile
+from slos_serve.sim.hardware import load_hardware
+
+MODEL = "demo"
+HARDWARE, SLOWER = "h100-8b-derived", 32.0  # slow enough for two cores to carry its tokens
+FLAGS = (
+    *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32", "--slo-mode", "enforce"),
+    *("--max-num-batched-tokens", "512"),
+)
+CPU_FLAGS = ("--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager")
+PHASES = {"normal": 0.5, "overflow": 1.5, "recovery": 0.5}
+START_S, RECOVER_S, DRAIN_S = 300.0, 240.0, 60.0
+COLUMNS = ("offered", "met", "missed", "declined", "rejected", "failed_clearly", "lost", "doubled")
+
+
+@dataclass(slots=True)
+class Bed:
+    """A server on a fixed port, and how to bring it up again."""
+
+    fleet: Fleet
+    options: argparse.Namespace
+    port: int
+    flags: tuple[str, ...] = ()
+    engine: Engine | None = None
+
+    @property
+    def url(self) -> str:
+        """Return where the server answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start, and return when it serves."""
+        flags = [*FLAGS, *self.options.flags, *self.flags]
+        self.engine = self.fleet.start("server", self.options.model, flags, port=self.port)
+        self.fleet.wait([self.engine], timeout_s=START_S)
+
+    def has_ended(self) -> bool:
+        """Tell whether it must be started."""
+        return self.engine is None or self.engine.process.poll() is not None
+
+    def stop(self) -> None:
+        """End the server."""
+        self.fleet.stop()
+        self.engine = None
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the launcher, the API server and what below it runs the engine."""
+        assert self.engine is not None
+        top = psutil.Process(self.engine.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def engine_core(self) -> psutil.Process:
+        """Return the process that schedules and runs the model: the one that vLLM names so, else the busiest."""
+        below = self.processes()[1:]
+        named = [one for one in below if "EngineCore" in " ".join(one.cmdline()) or "EngineCor" in one.name()]
+        return (named or sorted(below, key=lambda one: -sum(one.cpu_times()[:2])))[0]
+
+
+Strike = Callable[[Bed], None]
+
+
+def kill_engine(bed: Bed) -> None:
+    bed.engine_core().kill()
+
+
+def kill_all(bed: Bed) -> None:
+    for process in bed.processes():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def stall(bed: Bed) -> None:
+    """Stop the engine for four seconds."""
+    core = bed.engine_core()
+    core.suspend()
+    time.sleep(4)
+    core.resume()
+
+
+def ask_to_end(number: int) -> Strike:
+    def strike(bed: Bed) -> None:
+        assert bed.engine is not None
+        bed.engine.process.send_signal(number)
+
+    return strike
+
+
+@contextmanager
+def raw_streams(bed: Bed, count: int) -> Iterator[list[socket.socket]]:
+    """Open streams of long answers and read nothing of them."""
+    body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    fields = ("POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    head = "\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""])
+    opened = []
+    for _ in range(count):
+        one = socket.create_connection(("127.0.0.1", bed.port), timeout=10)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        one.sendall(head.encode() + body)
+        opened.append(one)
+    try:
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+
+
+def mass_disconnect(bed: Bed) -> None:
+    with raw_streams(bed, 24):
+        time.sleep(1.5)
+
+
+def slow_clients(bed: Bed) -> None:
+    with raw_streams(bed, 8):
+        time.sleep(8)
+
+
+def half_closed(bed: Bed) -> None:
+    with raw_streams(bed, 8) as opened:
+        for one in opened:
+            one.shutdown(socket.SHUT_WR)
+        time.sleep(4)
+
+
+def nothing(_bed: Bed) -> None:
+    """Do nothing: the fault was there from the start, or there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`strike` under load; `flags` gives what the server is started with, from a folder of its own."""
+
+    strike: Strike = nothing
+    flags: Callable[[Path, argparse.Namespace], dict[str, Any]] | None = None
+
+
+def with_planner(name: str, **settings: Any) -> Fault:
+    return Fault(flags=lambda *_: {"planner": f"fault_planners.{name}", **settings})
+
+
+def foreign_state(folder: Path, _options: argparse.Namespace) -> dict[str, Any]:
+    state = folder / "learnt.json"
+    state.write_text('{"schema": "slos-serve-learnt/1", "key": "another engine", "correction": {"lines": [[NaN')
+    return {"state": str(state)}
+
+
+FAULTS = {
+    "none": Fault(),
+    "stall of 4 s": Fault(stall),
+    "clients gone": Fault(mass_disconnect),
+    "slow clients": Fault(slow_clients),
+    "half-closed": Fault(half_closed),
+    "records: disk full": Fault(flags=lambda *_: {"record": "/dev/full"}),
+    "learnt state damaged": Fault(flags=foreign_state),
+    "planner raises": with_planner("Raises"),
+    "planner hangs": with_planner("Hangs", safety={"max_plan_s": 1.0}),
+    "engine killed": Fault(kill_engine),
+    "all killed": Fault(kill_all),
+    "SIGTERM": Fault(ask_to_end(signal.SIGTERM)),
+    "SIGINT": Fault(ask_to_end(signal.SIGINT)),
+}
+QUICK = ("none", "stall of 4 s", "clients gone")
+
+
+def requests_of(scaled: Scaled, options: argparse.Namespace) -> list[tuple[str, BenchRequest]]:
+    """Return the run's requests with the phase that each belongs to."""
+    found = []
+    for number, (phase, share) in enumerate(PHASES.items()):
+        rate = share * min(scaled.service_capacity_rps, options.most_rps)
+        start = number * options.phase_s
+        offered = scaled.requests(rate_rps=rate, duration_s=options.phase_s, seed=options.seed + number)
+        found += [
+            (phase, replace(one, request_id=f"{phase}-{one.request_id}", offset_s=start + one.offset_s))
+            for one in offered
+            if one.offset_s < options.phase_s
+        ]
+    return found
+
+
+def answers(bed: Bed) -> bool:
+    """Tell whether one short request is answered in full."""
+    request = BenchRequest(request_id="probe", offset_s=0.0, prompt_token_ids=[1000] * 4, output_tokens=2,
+                           hidden_max_tokens=2)  # fmt: skip
+    (result,) = asyncio.run(offer(bed.url, MODEL, [request], drain_timeout_s=10.0))
+    return result.error is None and result.num_output_tokens == 2
+
+
+def recover(bed: Bed, since: float) -> float | None:
+    """Start the server again where it ended; return the seconds until it answers, None where it never did."""
+    while time.monotonic() - since < RECOVER_S:
+        if bed.has_ended():
+            bed.stop()
+            with suppress(EngineError):
+                bed.start()
+        elif answers(bed):
+            return round(time.monotonic() - since, 1)
+        time.sleep(0.5)
+    return None
+
+
+def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
+    """Offer the three phases, strike once, and account for every request."""
+    fault, since, recovered = FAULTS[name], time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="slos-serve-fault-") as folder:
+        if fault.flags is not None:
+            bed.stop()
+            bed.flags = ("--additional-config", json.dumps({"slo": fault.flags(Path(folder), options)}))
+        if bed.has_ended():
+            bed.start()
+        if fault.strike is nothing:
+            recovered.append(recover(bed, since) if fault.flags else 0.0)
+        requests = requests_of(scaled, options)
+
+        def hit() -> None:
+            struck = time.monotonic()
+            say(f"{name}: strikes")
+            fault.strike(bed)
+            recovered.append(recover(bed, struck))
+
+        timer = threading.Timer(options.phase_s, hit)
+        if fault.strike is not nothing:
+            timer.start()
+        results = asyncio.run(offer(bed.url, MODEL, [one for _, one in requests], drain_timeout_s=DRAIN_S))
+        if fault.strike is not nothing:
+            timer.join()
+        row = {"fault": name, **account([one for _, one in requests], results), "recovered_s": recovered[0]}
+        row["phases"] = {phase: account(*by_phase(phase, requests, results)) for phase in PHASES}
+        row["left_over"] = left_over(bed)
+        if fault.flags is not None:
+            bed.stop()
+            bed.flags = ()
+    return row
+
+
+def by_phase(
+    phase: str, requests: Sequence[tuple[str, BenchRequest]], results: Sequence[StreamResult]
+) -> tuple[list[BenchRequest], list[StreamResult]]:
+    pairs = [(one, result) for (name, one), result in zip(requests, results, strict=True) if name == phase]
+    return [one for one, _ in pairs], [result for _, result in pairs]
+
+
+def left_over(bed: Bed) -> int | None:
+    """Return how many requests the idle engine still holds after a few seconds: 0 is right."""
+    for _ in range(20):
+        with suppress(Exception):
+            snapshot = get_json(f"{bed.url}/v1/slo/status").get("snapshot") or {}
+            held = int(snapshot.get("num_running") or 0) + int(snapshot.get("num_waiting") or 0)
+            if held == 0:
+                return 0
+        time.sleep(0.5)
+    return None if bed.has_ended() else held
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows for people: met of offered by phase, then ends, then the time to recover."""
+    lines = [f"{'':<22}" + "".join(f"{name:>15}" for name in (*COLUMNS, "recovered_s")) + "   met by phase"]
+    for row in rows:
+        ends = "".join(f"{row[name]:>15}" for name in COLUMNS)
+        recovered = "never" if row["recovered_s"] is None else f"{row['recovered_s']:.1f}"
+        phases = " ".join(f"{one['met']}/{one['offered']}" for one in row["phases"].values())
+        lines.append(f"{row['fault']:<22}{ends}{recovered:>15}   {phases}")
+    return "\n".join(lines)
+
+
+def prepare(options: argparse.Namespace) -> Scaled:
+    """Write the profile and the classes of the device; fill in the server's flags."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.model = str(ensure_demo_model())
+    profile = options.out / "profile.json"
+    if options.device == "cpu":
+        options.flags = list(CPU_FLAGS)
+        measured = options.out / "cpu-profile.json"
+        options.flags += ["--profile", str(measured)] + ([] if measured.exists() else ["--reprofile"])
+        if not measured.exists():
+            with Fleet(options.out) as fleet:
+                fleet.wait([fleet.start("profile", options.model, [*FLAGS, *options.flags])], timeout_s=600)
+            options.flags.remove("--reprofile")
+        profile = measured
+    else:
+        hardware = load_hardware(HARDWARE).slower(SLOWER)
+        document = {"schema": "slos-serve-profile/1", "key": "exact", "perf_model": hardware.perf_model.to_json()}
+        profile.write_text(json.dumps({**document, "max_num_batched_tokens": 512}))
+        options.flags = ["--emulate", f"{HARDWARE},slower={SLOWER:g}", "--profile", str(profile)]
+    scaled = Scaled(profile=Profile.load(profile))
+    classes = {name: {k: v for k, v in one.to_json().items() if k != "name"}
+               for name, one in scaled.config.classes.items()}  # fmt: skip
+    config = {"ttft_floor_ms": scaled.config.ttft_floor_ms, "ttft_allowance_ms": scaled.config.ttft_allowance_ms}
+    (options.out / "classes.yaml").write_text(yaml.safe_dump({**config, "classes": classes}))
+    options.flags += ["--slo-config", str(options.out / "classes.yaml")]
+    return scaled
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Strike with each fault; 1 where a request was lost or answered twice."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("emulated", "cpu"), default="emulated")
+    parser.add_argument("--only", action="append", choices=FAULTS, help="one fault, again for more (default: all)")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--phase-s", type=float, default=12.0, help="seconds of each phase (default: 12)")
+    parser.add_argument("--most-rps", type=float, default=12.0, help="what this machine can carry (default: 12)")
+    parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
+    parser.add_argument("--seed", type=int, default=31)
+    parser.add_argument("--out", type=Path, default=Path("faults-report"))
+    options = parser.parse_args()
+    options.only = options.only or (QUICK if options.quick else tuple(FAULTS))
+    scaled = prepare(options)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rows = []
+    with Fleet(options.out) as fleet:
+        bed = Bed(fleet, options, options.port or free_port())
+        for name in options.only:
+            rows.append(run_fault(name, bed, scaled, options))
+            say(json.dumps(rows[-1]))
+    device = f"emulated {HARDWARE}, {SLOWER:g} times slower" if options.device == "emulated" else "cpu"
+    (options.out / "faults.json").write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+    print(f"device: {device}; capacity {scaled.service_capacity_rps:.1f} requests/s, "
+          f"{min(scaled.service_capacity_rps, options.most_rps):.1f} taken as such\n{table(rows)}")  # fmt: skip
+    return 1 if any(row["lost"] or row["doubled"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
