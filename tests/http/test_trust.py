@@ -397,3 +397,23 @@ def test_on_an_open_server_a_clients_name_is_on_its_own_page_and_nowhere_else(cl
     configure(hub, tenants={"acme": "coding"})
     slo_id = client.post(CHAT, json=body(slo=slo)).json()["slo"]["id"]
     assert client.get(f"/v1/slo/requests/{slo_id}").json()["tenant"] == ""
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from([*ROUTES, "/v1/slo/status", "/v1/slo/mode", "/v1/slo/requests/x"]),
+    headers=st.lists(
+        st.tuples(
+            st.sampled_from(["x-slo-class", "x-slo-ttft-ms", "x-slo-tenant", "authorization", "x-api-key", "x-slo-x"]),
+            st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=200),
+        ),
+        max_size=4,
+    ),
+    raw=st.one_of(st.binary(max_size=200), st.from_regex(rb'\{"slo": ?\{"(class|ttft_ms|stage)": ?.{0,20}\}\}')),
+)
+def test_whatever_is_sent_is_answered_and_leaves_nothing_waiting(client, vllm, hub, path, headers, raw):
+    sent = [(name, value.encode("latin-1")) for name, value in headers]
+    response = client.post(path, content=raw, headers=[*sent, ("content-type", b"application/json")])
+    assert response.status_code < 500
+    assert hub.num_waiting == 0
+    assert len(response.content) < 2000

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slos_serve.config import short
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers, modes, openapi, replies, routes, seal
-from slos_serve.http.hub import HUB, RETRY_AFTER_S, Hub
+from slos_serve.http.hub import HUB, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
@@ -44,7 +43,6 @@ MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
 LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
 PROBE_HEADER = (b"x-slos-serve-probe", b"1")
-RETRIES_HEADER = b"x-stainless-retry-count"  # what the OpenAI and Anthropic SDKs count their attempts with
 INVALID_BODY = b"{"
 LAST_WAIT_S = 0.1
 OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
@@ -358,7 +356,7 @@ class _Exchange:
         await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
         if not self._hub.was_sent_away(self._slo_id):
             return False
-        await self._answer(replies.refusal(Reason.TTL_EXPIRED, _spread(self._hub.retry_after_s)))
+        await self._answer(replies.refusal(Reason.TTL_EXPIRED, self._hub.retry_after_s))
         return True
 
     async def _settle(self, *, ended: bool) -> None:
@@ -406,9 +404,11 @@ class _Exchange:
         request = self._request
         slo_class = request.slo_class or self._hub.config.default_class
         slo_id = self._slo_id or uuid.uuid4().hex
-        is_retry = any(name == RETRIES_HEADER and value.strip(b"0 ") for name, value in self._scope["headers"])
+        is_retry = replies.is_retry(
+            dict(self._scope["headers"]).get(replies.RETRIES_HEADER.encode(), b"").decode("latin-1")
+        )
         self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason, is_retry=is_retry)
-        wait_s = _spread(self._hub.retry_after_s)
+        wait_s = self._hub.retry_after_s
         return await self._answer(replies.refusal(reason, wait_s, slo_id=slo_id, slo_class=slo_class))
 
     async def _answer(self, response: Response) -> bytes:
@@ -452,11 +452,6 @@ def _is_no(verdict: Record) -> bool:
 
 def _is_yes(verdict: Record | None) -> bool:
     return verdict is not None and verdict["verdict"] in answers.PROMISED
-
-
-def _spread(wait_s: int) -> int:
-    """Return a time to wait of which not all who are refused now come back at once."""
-    return min(RETRY_AFTER_S[1], wait_s + random.randint(0, max(1, wait_s // 2)))
 
 
 def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +19,7 @@ from slos_serve.http.slo import BODY_KEYS
 SLO_PREFIX = "/v1/slo/"
 LONGEST_WAIT_S = 30
 NUM_RECENT = 100
+RETRIES_HEADER = "x-stainless-retry-count"  # what the OpenAI and Anthropic SDKs count their attempts with
 REFUSALS: dict[str, str] = {
     Reason.QUEUE_FULL: "the queue for requests without a promise is full",
     Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
@@ -46,7 +48,11 @@ def too_large(limit: int) -> Response:
 
 
 def refusal(reason: str, retry_after_s: int, *, slo_id: str = "", slo_class: str = "") -> Response:
-    """Return the 429 of a request that cannot be served as its class wants."""
+    """Return the 429 of a request that cannot be served as its class wants.
+
+    The time to wait is spread, so that not all who are refused now come back at once.
+    """
+    retry_after_s = min(LONGEST_WAIT_S, retry_after_s + random.randint(0, max(1, retry_after_s // 2)))
     headers = {"x-slo-verdict": Said.REJECTED.value, "x-slo-reason": reason, "retry-after": str(retry_after_s)}
     headers |= {name: value for name, value in (("x-slo-class", slo_class), ("x-slo-id", slo_id)) if value}
     message = REFUSALS.get(reason, f"no promise can be given now ({reason}) and this class asks to be refused then")
@@ -54,6 +60,11 @@ def refusal(reason: str, retry_after_s: int, *, slo_id: str = "", slo_class: str
         headers |= {"retry-after": str(LONGEST_WAIT_S), "x-should-retry": "false"}
         return error(HTTPStatus.TOO_MANY_REQUESTS, message, headers=headers)
     return error(HTTPStatus.TOO_MANY_REQUESTS, f"{message}; try again in {retry_after_s} s", headers=headers)
+
+
+def is_retry(count: str | None) -> bool:
+    """Tell from `RETRIES_HEADER` whether a client makes an attempt again."""
+    return bool((count or "").strip("0 "))
 
 
 def profiling() -> Response:

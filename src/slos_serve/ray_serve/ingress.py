@@ -70,7 +70,8 @@ class SloIngress(OpenAiIngress):
         try:
             response: Response = await super()._process_llm_request(body, call_method, raw_request)
         except RefusedError as refused:
-            return self._refuse(body, str(refused))
+            count = raw_request.headers.get(replies.RETRIES_HEADER) if raw_request is not None else None
+            return self._refuse(body, str(refused), is_retry=replies.is_retry(count))
         except LostError as lost:
             return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, str(lost), headers={"retry-after": "5"})
         return response
@@ -144,10 +145,10 @@ class SloIngress(OpenAiIngress):
         else:
             HUB.feed({"verdicts": [record]})
 
-    def _refuse(self, body: Any, reason: str) -> Response:
+    def _refuse(self, body: Any, reason: str, *, is_retry: bool) -> Response:
         slo_id = str(body.vllm_xargs["slo_id"])
         record = HUB.find(slo_id) or {"class": BEST_EFFORT, "tenant": ""}
-        HUB.reject(slo_id, slo_class=record["class"], tenant=record["tenant"], reason=reason)
+        HUB.reject(slo_id, slo_class=record["class"], tenant=record["tenant"], reason=reason, is_retry=is_retry)
         HUB.metrics.count_hop("refused")
         return replies.refusal(reason, HUB.retry_after_s)
 

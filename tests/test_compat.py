@@ -1,0 +1,74 @@
+"""`make compat`: what each version of vLLM was found to do becomes a page, and what nothing explains fails."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compat.py"
+DIFFERENCE = {"kind": "enforce", "test": "tests/v1/core/test_a.py::test_b[1]", "stock": "passed", "ours": "failed"}
+
+
+@pytest.fixture(scope="module")
+def compat():
+    spec = importlib.util.spec_from_file_location("compat", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def found(*differences):
+    counts = {kind: {"passed": count} for kind, count in (("stock", 9), ("observe", 9), ("enforce", 8))}
+    steps = {"enforce": {"steered": 70}}
+    return {
+        "probe": {"differences": [], "on": "2026-01-01"},
+        "tests": {"passed": 12, "failing": [], "on": "2026-01-02"},
+        "conformance": {"counts": counts, "steps": steps, "differences": differences, "on": "2026-01-03"},
+    }
+
+
+def test_the_page_has_a_row_for_each_version_and_says_what_was_not_run(compat):
+    text = compat.page({"0.29.0": found(), "0.30.0": {}})
+    assert "| 0.29.0 | steered | 12 of 12 | 9 / 9 / 8 | 70 | not run | 2026-01-03 |" in text
+    assert "| 0.30.0 | not run | not run | not run |  | not run |  |" in text
+    assert "Failures" not in text
+
+
+def test_a_difference_is_listed_once_with_its_reason_and_its_versions(compat):
+    one = {**DIFFERENCE, "reason": "it counts calls"}
+    text = compat.page({"0.29.0": found(one), "0.30.0": found(one)})
+    assert "| enforce | `test_b[1]` | 0.29.0, 0.30.0 | it counts calls |" in text
+
+
+def test_what_nothing_explains_is_a_failure_of_the_run(compat):
+    broken = found({**DIFFERENCE, "reason": ""})
+    broken["tests"]["failing"] = ["tests/vllm_plugin/test_view.py::test_x"]
+    broken["probe"]["differences"] = ["Scheduler.x is missing"]
+    assert len(compat.failures(broken)) == 3
+    assert compat.failures(found({**DIFFERENCE, "reason": "it counts calls"})) == []
+    text = compat.page({"0.31.0": broken})
+    assert "| 0.31.0 | observed only | failed |" in text
+    assert "- 0.31.0: conformance, enforce: tests/v1/core/test_a.py::test_b[1]" in text
+
+
+def test_the_page_is_made_anew_from_what_was_kept(compat, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    monkeypatch.setattr(compat, "PAGE", tmp_path / "page.md")
+    for version in compat.TESTED:
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "compat.json").write_text(json.dumps(found()))
+    monkeypatch.setattr("sys.argv", ["compat.py", "--envs", str(tmp_path), "--table-only"])
+    assert compat.main() == 0
+    assert (tmp_path / "page.md").read_text().count("| steered |") == len(compat.TESTED)
+    assert "page.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--versions", "0.12.0"], ["--parts", "everything"]])
+def test_an_unknown_version_or_part_is_told_before_anything_is_made(compat, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["compat.py", "--envs", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        compat.main()
+    assert ended.value.code == 2
+    assert arguments[1] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
