@@ -12,7 +12,7 @@ from states import CONTEXT, MODELS, STEPPED, add_decode, make_limits, make_reque
 
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.planning.steady import LOOK_STEPS, foretell
+from slos_serve.core.planning.steady import foretell
 from slos_serve.core.slo.due import next_due_s
 from slos_serve.core.types import RequestTable, Tier
 
@@ -108,18 +108,6 @@ def test_nothing_is_foretold_where_somebody_waits_for_a_verdict() -> None:
     state = make_state(table, now_s=10.0)
     plan = PLANNER.plan(state)
     assert foretell(state, plan, 32) is None
-
-
-def test_who_waits_for_a_seat_is_looked_at_again_after_a_few_steps() -> None:
-    table = RequestTable()
-    for i in range(4):
-        add_decode(table, f"r{i}", now_s=10.2, ahead_s=0.05)
-    table.add(make_request("new", arrival_s=10.2, prompt=400, ttft_s=5.0, tpot_s=0.1))
-    for seats, steps in ((4, LOOK_STEPS), (5, None)):
-        state = make_state(table, now_s=10.2, limits=make_limits(max_num_seqs=seats))
-        told = foretell(state, PLANNER.plan(state), 32)
-        assert (told and len(told.starts_s)) == steps
-        assert told is None or not told.is_alone
 
 
 def test_what_is_foretold_ends_with_the_first_who_may_say_no_more() -> None:

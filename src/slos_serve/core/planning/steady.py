@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 PROMISED, BEST_EFFORT, RUNNING = int(Tier.PROMISED), int(Tier.BEST_EFFORT), int(Status.RUNNING)
 
-LOOK_STEPS = 8  # between two looks at who waits for a seat
-
 
 class Foretold(NamedTuple):
     """The steps that a plan is good for, the planned one first: shape (num_steps,) each.
@@ -52,8 +50,8 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     """Return for how many steps, `most` at the most, the plan of this state is good; None for the planned one only.
 
     It must give one token to each request of its batch, and all of them must decode, nobody held. Outside of it may
-    wait best-effort work, which a plan serves by the time of the second (see `step`): what is foretold ends where that
-    changes. And whoever finds no seat or no blocks before somebody ends, who is looked at every `LOOK_STEPS`.
+    wait best-effort work only. That is served by the time of the second (see `step`): what is foretold ends where that
+    changes.
     """
     batch, table = plan.batch, state.requests
     count = len(batch.request_ids)
@@ -62,13 +60,13 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     index = table.find(batch.request_ids)
     is_alone = count == len(table)
     until_s = math.inf
-    if not is_alone:
+    if (table.rows["tier"] == BEST_EFFORT).any():
         second = math.floor(state.now_s)
         until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
     model, limits = state.perf_model, state.limits
     starts_s, blocks = _foretell(
         table.rows, index, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_decode,
-        limits.block_size, state.num_free_kv_blocks, limits.max_num_seqs, most,
+        limits.block_size, state.num_free_kv_blocks, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
 
@@ -76,7 +74,7 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
 @jit
 def _foretell(
     rows: Rows, index: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray, margin: float,
-    block_size: int, free: int, max_seqs: int, most: int,
+    block_size: int, free: int, most: int,
 ) -> tuple[FloatArray, IntArray]:  # fmt: skip
     """Do what `foretell` says, for the rows of a batch."""
     starts_s, blocks = np.empty(most), np.zeros(most, np.int64)
@@ -96,17 +94,9 @@ def _foretell(
                 pace = min(pace, rows["tpot_s"][i])  # when thinking ends is not known ahead
             tightest = min(tightest, pace)
             soonest = min(soonest, row_due(rows, i, fixed_s) - guard_s)
-    seats = max_seqs
     for i in range(len(rows)):
-        seats -= rows["status"][i] == RUNNING
-    for i in range(len(rows)):
-        if outside[i] and rows["status"][i] == RUNNING:
+        if outside[i] and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
             return starts_s[:0], blocks[:0]
-        if outside[i] and rows["tier"][i] != BEST_EFFORT:
-            total = rows["num_prompt_tokens"][i] + rows["num_output_tokens"][i]
-            if seats > 0 and total // block_size + 1 <= free:
-                return starts_s[:0], blocks[:0]
-            most = min(most, LOOK_STEPS)
     start_s = now_s
     for k in range(max(most, 0)):
         seconds = margin * batch_seconds(lines, float(count), float(count), context + k * count, 0.0, 0.0)
