@@ -232,7 +232,7 @@ def test_anchors_and_merges_still_work(write):
     assert config.classes["c"] == SloClass(name="c", ttft_ms=100, tpot_ms=9)
 
 
-ms = st.floats(min_value=1e-3, max_value=1e9)
+ms = st.floats(min_value=1.0, max_value=86_400_000.0)
 promises = st.fixed_dictionaries({}, optional=dict.fromkeys(PROMISES, ms))
 
 
@@ -250,6 +250,56 @@ def test_a_config_survives_json(classes):
         classes={**SloConfig().classes, **{name: SloClass(name=name, **values) for name, values in classes.items()}}
     )
     assert SloConfig.from_json(json.dumps(config.to_json())) == config
+
+
+# -- numbers of clients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+def test_numbers_that_no_engine_can_mean_are_refused_from_clients(key):
+    for value in (1e-9, 0.5, 1e12):
+        with pytest.raises(ConfigError, match=f"{key}.*a number from 1 to"):
+            SloConfig().check_overrides(None, {key: value})
+    SloConfig().check_overrides(None, {key: 900})
+
+
+def test_the_operator_bounds_what_clients_ask_for(tmp_path):
+    path = tmp_path / "slo.yaml"
+    path.write_text("slo_limits: {tpot_ms: [20, 500]}\n")
+    config = load_slo_config(path)
+    for value in (19.9, 500.1):
+        with pytest.raises(ConfigError, match=r"tpot_ms.*a number from 20 to 500"):
+            config.check_overrides(None, {"tpot_ms": value})
+    config.check_overrides(None, {"tpot_ms": 20})
+    assert SloConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_an_operator_may_let_clients_name_classes_only():
+    config = SloConfig.from_json({"client_numbers": False, "classes": {"chat": {"tpot_ms": 100}}})
+    with pytest.raises(ConfigError, match="this server takes no other numbers"):
+        config.check_overrides("chat", {"tpot_ms": 50})
+    config.check_overrides("chat", {"stage": "final"})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("slo_limits: {tpot: [1, 2]}", "slo_limits.tpot"),
+        ("slo_limits: {tpot_ms: 5}", "slo_limits.tpot_ms"),
+        ("slo_limits: {tpot_ms: [5]}", "slo_limits.tpot_ms"),
+        ("slo_limits: {tpot_ms: [5, 2]}", "slo_limits.tpot_ms"),
+        ("slo_limits: {tpot_ms: [0, 2]}", "slo_limits.tpot_ms"),
+        ("slo_limits: [1]", "slo_limits"),
+        ("client_numbers: 1", "client_numbers"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_named(tmp_path, section, key):
+    path = tmp_path / "slo.yaml"
+    path.write_text(section + "\n")
+    with pytest.raises(ConfigError) as error:
+        load_slo_config(path)
+    assert error.value.key == key
+    assert error.value.where == str(path)
 
 
 def test_time_to_last_token_is_another_word_for_the_end_to_end_promise(tmp_path):
@@ -278,3 +328,39 @@ def test_every_promise_can_be_said_by_a_class_and_by_a_request():
         SloClass(name="x", **{key: 5.0})
         slo, _, _ = SloConfig().resolve("best-effort", {key: 5.0}, 10, lambda _: 1.0)
         assert not slo.is_empty
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "says"),
+    [
+        ("unknown_keys: maybe", "unknown_keys", "one of default, refuse"),
+        ("pages: everybody", "pages", "one of open, admin, off"),
+        ("trusted_proxies: 10.0.0.0/8", "trusted_proxies", "a list of addresses"),
+        ("trusted_proxies: [10.0.0.1/8]", "trusted_proxies", "10.0.0.0/8"),
+        ("trusted_proxies: [gateway]", "trusted_proxies", "addresses or networks"),
+        ("trusted_proxies: [5]", "trusted_proxies", "a list of addresses"),
+        ("max_body_bytes: 0", "max_body_bytes", "1 or more"),
+        ("max_body_bytes: true", "max_body_bytes", "1 or more"),
+        ("api_keys: {a: {key: k, admin: 'yes'}}", "api_keys.a.admin", "true or false"),
+        ("api_keys: {a: {key: k, proxy: 1}}", "api_keys.a.proxy", "true or false"),
+        ("api_keys: {a: {key: k, root: true}}", "api_keys.a.root", "admin, proxy"),
+        ("tenants: {'" + "x" * 129 + "': chat}", "tenants", "1 to 128 characters"),
+    ],
+)
+def test_who_may_say_what_is_checked_like_the_rest(write, text, key, says):
+    with pytest.raises(ConfigError) as caught:
+        load_slo_config(write(text))
+    assert caught.value.key == key
+    assert says in str(caught.value)
+
+
+def test_keys_proxies_and_limits_survive_the_way_to_other_processes(write):
+    config = load_slo_config(
+        write(
+            "unknown_keys: refuse\npages: admin\ntrusted_proxies: [10.0.0.0/8, '::1']\nmax_body_bytes: 1000\n"
+            "api_keys: {ops: {key: k, admin: true}, gateway: {key: g, proxy: true, class: chat}}\n"
+        )
+    )
+    assert SloConfig.from_json(json.dumps(config.to_json())) == config
+    assert (config.api_keys["ops"].admin, config.api_keys["gateway"].proxy) == (True, True)
+    assert config.trusted_proxies == ("10.0.0.0/8", "::1")

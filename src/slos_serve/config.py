@@ -38,6 +38,11 @@ MAX_TEXT = 128  # characters of what a client names: tenants, sessions, ids
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_MS = 1e12  # three decades; keeps every later sum finite
+DAY_MS = 86_400_000.0
+# What a client's own numbers may be unless the operator says otherwise: what no engine can mean is refused.
+SLO_LIMITS: Mapping[str, tuple[float, float]] = {
+    key: (1.0, DAY_MS) if key.endswith("_ms") else (1.0, 1000.0) for key in OVERRIDES
+}
 
 
 def short(text: str) -> str:
@@ -172,7 +177,9 @@ class SloConfig:
 
     `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
     override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
-    before new ones get a 429 (`None`: no limit).
+    before new ones get a 429 (`None`: no limit). `max_promises_per_tenant`: how many live requests of one tenant may
+    hold or ask for a promise (`None`: no limit); more are served as best-effort work. `client_numbers`: whether
+    clients may bring numbers of their own; `slo_limits` bounds each of those, as (least, most).
 
     Who may say what: where `api_keys` is not empty, a request without one of them is served in the default class
     whatever it asks for, or gets a 401 (`unknown_keys: refuse`). `trusted_proxies` are the addresses or networks of
@@ -191,6 +198,9 @@ class SloConfig:
     trusted_proxies: tuple[str, ...] = ()
     pages: str = "open"
     max_body_bytes: int = 256 << 20
+    max_promises_per_tenant: int | None = None
+    client_numbers: bool = True
+    slo_limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ttft_floor_ms: float = 200.0
     ttft_allowance_ms: float = 30.0
 
@@ -201,11 +211,14 @@ class SloConfig:
             )
         for key in ("ttft_floor_ms", "ttft_allowance_ms"):
             check_number("slo", key, getattr(self, key), unit=" of milliseconds", zero=True)
-        limit = self.max_best_effort_queue
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ConfigError(
-                where="slo", key="max_best_effort_queue", value=limit, expected="a whole number, 0 or more"
-            )
+        for key in ("max_best_effort_queue", "max_promises_per_tenant"):
+            limit = getattr(self, key)
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+                raise ConfigError(where="slo", key=key, value=limit, expected="a whole number, 0 or more")
+        if not isinstance(self.client_numbers, bool):
+            raise ConfigError(where="slo", key="client_numbers", value=self.client_numbers, expected="true or false")
+        for key, bounds in self.slo_limits.items():
+            _check_bounds(key, bounds)
         self._check_class("default_class", self.default_class)
         for key, name in self._named_classes():
             if name is not None:
@@ -261,10 +274,20 @@ class SloConfig:
             value = overrides.get(key)
             if value is not None:
                 check_number(where, key, value, unit=" of milliseconds" if key.endswith("_ms") else "")
+                self._check_client(where, key, float(value))  # type: ignore[arg-type] # checked above
         _check_exclusive(where, overrides)
         stage = overrides.get("stage")
         if stage is not None and stage not in STAGES:
             raise ConfigError(where=where, key="stage", value=stage, expected=f"one of {', '.join(STAGES)}")
+
+    def _check_client(self, where: str, key: str, value: float) -> None:
+        """Raise `ConfigError` for a client's number that the operator does not take."""
+        if not self.client_numbers:
+            raise ConfigError(where=where, key=key, value=value, expected="a class; this server takes no other numbers")
+        known = SAME.get(key, key)
+        least, most = self.slo_limits.get(known, SLO_LIMITS[known])
+        if not least <= value <= most:
+            raise ConfigError(where=where, key=key, value=value, expected=f"a number from {least:.15g} to {most:.15g}")
 
     def check_promising(self, class_name: object, where: str = "slo") -> None:
         """Raise `ConfigError` unless requests can be promised something under this name."""
@@ -316,6 +339,7 @@ class SloConfig:
         document["classes"] = {name: slo_class.to_json() for name, slo_class in self.classes.items()}
         document["tenants"], document["models"] = dict(self.tenants), dict(self.models)
         document["trusted_proxies"] = list(self.trusted_proxies)
+        document["slo_limits"] = {key: list(bounds) for key, bounds in self.slo_limits.items()}
         document["api_keys"] = {
             tenant: {"key_sha256": key.key_sha256, "class": key.slo_class, "admin": key.admin, "proxy": key.proxy}
             for tenant, key in self.api_keys.items()
@@ -368,6 +392,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
+def _check_bounds(key: str, bounds: object) -> None:
+    """Raise `ConfigError` unless `bounds` are the least and the most that a client may ask for under `key`."""
+    if key not in OVERRIDES:
+        expected = f"one of the keys {', '.join(OVERRIDES)}"
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected=expected)
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected="two numbers: least and most")
+    for bound in bounds:
+        check_number("slo", f"slo_limits.{key}", bound, unit="")
+    if bounds[0] > bounds[1]:
+        raise ConfigError(where="slo", key=f"slo_limits.{key}", value=bounds, expected="least before most")
+
+
 def _check_exclusive(where: str, values: Mapping[str, Any]) -> None:
     for one, other in EXCLUSIVE:
         if values.get(one) is not None and values.get(other) is not None:
@@ -412,8 +449,11 @@ def _parse(document: object, where: str, shipped: Mapping[str, SloClass]) -> Slo
             classes[name] = _parse_class(where, name, section)
     classes.setdefault(BEST_EFFORT, SloClass(name=BEST_EFFORT))
     values["classes"] = classes
-    for key in ("tenants", "models"):
+    for key in ("tenants", "models", "slo_limits"):
         values[key] = _mapping(where, key, values.get(key, {}))
+    values["slo_limits"] = {
+        key: tuple(bounds) if isinstance(bounds, list) else bounds for key, bounds in values["slo_limits"].items()
+    }
     api_keys = _mapping(where, "api_keys", values.get("api_keys", {}))
     values["api_keys"] = {tenant: _parse_api_key(where, tenant, section) for tenant, section in api_keys.items()}
     try:

@@ -29,6 +29,24 @@ def test_broken_promises_step_down_after_two_hundred() -> None:
     assert safety.reason.startswith("promises kept 89.5% of 200")
 
 
+def test_one_tenant_alone_steps_nobody_down_where_others_keep_theirs() -> None:
+    safety = StepDown()
+    for i in range(1000):
+        safety.add_promise(i % 3 == 0, "evil" if i % 3 else "fair")
+        assert not safety.check(float(i))
+    for _ in range(100):
+        safety.add_promise(False, "second")
+    assert safety.check(1000.0)
+
+
+def test_the_only_tenant_is_evidence_enough() -> None:
+    safety = StepDown()
+    for i in range(200):
+        safety.add_promise(i % 10 != 0, "all" if i % 20 else f"other{i}")
+    assert safety.check(200.0)
+    assert safety.reason.startswith("promises kept 90.0% of 200")
+
+
 def test_margins_that_do_not_hold_step_down() -> None:
     safety = StepDown()
     safety.set_coverage(0.5, 511)

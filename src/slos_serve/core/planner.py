@@ -8,9 +8,9 @@ Theory of operation. A step has four questions, answered in this order.
 2. *Who else can be served?* A request stays a candidate while its slack lasts. The dynamic programme
    of `admission` (or all candidates at once, where a simulation shows that they fit) proposes a set; the
    set is simulated with the model's margin, repaired and extended. A candidate that even an idle engine
-   could not serve in time is told so. A promise cannot be taken back, so one that a burst of cheaper
-   requests might regret waits: it is given at once where it would hold even if prompts took `reserve`
-   times as long, else with the batch that ends the prompt. Until then the set is chosen anew each time.
+   could not serve in time is told so. A promise is final. One that would not hold with prefill `reserve`
+   times slower is postponed until the batch that finishes the prompt, because cheaper requests may come in a
+   burst before. Until then the set is chosen anew each time.
 3. *What runs next?* `step` composes a batch for that set: eagerly, if the deadlines also hold with every
    decode in every batch, otherwise decodes join only when they must. Where they hold with brief batches
    too, batches are brief, because a newcomer with a short prompt cannot wait for the end of a long one.
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from slos_serve.core.planning import admission, steady
-from slos_serve.core.planning.columns import Columns
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, Columns
 from slos_serve.core.planning.demand import (
     CONTEXT,
     DEADLINE,
@@ -41,10 +41,10 @@ from slos_serve.core.planning.demand import (
     REQUIRED,
     STEPS,
     STUCK,
-    TPOT,
     VALUE,
     VERIFY,
     Demand,
+    needed_each,
     prefill_rate,
 )
 from slos_serve.core.planning.step import Stepping
@@ -79,7 +79,7 @@ class SloPlanner:
     def __init__(
         self,
         *,
-        batch_fixed_multiple: float = 8.0,
+        batch_fixed_multiple: float = BATCH_FIXED_MULTIPLE,
         brief_fixed_multiple: float = 4.0,
         reserve: float = 2.0,
         admission_name: str = "dp",
@@ -196,7 +196,8 @@ class _Planning(Stepping):
         ).max(axis=0)
         too_big = self.start[index] > self.state.limits.num_kv_blocks
         past = self.deadline[index] <= self.now
-        hopeless = too_big | past | (self.now + alone > self.deadline[index] + EPS_S)
+        too_fast = needed_each(self.demand(index, self.held), self.now) < self.token_seconds(index) - EPS_S
+        hopeless = too_big | past | too_fast | (self.now + alone > self.deadline[index] + EPS_S)
         for k in np.flatnonzero(hopeless & self.pending[index]).tolist():
             reason = "memory" if too_big[k] else "deadline-passed" if past[k] else "compute"
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
@@ -264,7 +265,7 @@ class _Planning(Stepping):
     def headroom(self, demand: Demand) -> float:
         """Return the prefill rate that the promised decodes leave, in tokens per second."""
         machine = self.machine
-        periods = demand[TPOT] * demand[GAIN]
+        periods = needed_each(demand, self.now)
         per_s = 1.0 / periods
         rate = prefill_rate(
             machine.lines,

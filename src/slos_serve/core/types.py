@@ -92,7 +92,8 @@ class Slo:
 class Request:
     """A request as it arrives. The true output length is nobody's to know, so it is not here.
 
-    `max_output_tokens` is the client's limit; `thinks` says that it starts with a thinking span.
+    `max_output_tokens` is the client's limit; `thinks` says that it starts with a thinking span. `tenant` is any
+    number that stands for whose request it is: best-effort work is shared out between tenants.
     """
 
     request_id: str
@@ -103,6 +104,7 @@ class Request:
     slo_class: str = "best-effort"
     weight: float = 1.0
     thinks: bool = False
+    tenant: int = 0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.arrival_s):
@@ -129,6 +131,7 @@ REQUEST_DTYPE = np.dtype(
         ("e2e_deadline_s", np.float64),
         ("max_gap_s", np.float64),
         ("weight", np.float64),
+        ("tenant", np.int64),
         # moves with every step
         ("status", np.int64),
         ("tier", np.int64),
@@ -142,7 +145,7 @@ REQUEST_DTYPE = np.dtype(
         ("first_token_s", np.float64),  # inf before it
         ("last_token_s", np.float64),
         ("predicted_output_tokens", np.float64),  # a high quantile, never the truth
-        ("drawn_output_tokens", np.float64),  # a quantile as low or high as its turn has it; see `lengths`
+        ("drawn_output_tokens", np.float64),  # a quantile per request, spread evenly over requests; see `lengths.turn`
     ]
 )
 
@@ -192,6 +195,7 @@ class RequestTable:
         row = self._store[index]
         row["seq"] = self._next_seq
         row["arrival_s"] = request.arrival_s
+        row["tenant"] = request.tenant
         row["num_prompt_tokens"] = request.num_prompt_tokens
         row["max_output_tokens"] = request.max_output_tokens
         row["status"] = Status.WAITING
@@ -252,22 +256,23 @@ class RequestTable:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuild from `to_json`. `ValueError` where columns differ from this version's."""
+        """Rebuild from `to_json`. `ValueError` where columns differ from this version's; older ones know no tenant."""
         names = REQUEST_DTYPE.names or ()
-        if set(data["columns"]) != set(names):
-            difference = sorted(set(data["columns"]) ^ set(names))
+        count = len(data["request_ids"])
+        columns = {"tenant": [0] * count, **data["columns"]}
+        if set(columns) != set(names):
+            difference = sorted(set(columns) ^ set(names))
             raise ValueError(f"request table columns {difference}: expected exactly {list(names)}")
         table = cls(data["classes"])
         table.request_ids = list(data["request_ids"])
-        count = len(table.request_ids)
         table._index = {request_id: i for i, request_id in enumerate(table.request_ids)}
         table._store = np.zeros(max(64, count), REQUEST_DTYPE)
         for name in names:
-            values = data["columns"][name]
+            values = columns[name]
             if REQUEST_DTYPE[name].kind == "f":
                 values = [math.inf if value is None else value for value in values]
             table._store[name][:count] = values
-        table._next_seq = 1 + max(data["columns"]["seq"], default=-1)
+        table._next_seq = 1 + max(columns["seq"], default=-1)
         return table
 
 
@@ -411,8 +416,8 @@ class Plan:
     `verdicts` holds changes only. `at_risk` names promised requests that no plan can keep any more: an
     empty tuple and no new promise means "the running set is kept, nothing new"; a non-empty one means
     "the running set cannot be kept, let these go". `work` is the search effort spent, in the unit of
-    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent. `repeats`: all that run decode,
-    one token each, and while no request arrives or ends and blocks are free, the next plan is this one again.
+    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent. `repeats`: true if the same batch,
+    one token for each running request, will be planned again until a request arrives or ends or KV blocks run out.
     """
 
     batch: BatchPlan

@@ -31,6 +31,8 @@ class Reason(StrEnum):
     NO_PRIORITY_CLASS = "no-priority-class"
     INVALID = "invalid"
     OBSERVE = "observe"
+    PAUSED = "paused"
+    SHARE = "share"
     QUEUE_FULL = "queue-full"
     TTL_EXPIRED = "ttl-expired"
 
@@ -65,6 +67,8 @@ MEANINGS: dict[type[StrEnum], dict[str, str]] = {
         Reason.NO_PRIORITY_CLASS: "`service_tier: priority` was asked for, and the operator has named no class for it",
         Reason.INVALID: "its `vllm_xargs` make no sense as an SLO",
         Reason.OBSERVE: "plans are not carried out now, for the engine or for its class",
+        Reason.PAUSED: "the operator has paused the engine; it may be promised when that ends",
+        Reason.SHARE: "its tenant holds as many promises as the operator allows",
         Reason.QUEUE_FULL: "as many requests without a promise wait as the operator allows",
         Reason.TTL_EXPIRED: "it waited longer than its class allows and was never begun",
     },

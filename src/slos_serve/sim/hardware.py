@@ -26,8 +26,9 @@ from typing import Any
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.types import Limits
 from slos_serve.errors import ConfigError, unknown_name
+from slos_serve.records.profile import SCHEMA as PROFILE_SCHEMA
 
-SCHEMA, PROFILE_SCHEMA = "slos-serve-hardware/1", "slos-serve-profile/1"
+SCHEMA = "slos-serve-hardware/1"
 DRAFTER_SHARE = 0.125  # of a decode step: OPT-125M beside OPT-6.7B in the SLOs-Serve paper's constants
 PROFILE_DEFAULTS = {"max-model-len": 4096, "max-num-seqs": 256}
 KINDS = ("published", "measured", "derived")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from slos_serve.vllm_plugin.engine.tracking import Live, Tracker
+    from slos_serve.vllm_plugin.safety.faults import Faults
     from slos_serve.vllm_plugin.safety.rules import StepDown
     from slos_serve.vllm_plugin.wire.outbox import Outbox
 
@@ -38,22 +39,28 @@ class Promises:
         tracker: Tracker,
         safety: StepDown,
         outbox: Outbox,
+        faults: Faults,
         is_too_tight: Callable[[Live], bool] = lambda _: False,
     ) -> None:
         self._is_too_tight = is_too_tight
         self.tally = Tally()
         self.would_be: dict[str, Counter[str]] = {}
+        self.num_outrun = 0  # broken by outputs longer than predicted: nothing that planning did wrong
         self._tracker = tracker
         self._safety = safety
         self._outbox = outbox
+        self._faults = faults
 
-    def welcome(self, live: Live, *, enforcing: bool) -> None:
-        """Say at once what no plan can change."""
+    def welcome(self, live: Live, *, enforcing: bool, is_paused: bool = False) -> None:
+        """Say at once what no plan can change, or that no plan is made."""
         if not live.has_slo and live.is_resolved:
             live.verdict = "best-effort"
             self._tell(live, "best-effort", live.reason)
+        elif is_paused and live.is_resolved and not live.is_set_aside:
+            live.verdict, live.reason, live.is_declined = "best-effort", "paused", True  # until a plan promotes it
+            self._tell(live, "best-effort", "paused")
         elif not enforcing or live.is_set_aside:
-            self._tell(live, "best-effort", "observe")
+            self._tell(live, "best-effort", "share" if live.is_over_share and enforcing else "observe")
 
     def apply(self, plan: Plan, now_s: float, *, enforcing: bool) -> None:
         """Write a plan's verdicts into the table; tell them where plans are carried out."""
@@ -76,6 +83,8 @@ class Promises:
                 return
             word = "promoted" if live.verdict == "best-effort" else "promised"
             live.was_promised = True
+            row = self._tracker.table.rows[self._tracker.table.index(live.request_id)]
+            live.promised_tokens = float(row["predicted_output_tokens"])
             if not live.num_output_tokens:
                 live.is_declined = False
                 if live.slo.ttft_s is not None:
@@ -110,10 +119,14 @@ class Promises:
     ) -> None:
         """Grade and forget requests that have ended; `outputs` are the step's, where a step ended them."""
         ends: dict[str, str] = {}
-        for request in requests:
-            live = self._tracker.remove(request.request_id)
-            if live is not None:
-                ends[request.request_id] = self._grade(live, now_s, enforcing=enforcing)
+        gone = [(request.request_id, self._tracker.remove(request.request_id)) for request in requests]
+        for request_id, live in gone:
+            if live is None:
+                continue
+            try:
+                ends[request_id] = self._grade(live, now_s, enforcing=enforcing)
+            except Exception as error:  # noqa: BLE001 - one that cannot be graded takes nobody along
+                self._faults.add("grade", error)
         if outputs and ends:
             _set_stop_reasons(outputs, ends)
 
@@ -134,7 +147,10 @@ class Promises:
             self._tracker.lengths.observe(live.slo_class, live.request.num_prompt_tokens, live.num_output_tokens)
         self.tally.add(live.slo_class, outcome, promised=live.was_promised)
         if live.was_promised and outcome in {"met", "missed"}:
-            self._safety.add_promise(outcome == "met", arrival_s=live.arrival_s)
+            if outcome == "missed" and live.has_outrun:
+                self.num_outrun += 1
+            else:
+                self._safety.add_promise(outcome == "met", live.tenant, arrival_s=live.arrival_s)
         first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
         self._outbox.finished.append(
             {

@@ -18,7 +18,7 @@ from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
 from slos_serve.core.tight import is_too_tight
-from slos_serve.core.types import Plan, ReplicaState
+from slos_serve.core.types import Plan, ReplicaState, Tier
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
 from slos_serve.vllm_plugin.carried import Carried
@@ -32,6 +32,7 @@ from slos_serve.vllm_plugin.housekeeping import Housekeeper
 from slos_serve.vllm_plugin.learning.drafting import DraftWatch
 from slos_serve.vllm_plugin.learning.learner import Learner
 from slos_serve.vllm_plugin.learning.learnt import Learnt
+from slos_serve.vllm_plugin.pauses import Pauses
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
@@ -56,6 +57,7 @@ logger = logging.getLogger("vllm.slos_serve")
 
 SWITCH_S = 0.0005  # until a thread of the engine's process gives way to another
 STALL_S = 0.1  # a step that took so much longer than predicted, and many times as long, is a stall
+STOCK_SHARE = 0.5  # of a step's fixed cost
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
 
 
@@ -91,9 +93,10 @@ class SloRuntime:
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         self._seat = self._take_seat(str(config.instance_id), index)
         self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self), self._refresh)
-        self.promises = Promises(self.tracker, self.safety, self.outbox, self._is_too_tight)
+        self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
+        self.pauses = Pauses()
         self.expiry = Expiry()
-        self.ageing = Ageing()
+        self.ageing = Ageing(self.limits)
         self.divergences: Counter[str] = Counter()
         self.num_steps = self.num_plans = 0
         self.num_preempted = self.num_expired = 0
@@ -176,6 +179,8 @@ class SloRuntime:
             return ""
         if self.differences:
             return "unsupported: " + self.differences[0]
+        if self.pauses.kind:
+            return "paused by the operator"
         if not self.learner.has_model:
             return "no performance profile yet"
         return self.safety.reason
@@ -232,10 +237,12 @@ class SloRuntime:
         try:
             live = self.tracker.add(request)
             if live is not None:
-                self.promises.welcome(live, enforcing=self.is_enforcing)
+                self.promises.welcome(live, enforcing=self.is_enforcing, is_paused=bool(self.pauses.kind))
                 self.expiry.add(live, self.settings.config.ttl_ms(live.slo_class))
+            self._tell_while_paused()
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("add", error)
+            self._reconcile()
         finally:
             self._cost.stop()
 
@@ -255,8 +262,36 @@ class SloRuntime:
             self._carried = None
             self.faults.add(self._phase, error, self._state)
             self.safety.add_plan(faulty=True, hung=isinstance(error, PlannerHungError))
+            self._reconcile()
         self._cost.stop()
         return caps
+
+    def _reconcile(self) -> None:
+        """See to it that one request that went wrong does not go wrong in every further step."""
+        try:
+            self.faults.counts["reconciled"] += self.tracker.reconcile()
+        except Exception as error:  # noqa: BLE001 - the engine must go on
+            self.faults.add("reconcile", error)
+
+    def on_pause(self) -> None:
+        """Note that the operator paused or resumed the engine."""
+        try:
+            self.pauses.change(view.pause_of(self.scheduler), self.clock.now(), self.tracker)
+            self.outbox.flush(self.clock.now(), is_idle=True)
+        except Exception as error:  # noqa: BLE001 - the engine must go on
+            self.faults.add("pause", error)
+
+    def _tell_while_paused(self) -> None:
+        """Let out at once what no step will."""
+        if self.pauses.kind:
+            self.outbox.flush(self.clock.now(), is_idle=False)
+
+    def on_cache_reset(self) -> None:
+        """Note that the prefix cache has been emptied."""
+        try:
+            self.tracker.forget_hits()
+        except Exception as error:  # noqa: BLE001 - the engine must go on
+            self.faults.add("cache", error)
 
     def end_steering(self, *, throttled: bool) -> None:
         """Restore vLLM's queues after a steered `schedule()`."""
@@ -285,6 +320,7 @@ class SloRuntime:
         if not self._is_updating:
             try:
                 self._finish_freed(self.clock.now(), None)
+                self._tell_while_paused()
             except Exception as error:  # noqa: BLE001 - the engine must go on
                 self.faults.add("finish", error)
 
@@ -328,7 +364,8 @@ class SloRuntime:
 
     def _is_changed(self) -> bool:
         """Tell whether plans are to be made for others, or carried out by others, than the last one was."""
-        return self._planned_modes is not self.modes or self._was_enforcing is not self.is_enforcing
+        is_mode_new = self._planned_modes is not self.modes or self._was_enforcing is not self.is_enforcing
+        return is_mode_new or bool(self.pauses.kind)
 
     def _plan_step(self, now: float, starts_s: float) -> Steering | None:
         self.last_plan = None
@@ -339,8 +376,8 @@ class SloRuntime:
         model = self.learner.model
         if tracker.blocked:
             tracker.promote()
-        wanted = tracker.num_with_slo or (self.settings.always_plan and len(tracker.table))
-        if model is None or not wanted or self.safety.is_resting:
+        wanted = tracker.is_wanted or (self.settings.always_plan and len(tracker.table))
+        if model is None or not wanted or self.safety.is_resting or self.pauses.kind:
             return None  # nothing is promised to anybody: vLLM's own order serves best
         tracker.sync(starts_s)
         enforcing = self.is_enforcing
@@ -353,7 +390,7 @@ class SloRuntime:
             now_s=starts_s,
             requests=tracker.table,
             num_free_kv_blocks=view.free_units(self.scheduler, self.per_unit),
-            limits=replace(self.limits, work_limit=self._work_limit.value),
+            limits=replace(self.limits, work_limit=self._work_limit.value, max_num_seqs=self._free_seats()),
             perf_model=model,
             **({} if self.drafts is None else self.drafts.state(tracker.table.classes, self.limits.max_draft_length)),
         )
@@ -395,7 +432,7 @@ class SloRuntime:
 
     def _steer(self, plan: Plan) -> Steering | None:
         tracker, batch = self.tracker, plan.batch
-        if len(batch.request_ids) or tracker.stock:
+        if len(batch.request_ids) or tracker.stock or not len(tracker.table):
             self._num_empty = 0
         else:
             self._num_empty += 1
@@ -408,15 +445,28 @@ class SloRuntime:
             batch,
             waiting=tracker.runnable_waiting(),
             stock=tracker.stock,
+            stock_tokens=self._stock_tokens(plan) if tracker.stock else 0,
             next_draft_length=None if self.drafts is None else self.drafts.take_plan(batch, tracker.table),
         )
-        if not steering.fits_adapters:
-            self.divergences["adapters"] += 1
-            return None
+        if steering.num_surplus:
+            self.divergences["adapters"] += steering.num_surplus
         for request in steering.preempted:
             self.num_preempted += 1
             tracker.note_preempted(request.request_id)
         return steering
+
+    def _free_seats(self) -> int:
+        """Return the seats that are not taken by requests without a row."""
+        taken = sum(view.holds_seat(request) for request in self.tracker.stock.values()) if self.tracker.stock else 0
+        return max(1, self.limits.max_num_seqs - taken)
+
+    def _stock_tokens(self, plan: Plan) -> int:
+        """Return the tokens that requests without a row may take: beside promises, half a step's fixed cost."""
+        tiers = self.tracker.table.rows["tier"]
+        model = self.learner.model
+        if model is None or not len(plan.batch.request_ids) or not (tiers == Tier.PROMISED).any():
+            return self.limits.max_num_batched_tokens
+        return int(STOCK_SHARE * model.seconds(1.0) / max(line[0] for line in model.as_array().tolist()))
 
     def _start_model(self) -> None:
         """Pin the reference and let slowdown SLOs mean something."""

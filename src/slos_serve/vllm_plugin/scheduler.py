@@ -102,6 +102,19 @@ class SloMixin:
             self.slo.on_free(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
+    def set_pause_state(self, pause_state: Any) -> None:
+        """Pause or resume; the time of a pause counts against no promise."""
+        super().set_pause_state(pause_state)  # type: ignore[misc]
+        if self.slo is not None:
+            self.slo.on_pause()
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Empty the prefix cache; what plans expected of it is looked up again."""
+        result = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+        if self.slo is not None:
+            self.slo.on_cache_reset()
+        return result
+
     def shutdown(self) -> None:
         """Stop the plug-in, then vLLM's scheduler."""
         if self.slo is not None:

@@ -48,6 +48,7 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "invalid": runtime.tracker.num_invalid,
         "would_be": dict(sum(runtime.promises.would_be.values(), Counter())),
         "would_be_by_class": {name: dict(words) for name, words in runtime.promises.would_be.items()},
+        "outrun": runtime.promises.num_outrun,
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
         "step_downs": runtime.safety.num_step_downs,

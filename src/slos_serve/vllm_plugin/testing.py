@@ -26,7 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from slos_serve.core.perf import PerfModel
-from slos_serve.vllm_plugin.learning.learner import SCHEMA
+from slos_serve.records.profile import SCHEMA
 from slos_serve.vllm_plugin.scheduler import SloScheduler
 
 BLOCK_SIZE = 16

@@ -289,8 +289,11 @@ def test_context_and_attention_make_a_request_dearer():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=60))
 def test_many_tiers_become_few_and_none_becomes_looser(tpots):
-    tiers = reduced_model.merge_tiers(np.array(tpots))
-    assert 1 <= len(tiers) <= reduced_model.MAX_TIERS
+    periods = np.array([*tpots, math.inf])
+    tiers, index = reduced_model.tiers_of(periods)
+    assert 2 <= len(tiers) <= reduced_model.MAX_TIERS + 1
     assert (np.diff(tiers) > 0).all()
     assert tiers[0] == min(tpots)
-    assert set(tiers) <= set(tpots)
+    assert set(tiers) <= set(periods)
+    assert (tiers[index] <= periods).all()
+    assert index[-1] == len(tiers) - 1

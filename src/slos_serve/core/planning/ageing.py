@@ -3,6 +3,10 @@
 Plans give best-effort work what promised work leaves, and under a lasting overload that is nothing. So the oldest
 request that got no token for `STILL_S` beside promised work is planned from then on as if a slow pace were promised
 to it. Nobody is told, and it is graded as before. Where even that pace is missed it is asked for again.
+
+Tenants take turns: where work of another one stands still too, the pace goes on to it after `TURN_S`, so with T
+tenants nobody stands still for longer than `STILL_S` and T such turns. What the engine's memory can never hold is
+not waited for.
 """
 
 from __future__ import annotations
@@ -15,20 +19,24 @@ import numpy as np
 from slos_serve.core.types import Tier
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import RequestTable
+    from slos_serve.core.types import IntArray, Limits, RequestTable
 
 STILL_S = 30.0
 GRACE_S = 10.0  # until its next token is due
 PACE_S = 0.2  # for each token after it
+TURN_S = 10.0 + GRACE_S  # of one tenant, where others wait
 EVERY_S = 1.0  # one look in each such span of the clock
 
 
 class Ageing:
     """Watch over one host's request table between its plans; what is chosen stays so until it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
         self.chosen: str | None = None
+        self._limits = limits
         self._last_look = -1
+        self._turn_ends_s = math.inf
+        self._served: dict[int, float] = {}  # when the last turn of a tenant began
 
     @property
     def next_look_s(self) -> float:
@@ -41,8 +49,8 @@ class Ageing:
         if look == self._last_look or (table.rows["tier"] == Tier.BEST_EFFORT).all():
             return  # where there is nothing else, the oldest runs first as it is
         self._last_look = look
-        if self.chosen is None or self.chosen not in table:
-            self.chosen = _oldest_still(table, now_s)
+        if self.chosen is None or self.chosen not in table or now_s >= self._turn_ends_s:
+            self._take_turns(table, now_s)
         if self.chosen is None:
             return
         row = table.rows[table.index(self.chosen)]
@@ -55,9 +63,33 @@ class Ageing:
         row["tpot_s"] = row["thinking_tpot_s"] = PACE_S
         row["e2e_deadline_s"] = row["max_gap_s"] = math.inf
 
+    def _take_turns(self, table: RequestTable, now_s: float) -> None:
+        """Choose the oldest that stands still, of the tenant that has waited longest for a turn."""
+        rows, still = table.rows, self._still(table, now_s)
+        current = table.index(self.chosen) if self.chosen is not None and self.chosen in table else None
+        if current is not None:
+            still = still[rows["tenant"][still] != rows["tenant"][current]]
+            if not still.size:
+                return
+            row = rows[current]
+            row["tier"], row["ttft_deadline_s"] = Tier.BEST_EFFORT, math.inf
+            row["tpot_s"] = row["thinking_tpot_s"] = math.inf
+        self.chosen = None
+        if still.size:
+            tenants = rows["tenant"][still].tolist()
+            served = np.array([self._served.get(tenant, -math.inf) for tenant in tenants])
+            index = int(still[np.lexsort((rows["seq"][still], rows["arrival_s"][still], served))[0]])
+            self.chosen, self._turn_ends_s = table.request_ids[index], now_s + TURN_S
+            live = set(rows["tenant"].tolist())
+            self._served = {tenant: at_s for tenant, at_s in self._served.items() if tenant in live}
+            self._served[int(rows["tenant"][index])] = now_s
 
-def _oldest_still(table: RequestTable, now_s: float) -> str | None:
-    rows = table.rows
-    since = np.where(np.isfinite(rows["last_token_s"]), rows["last_token_s"], rows["arrival_s"])
-    still = np.flatnonzero((rows["tier"] == Tier.BEST_EFFORT) & (now_s - since > STILL_S))
-    return table.request_ids[int(still[np.argmin(rows["arrival_s"][still])])] if still.size else None
+    def _still(self, table: RequestTable, now_s: float) -> IntArray:
+        """Return the best-effort rows that got no token for long, and that fit into memory at all."""
+        rows = table.rows
+        since = np.where(np.isfinite(rows["last_token_s"]), rows["last_token_s"], rows["arrival_s"])
+        mask = (rows["tier"] == Tier.BEST_EFFORT) & (now_s - since > STILL_S)
+        if self._limits is not None:
+            tokens = rows["num_prompt_tokens"] + rows["num_output_tokens"] + 1
+            mask &= tokens <= self._limits.num_kv_blocks * self._limits.block_size
+        return np.flatnonzero(mask)

@@ -43,6 +43,7 @@ from slos_serve.core.planning.demand import (
     TOKENS,
     TPOT,
     VERIFY,
+    needed_s,
 )
 
 SMOOTHING_WINDOWS = 8
@@ -193,7 +194,7 @@ def _join_decodes(machine, demand, live, prompts, free_blocks, num_started, eage
         owed += demand[VERIFY, i]
         read += demand[CONTEXT, i]
         drafts = max(drafts, demand[STEPS, i])
-        period = min(period, demand[GAIN, i] * demand[TPOT, i])
+        period = min(period, needed_s(demand, i, now))
     if (
         eager
         and owed <= machine.token_budget

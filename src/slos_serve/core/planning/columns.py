@@ -22,6 +22,7 @@ from slos_serve.core.planning.demand import (
     GAIN,
     GAP,
     HELD,
+    LEAD,
     LEFT,
     NUM_COLUMNS,
     OUTPUT_LEFT,
@@ -34,7 +35,8 @@ from slos_serve.core.planning.demand import (
     Demand,
     Machine,
 )
-from slos_serve.core.slo.due import PROMISED, is_late, row_due, row_pace
+from slos_serve.core.planning.programme import tiers_of
+from slos_serve.core.slo.due import PROMISED, is_late, row_pace, row_scheduled, row_silence_ends
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ RUNNING = int(Status.RUNNING)
 PENDING, BEST_EFFORT = int(Tier.PENDING), int(Tier.BEST_EFFORT)
 MAX_ACCEPTANCE = 0.99
 MIN_TPOT_S = 1e-6
+BATCH_FIXED_MULTIPLE = 8.0  # a batch lasts at most so many times the fixed cost of a step
 
 # rows of the flags
 IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE, IS_ENDED = range(9)
@@ -54,7 +57,7 @@ OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks 
 
 @jit
 def foretold(rows: Rows, i: int) -> float:
-    """Return the output tokens up to which what is predicted and drawn for row `i` holds: then both are made anew."""
+    """Return the output length, in tokens, at which row `i`'s predicted and drawn lengths expire and are made anew."""
     return min(float(rows["predicted_output_tokens"][i]), float(rows["drawn_output_tokens"][i]))
 
 
@@ -62,10 +65,10 @@ def foretold(rows: Rows, i: int) -> float:
 def planned_rests(rows: Rows) -> FloatArray:
     """Return the output tokens that each row is planned to produce still, at least 1.
 
-    Lengths add up, in memory and in steps: of many outputs the long ones meet short ones. So what is promised or runs
-    is planned with the length drawn for it, which together are spread as lengths are, and with a share of what the high
-    quantile is above it: all of it for one alone, less among many, as the standard error of a sum. Best-effort work
-    gives way, so it is none of the many.
+    The sum of many lengths is easier to predict than one of them. So a promised or running row is planned with its
+    drawn length plus `share` of the distance to its high quantile, where share = sqrt(sum r^2) / sum r over promised
+    and running rows with predicted rests r: 1 for one row alone, 1 / sqrt(n) for n equal ones, as the standard error of
+    a sum. Best-effort rows keep the high quantile: they can be preempted.
     """
     rests: FloatArray = np.maximum(rows["predicted_output_tokens"] - rows["num_output_tokens"], 1.0)
     total = squares = 0.0
@@ -104,7 +107,9 @@ def derive(
         remaining = max(1, total - done)
         decoding = produced > 0 and remaining == 1 and computed > 0
         held, start = float(rows["num_kv_blocks"][i]), math.ceil((total + 1) / block_size)
-        due = row_due(rows, i, fixed_s) - now_s - guard_s
+        scheduled = row_scheduled(rows, i, fixed_s) - now_s - guard_s
+        silence_ends = row_silence_ends(rows, i) - now_s - guard_s
+        due = min(scheduled, silence_ends)
         tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
         has_slo = math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)
         ended = produced >= rows["max_output_tokens"][i]
@@ -118,6 +123,7 @@ def derive(
         table[CONTEXT, i] = done
         table[DEADLINE, i] = -math.inf if decoding else due
         table[DUE, i] = due if decoding else math.inf
+        table[LEAD, i] = scheduled - due if decoding and due < scheduled else 0.0
         table[TPOT, i] = tpot
         table[GAP, i] = gap
         table[VERIFY, i] = table[GAIN, i] = 1.0
@@ -132,7 +138,7 @@ def derive(
         flags[IS_PENDING, i] = tier == PENDING and not ended
         flags[IS_PROMISED, i] = promised
         flags[IS_BROKEN, i] = tier == PROMISED and not alive and not ended
-        flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo
+        flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo and _is_possible(rows, i, tpot, fixed_s, lines)
         flags[IS_CANDIDATE, i] = candidate
         flags[IS_LIVE, i] = live
         # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
@@ -156,6 +162,14 @@ def derive(
             if flags[IS_LIVE, i] and table[DUE, i] < _alone_s(lines, margin_decode, table[CONTEXT, i]) - EPS_S:
                 table[DUE, i] = max(table[DUE, i], together)
     return table, flags, granted, sums
+
+
+@jit
+def _is_possible(rows: Rows, i: int, tpot: float, fixed_s: float, lines: FloatArray) -> bool:
+    """Tell whether an idle engine could have served row `i` as it asks: only then was it declined for want of room."""
+    prompt = float(rows["num_prompt_tokens"][i])
+    alone = batch_seconds(lines, prompt, 1.0, 0.0, 0.0, 0.5 * prompt * prompt)
+    return bool(tpot >= fixed_s and alone <= rows["ttft_deadline_s"][i] - rows["arrival_s"][i])
 
 
 @jit
@@ -192,35 +206,6 @@ def growth_of(table: Demand, index: IntArray, block_size: float) -> FloatArray:
     return growth
 
 
-@jit
-def _groups(
-    index: IntArray, tpot: FloatArray, class_index: IntArray, is_promised: BoolArray
-) -> tuple[FloatArray, IntArray, FloatArray, IntArray]:
-    """Group requests of one class and TPOT, the tight ones first: TPOT, class and weight of each, and whose is whose.
-
-    One that has no promise yet weighs half.
-    """
-    tpots, classes = np.empty(len(index)), np.empty(len(index), np.int64)
-    weights, group = np.zeros(len(index)), np.empty(len(index), np.int64)
-    count = 0
-    for i in index:
-        g = 0
-        while g < count and (tpots[g] < tpot[i] or (tpots[g] == tpot[i] and classes[g] < class_index[i])):
-            g += 1
-        if g == count or tpots[g] != tpot[i] or classes[g] != class_index[i]:
-            for k in range(count, g, -1):
-                tpots[k], classes[k], weights[k] = tpots[k - 1], classes[k - 1], weights[k - 1]
-            tpots[g], classes[g], weights[g] = tpot[i], class_index[i], 0.0
-            count += 1
-        weights[g] += 1.0 if is_promised[i] else 0.5
-    for k in range(len(index)):
-        i, g = index[k], 0
-        while tpots[g] != tpot[i] or classes[g] != class_index[i]:
-            g += 1
-        group[k] = g
-    return tpots[:count], classes[:count], weights[:count], group
-
-
 class Columns:
     """The columns that one plan reads, one entry per row of the request table, and the machine.
 
@@ -240,7 +225,7 @@ class Columns:
             rows, state.now_s, limits.guard_s, fixed, limits.block_size, lines, model.margin_decode
         )
         self.left, self.context, self.held = self.table[LEFT], self.table[CONTEXT], self.table[HELD]
-        self.deadline, self.due, self.tpot = self.table[DEADLINE], self.table[DUE], self.table[TPOT]
+        self.deadline, self.due = self.table[DEADLINE], self.table[DUE]
         self.verify, self.gain, self.start = self.table[VERIFY], self.table[GAIN], self.table[START]
         self.produced = rows["num_output_tokens"]
         self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
@@ -261,6 +246,13 @@ class Columns:
         if limits.max_draft_length > 0:
             self.choose_lengths((self.is_promised | flags[IS_CANDIDATE]).nonzero()[0], float(sums[READ]))
 
+    def token_seconds(self, index: IntArray) -> FloatArray:
+        """Return how long an idle engine takes for a decode of each of the rows at `index`."""
+        token_s, request_s, read_s, draft_s, _, fixed_s = self.machine.lines.T[:, :, None]
+        work = token_s * self.verify[index] + request_s + read_s * self.context[index]
+        seconds: FloatArray = (work + draft_s * (self.verify[index] - 1.0) + fixed_s).max(axis=0)
+        return seconds
+
     def decode_seconds(self, mask: BoolArray) -> float:
         """Return the time of one batch of the masked decodes, margin included."""
         lines, margin = self.machine.lines, self.machine.margin_decode
@@ -274,7 +266,11 @@ class Columns:
         state, classes = self.state, self.state.requests.classes
         acceptance = np.array([min(max(state.acceptance.get(name, 0.0), 0.0), MAX_ACCEPTANCE) for name in classes])
         current = np.array([1 + state.draft_lengths.get(name, -1) for name in classes])
-        tpots, class_of, counts, group = _groups(index, self.tpot, self.rows["class_index"], self.is_promised)
+        tiers, tier = tiers_of(draft.paces(self.demand(index, self.held), self.now))
+        keys, group = np.unique(tier * len(classes) + self.rows["class_index"][index], return_inverse=True)
+        tpots, class_of = tiers[keys // len(classes)], keys % len(classes)
+        # without a promise yet: half
+        counts = np.bincount(group, np.where(self.is_promised[index], 1.0, 0.5)).astype(np.float64)
         verify = draft.lengths(
             tpots, acceptance[class_of], counts, self.machine, state.limits.max_draft_length + 1,
             context_tokens=read, current=current[class_of], waiting=self.prompts_wait(index),

@@ -4,14 +4,21 @@ A *demand* is an array of shape (`NUM_COLUMNS`, requests), requests in order of 
 named below. Times are seconds, already reduced by the guard; sizes are tokens and KV blocks. Speculative
 decoding is two numbers per request: a decode verifies `VERIFY` tokens and is expected to yield `GAIN` of
 them, so its period is `GAIN * TPOT`. Autoregressive decoding is `VERIFY = GAIN = 1`.
+
+`TPOT` is how far deadlines are apart, as the client wrote it. How often the engine must serve a request is another
+matter: who is ahead of schedule needs batches less often. Windows, rates and loads come from `needed_s` alone, so a
+promise weighs as much as the work that is due for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds, max_chunk_tokens
@@ -32,7 +39,8 @@ HELD = 10  # KV blocks held or granted
 START = 11  # KV blocks that must be free before the first chunk of a request that holds none
 VALUE = 12  # weight of a candidate
 REQUIRED = 13  # 1 where promised already
-NUM_COLUMNS = 14
+LEAD = 14  # seconds from DUE until the pace alone would owe that token; above 0 where the longest silence ends first
+NUM_COLUMNS = 15
 
 # What a batch adds up to, and when it has to end.
 TOKENS, REQUESTS, READ, DRAFTS, PAIRS, HAS_PREFILL, LIMIT = range(7)
@@ -80,6 +88,41 @@ class Effort:
         part = Effort(max(1, self.left // parts))
         yield part
         self.spent += part.spent
+
+
+@jit
+def needed_s(demand, i, now):  # type: ignore[no-untyped-def]
+    """Return how many seconds apart the batches of request `i` may be, on average to its end; inf: none need come.
+
+    A schedule is a line: batches that far apart are in time for the last token, and so for all before it, but for the
+    first. A prompt that is to be done by its deadline decodes from then on at the latest.
+    """
+    gain = demand[GAIN, i]
+    period = gain * demand[TPOT, i]
+    ahead, tokens = demand[DUE, i] + demand[LEAD, i] - now - period, demand[OUTPUT_LEFT, i]
+    if demand[LEFT, i] > 0.0:
+        ahead, tokens = demand[DEADLINE, i] - now, tokens - 1.0  # the prompt's batch yields the first
+    if tokens <= 0.0:
+        return math.inf
+    if 0.0 < ahead < math.inf:
+        period += ahead / max(1.0, math.ceil(tokens / gain - 1e-9))
+    return min(period, demand[GAP, i])
+
+
+@jit
+def owe_next(demand, i, scheduled, latest):  # type: ignore[no-untyped-def]
+    """Write when decode `i` owes its next token: when `scheduled`, or `latest`, the end of its longest silence."""
+    demand[DUE, i] = min(scheduled, latest)
+    demand[LEAD, i] = scheduled - latest if latest < scheduled else 0.0
+
+
+@jit
+def needed_each(demand, now):  # type: ignore[no-untyped-def]
+    """Return `needed_s` of every request, shape (requests,)."""
+    needed = np.empty(demand.shape[1])
+    for i in range(demand.shape[1]):
+        needed[i] = needed_s(demand, i, now)
+    return needed
 
 
 @jit

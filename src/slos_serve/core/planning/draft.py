@@ -1,7 +1,8 @@
 """How many tokens each TPOT tier verifies per step: draft lengths from acceptance, slack and load.
 
 Verifying s tokens (s - 1 drafts and the model's own) yields Acc(s) = (1 - a^s) / (1 - a) of them on
-average, where a is the chance that a draft is accepted; s = 1 is autoregressive. A tier of that length
+average, where a is the chance that a draft is accepted, each alike (Leviathan et al., arXiv 2211.17192,
+equation 1); s = 1 is autoregressive. A tier of that length
 needs one batch per Acc(s) * TPOT seconds, so longer drafts allow longer batches, and cost s tokens each.
 
 For every period that some tier and length would allow, each other tier takes the shortest length that
@@ -21,7 +22,7 @@ import numpy as np
 
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray, batch_seconds
-from slos_serve.core.planning.demand import prefill_rate
+from slos_serve.core.planning.demand import GAIN, TPOT, needed_s, prefill_rate
 
 if TYPE_CHECKING:
     from slos_serve.core.planning.demand import Machine
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Lengths change only where others are better by this share.
 SWITCH_GAIN = 0.02
+# Who is ahead of schedule is drafted for its TPOT all the same, but for so many times as often as it needs at most.
+HASTE = 4.0
 
 
 @jit
@@ -107,6 +110,16 @@ def _best_lengths(lines, margin, budget, tpot, gains, counts, context, max_verif
                     best_score = score
                     best[:] = verify
     return best, best_score
+
+
+@jit
+def paces(demand, now):  # type: ignore[no-untyped-def]
+    """Return the seconds per token that lengths are chosen for, shape (requests,)."""
+    each = np.empty(demand.shape[1])
+    for i in range(demand.shape[1]):
+        gain = demand[GAIN, i]
+        each[i] = max(gain * demand[TPOT, i], needed_s(demand, i, now) / HASTE)
+    return each
 
 
 def lengths(

@@ -41,6 +41,7 @@ from slos_serve.core.planning.demand import (
     GAIN,
     HELD,
     LEFT,
+    OUTPUT_LEFT,
     REQUIRED,
     START,
     STEPS,
@@ -49,6 +50,7 @@ from slos_serve.core.planning.demand import (
     VERIFY,
     Demand,
     Machine,
+    needed_each,
     prefill_rate,
 )
 
@@ -412,7 +414,8 @@ def _owed(demand, per_decode, now):  # type: ignore[no-untyped-def]
         for r in range(decodes):
             due = demand[DUE, r]
             if due <= at + 1e-9:
-                total += per_decode[r] * (1.0 + math.floor((at - due) / (demand[GAIN, r] * demand[TPOT, r]) + 1e-9))
+                batches = 1.0 + math.floor((at - due) / (demand[GAIN, r] * demand[TPOT, r]) + 1e-9)
+                total += per_decode[r] * min(batches, math.ceil(demand[OUTPUT_LEFT, r] / demand[GAIN, r]))
         owed[i] = total
     return max(first, now), owed
 
@@ -420,9 +423,9 @@ def _owed(demand, per_decode, now):  # type: ignore[no-untyped-def]
 def reduced(machine: Machine, everyone: Demand, now_s: float) -> Reduced:
     """Return the reduced model of a demand: costs, loads, tiers, rates and blocks."""
     lines = machine.lines
-    periods = everyone[TPOT] * everyone[GAIN]
+    periods = needed_each(everyone, now_s)
     finite = np.isfinite(periods)
-    tiers = merge_tiers(periods[finite])
+    tiers, tier = tiers_of(periods)
     token_s, request_s, read_s, _, pair_s, _ = np.maximum(lines.max(axis=0), 1e-12)
     per_decode = everyone[VERIFY] + (request_s + read_s * everyone[CONTEXT]) / token_s
     pairs = everyone[LEFT] * (everyone[CONTEXT] + 0.5 * everyone[LEFT])
@@ -431,7 +434,7 @@ def reduced(machine: Machine, everyone: Demand, now_s: float) -> Reduced:
     rates = np.array(
         [
             max(0.0, prefill_rate(lines, margin, machine.token_budget, period, 0.0, 0.0, 0.0, steps))
-            for period in [*tiers.tolist(), math.inf]
+            for period in tiers.tolist()
         ]
     )
     required = everyone[REQUIRED] > 0
@@ -441,11 +444,11 @@ def reduced(machine: Machine, everyone: Demand, now_s: float) -> Reduced:
         cost=everyone[LEFT] + pair_s * pairs / token_s,
         load=np.where(finite, per_decode / np.where(finite, periods, 1.0), 0.0),
         owed=owed,
-        tier=np.where(finite, np.searchsorted(tiers, periods, side="right") - 1, len(tiers)),
+        tier=tier,
         value=everyone[VALUE],
         blocks=np.where(required | (everyone[HELD] > 0), 0.0, everyone[START]),
         required=required,
-        periods=np.append(tiers, math.inf),
+        periods=tiers,
         rates=rates,
         slope=np.maximum(margin * lines[:, 0], 1e-12),
         fixed=margin * (lines[:, 1] + lines[:, 3] * steps + lines[:, 5]),
@@ -455,9 +458,12 @@ def reduced(machine: Machine, everyone: Demand, now_s: float) -> Reduced:
     )
 
 
-def merge_tiers(tpots: FloatArray) -> FloatArray:
-    """Return at most `MAX_TIERS` TPOT tiers, ascending; close ones are merged into the tighter."""
-    tiers = np.unique(tpots)
+def tiers_of(periods: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Return at most `MAX_TIERS` tiers of periods, ascending, and `inf`; and which one each period belongs to.
+
+    Close ones are merged into the tighter.
+    """
+    tiers = np.unique(periods[np.isfinite(periods)])
     step = 1.01
     while len(tiers) > MAX_TIERS:
         merged = [tiers[0]]
@@ -466,4 +472,6 @@ def merge_tiers(tpots: FloatArray) -> FloatArray:
                 merged.append(tpot)
         tiers = np.array(merged)
         step *= 1.05
-    return tiers
+    tiers = np.append(tiers, math.inf)
+    index: IntArray = np.searchsorted(tiers, periods, side="right") - 1
+    return tiers, index

@@ -3,9 +3,9 @@
 Best-effort requests give up their blocks and seats, newest first. Where even the promised do not all fit, because
 outputs outran their predicted lengths, the cheapest of them give way too.
 
-What is left may run until a promise needs the engine. Where promises have been declined that is too long: every
-request that comes meanwhile waits for the end of the step. Then work without a promise lengthens only brief steps,
-but for a tenth of every second; what was promised and became late, or is at risk, is finished first.
+Best-effort work fills the batch up to the time at which the next promise needs the engine. While requests are being
+declined, it may lengthen only brief steps, because every newcomer waits for the end of the step; in the first tenth of
+each second that limit is off, so that nobody starves. What was promised and became late, or is at risk, comes first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from slos_serve.core.planning.demand import (
     LIMIT,
     NUM_TOTALS,
     TOKENS,
-    TPOT,
     Demand,
     Effort,
+    needed_each,
 )
 from slos_serve.core.planning.trial import simulate
 from slos_serve.core.types import BatchPlan
@@ -43,6 +43,17 @@ NOBODY: IntArray = np.zeros(0, np.int64)
 CROWDED_FIXED_MULTIPLE = 1.5
 # It must not stand still where promised decodes fill such steps: for this share of every second it has all the time.
 OPEN_SHARE = 0.1
+
+
+def _turns(tenant: IntArray, arrival_s: FloatArray, seq: IntArray) -> IntArray:
+    """Return how many requests of the same tenant are older, for each request; 0 for all where there is one tenant."""
+    turns: IntArray = np.zeros(len(tenant), np.int64)
+    if not len(tenant) or (tenant == tenant[0]).all():
+        return turns
+    order = np.lexsort((seq, arrival_s, tenant))
+    begins = np.flatnonzero(np.diff(tenant[order], prepend=tenant[order[0]] - 1))
+    turns[order] = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    return turns
 
 
 class Stepping(Columns):
@@ -96,7 +107,7 @@ class Stepping(Columns):
         preempted = NOBODY
         if len(order) < len(self.rows) or gives_way.any():
             preempted = self.make_room(order, index, counts, crowded_out)
-            window = min(float(demand[TPOT].min(initial=math.inf)), machine.max_batch_s)
+            window = min(float(needed_each(demand, now).min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
             brief = until
             if len(order) and self.declined.any() and self.state.now_s % 1.0 >= OPEN_SHARE:
@@ -158,7 +169,8 @@ class Stepping(Columns):
     def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> tuple[IntArray, IntArray]:
         """Return the rows outside `order` that may run in what it leaves.
 
-        First what was promised and is at risk or late, then the undecided and best-effort work.
+        First what was promised and is at risk or late, then the undecided and best-effort work, of each tenant the
+        oldest before anybody's next.
         """
         rows = self.rows
         mask = ~((self.undecided & (self.left == 1)) | self.ended)
@@ -169,7 +181,8 @@ class Stepping(Columns):
         rest = np.flatnonzero(mask)
         rank = np.where(owed[rest], 0, np.where(self.pending[rest], 1, 2))
         urgency = np.where(rank == 2, rows["arrival_s"][rest], np.minimum(self.deadline, self.due)[rest])
-        ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, rank))]
+        turn = np.where(rank == 2, _turns(rows["tenant"][rest], rows["arrival_s"][rest], rows["seq"][rest]), 0)
+        ordered: IntArray = rest[np.lexsort((rows["seq"][rest], urgency, self.left[rest] > 0, turn, rank))]
         num_owed = int((rank == 0).sum())
         return ordered[:num_owed], ordered[num_owed:]
 

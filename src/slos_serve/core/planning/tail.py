@@ -27,11 +27,14 @@ from slos_serve.core.planning.demand import (
     GAP,
     HELD,
     KEPT,
+    LEAD,
     MISSED,
     OUTPUT_LEFT,
     STEPS,
     TPOT,
     VERIFY,
+    needed_s,
+    owe_next,
 )
 
 MAX_STRIDES = 64
@@ -75,7 +78,11 @@ def _together(machine, demand, live, span, now):  # type: ignore[no-untyped-def]
         if demand[DUE, i] < math.inf:
             gain = demand[GAIN, i]
             batches = min(span, math.ceil(demand[OUTPUT_LEFT, i] / gain - 1e-9))
-            last = demand[DUE, i] + (batches - 1.0) * gain * demand[TPOT, i] if batches > 1.0 else math.inf
+            last = (
+                demand[DUE, i] + demand[LEAD, i] + (batches - 1.0) * gain * demand[TPOT, i]
+                if batches > 1.0
+                else math.inf
+            )
             if (
                 demand[DUE, i] < now + first - EPS_S
                 or last < now + batches * each - EPS_S
@@ -89,8 +96,8 @@ def _together(machine, demand, live, span, now):  # type: ignore[no-untyped-def]
 def all_seconds(machine, demand, live, now):  # type: ignore[no-untyped-def]
     """Return how long a batch of all takes, and whether batches of all are always in time, to the end.
 
-    The latter is judged by the last and longest one: where that is no longer than the tightest pace and
-    silence, nothing else needs to be looked at.
+    The latter is judged by the last and longest one: where that is no longer than what the most
+    pressing one needs, nothing else has to be looked at.
     """
     num_tokens = 0.0
     read = 0.0
@@ -104,7 +111,7 @@ def all_seconds(machine, demand, live, now):  # type: ignore[no-untyped-def]
         grown += demand[OUTPUT_LEFT, i]
         drafts = max(drafts, demand[STEPS, i])
         earliest = min(earliest, demand[DUE, i])
-        limit = min(limit, demand[GAIN, i] * demand[TPOT, i], demand[GAP, i])
+        limit = min(limit, needed_s(demand, i, now))
     count = float(live.shape[0])
     first = machine.margin_decode * batch_seconds(machine.lines, num_tokens, count, read, drafts, 0.0)
     last = machine.margin_decode * batch_seconds(machine.lines, num_tokens, count, read + grown, drafts, 0.0)
@@ -115,12 +122,11 @@ def all_seconds(machine, demand, live, now):  # type: ignore[no-untyped-def]
 def _period(demand, i, now, all_s):  # type: ignore[no-untyped-def]
     """Return how many seconds apart the batches of decode `i` may be until it ends; inf: none need come.
 
-    Time that it is ahead of schedule counts only where batches of all, `all_s` long, are not slower than
-    its pace: else they use that time up.
+    Time that it is ahead of schedule counts only where batches of all, `all_s` long, leave it that time:
+    else they use it up.
     """
-    pace = demand[GAIN, i] * demand[TPOT, i]
-    ahead = max(0.0, demand[DUE, i] - now - pace) if all_s <= pace < math.inf else 0.0
-    return min(pace + ahead / max(1.0, demand[OUTPUT_LEFT, i] / demand[GAIN, i]), demand[GAP, i])
+    needed = needed_s(demand, i, now)
+    return needed if all_s <= needed else min(demand[GAIN, i] * demand[TPOT, i], demand[GAP, i])
 
 
 @jit
@@ -251,7 +257,8 @@ def tail(machine, demand, live, free, now):  # type: ignore[no-untyped-def]
             if batches > 0.0:
                 demand[CONTEXT, i] += batches * gain
                 demand[OUTPUT_LEFT, i] -= batches * gain
-                demand[DUE, i] = min(demand[DUE, i] + batches * gain * demand[TPOT, i], end + demand[GAP, i])
+                scheduled = demand[DUE, i] + demand[LEAD, i] + batches * gain * demand[TPOT, i]
+                owe_next(demand, i, scheduled, end + demand[GAP, i])
             live[kept] = i
             kept += 1
         num_live = kept

@@ -26,6 +26,7 @@ from slos_serve.core.planning.demand import (
     GAP,
     HELD,
     KEPT,
+    LEAD,
     LEFT,
     MISSED,
     NUM_TOTALS,
@@ -37,9 +38,11 @@ from slos_serve.core.planning.demand import (
     Demand,
     Effort,
     Machine,
+    owe_next,
 )
 from slos_serve.core.planning.tail import all_seconds, tail
 
+SETTLE_S = 1.0  # paces slower than this meet nobody's phase often enough to matter
 NO_BATCH: FloatArray = np.zeros(0)
 
 
@@ -86,7 +89,7 @@ def _settled_at(machine, demand, live, now):  # type: ignore[no-untyped-def]
     for i in live:
         if demand[TPOT, i] < math.inf:
             longest = max(longest, demand[GAIN, i] * demand[TPOT, i])
-    return now + longest
+    return now + min(longest, SETTLE_S)
 
 
 @jit
@@ -144,7 +147,7 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
                     demand[HELD, i] += grown
                     free -= grown
                 gain = demand[GAIN, i]
-                demand[DUE, i] = min(demand[DUE, i] + gain * demand[TPOT, i], end + demand[GAP, i])
+                owe_next(demand, i, demand[DUE, i] + demand[LEAD, i] + gain * demand[TPOT, i], end + demand[GAP, i])
                 demand[CONTEXT, i] += gain
                 demand[OUTPUT_LEFT, i] -= gain
                 if demand[OUTPUT_LEFT, i] <= 0.0:
@@ -168,7 +171,7 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
                     finished_at[i] = end
                     origin = max(demand[DEADLINE, i], end) if math.isfinite(demand[DEADLINE, i]) else end
                     burst = demand[GAIN, i] if machine.phase_is_gain else 1.0
-                    demand[DUE, i] = min(origin + demand[TPOT, i] * burst, end + demand[GAP, i])
+                    owe_next(demand, i, origin + demand[TPOT, i] * burst, end + demand[GAP, i])
                     demand[OUTPUT_LEFT, i] -= 1.0
                     if demand[OUTPUT_LEFT, i] <= 0.0:
                         released += demand[HELD, i]

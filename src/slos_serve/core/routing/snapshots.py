@@ -21,23 +21,21 @@ import numpy as np
 
 from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
 from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.columns import planned_rests
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, planned_rests
 from slos_serve.core.planning.demand import Demand, Machine
-from slos_serve.core.planning.programme import merge_tiers
-from slos_serve.core.slo.due import late, next_due_s, pace_s
+from slos_serve.core.planning.programme import tiers_of
+from slos_serve.core.slo.due import late, next_due_s, pace_s, scheduled_s
 from slos_serve.core.types import Limits, Status, Tier
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from slos_serve.core.types import IntArray, ReplicaState
+    from slos_serve.core.types import ReplicaState
 
 VERSION = 1
 MODES = ("observe", "enforce")
 MAX_PREFILLS = 64  # rows beyond it are merged into the last one
 MAX_SESSIONS = 256
-MIN_TPOT_S = 1e-6
-BATCH_FIXED_MULTIPLE = 8.0  # as the planner bounds a batch
 # Decodes of one TPOT are told apart by how many periods ahead of schedule they are.
 AHEAD_PERIODS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -224,7 +222,13 @@ def snapshot_of(
     rest = ~promised & ~undecided
     owed = float((granted - held)[promised].sum())
     live = np.flatnonzero(decoding & promised)
-    columns = np.stack([tpot, rows["num_computed_tokens"], due, output_left, held, acceptance])
+    decodes = _empty(len(live))
+    decodes[columns.TPOT], decodes[columns.DUE], decodes[columns.GAP] = tpot[live], due[live], rows["max_gap_s"][live]
+    decodes[columns.CONTEXT], decodes[columns.HELD] = rows["num_computed_tokens"][live], held[live]
+    decodes[columns.OUTPUT_LEFT] = output_left[live]
+    scheduled = scheduled_s(rows, fixed_s)[live] - limits.guard_s
+    ahead = scheduled > due[live]  # a silence ends before: from then on one token each time
+    decodes[columns.LEAD, ahead] = scheduled[ahead] - due[live][ahead]
     return ReplicaSnapshot(
         replica_id=replica_id,
         time_s=state.now_s,
@@ -232,7 +236,7 @@ def snapshot_of(
         limits=limits,
         free_kv_blocks=state.num_free_kv_blocks + float(held[running & ~promised].sum()) - owed,
         prefills=_merged(listed),
-        decodes=_grouped(columns[:, live], state.now_s),
+        decodes=_grouped(decodes, acceptance[live], state.now_s),
         acceptance={name: float(state.acceptance.get(name, 0.0)) for name in state.requests.classes},
         num_running=int(running.sum()),
         num_waiting=len(rows) - int(running.sum()),
@@ -261,21 +265,22 @@ def _merged(rows: list[PrefillRow]) -> tuple[PrefillRow, ...]:
     return (*rows[: MAX_PREFILLS - 1], merged)
 
 
-def _grouped(columns: FloatArray, now_s: float) -> tuple[DecodeGroup, ...]:
-    """Group decodes (columns tpot, context, due, output left, blocks, acceptance) by TPOT tier and urgency."""
-    tpot, due = columns[0], columns[2]
+def _grouped(decodes: Demand, acceptance: FloatArray, now_s: float) -> tuple[DecodeGroup, ...]:
+    """Group decodes by how often they need a batch, and by urgency."""
+    needed = columns.needed_each(decodes, now_s)
+    tpot = np.where(decodes[columns.LEAD] > 0.0, needed, decodes[columns.TPOT])
+    due = decodes[columns.DUE]
     paced = np.isfinite(tpot)
-    tiers = merge_tiers(tpot[paced])
-    tier: IntArray = np.where(paced, np.searchsorted(tiers, tpot, side="right") - 1, len(tiers)).astype(np.int64)
+    _, tier = tiers_of(np.where(paced, needed, math.inf))
     with np.errstate(invalid="ignore"):
         ahead = np.where(paced & np.isfinite(due), (due - now_s) / np.where(paced, tpot, 1.0), math.inf)
     key = tier * (len(AHEAD_PERIODS) + 1) + np.searchsorted(AHEAD_PERIODS, ahead)
     groups = []
     for one in np.unique(key).tolist():
-        part = columns[:, key == one]
-        tpot_s, due_s = float(part[0].min()), float(part[2].min())
-        context, output_left, blocks = (float(part[i].sum()) for i in (1, 3, 4))
-        mean = float(part[5].mean())
+        of, part = key == one, decodes[:, key == one]
+        tpot_s, due_s = float(tpot[of].min()), float(due[of].min())
+        context, output_left, blocks = part[[columns.CONTEXT, columns.OUTPUT_LEFT, columns.HELD]].sum(axis=1).tolist()
+        mean = float(acceptance[of].mean())
         groups.append(DecodeGroup(tpot_s, float(part.shape[1]), context, due_s, output_left, blocks, mean))
     return tuple(groups)
 

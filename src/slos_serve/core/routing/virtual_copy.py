@@ -33,13 +33,20 @@ from slos_serve.core.planning.demand import (
     VERIFY,
     Effort,
     Machine,
+    needed_each,
 )
+from slos_serve.core.planning.programme import tiers_of
 from slos_serve.core.planning.trial import simulate
 from slos_serve.core.routing.snapshots import PrefillRow, ReplicaSnapshot, group_demand, machine_of, prefill_demand
 
 LEAST_SHARE = 0.05  # of the idle rate that a guess reckons with, however many decodes there are
 NEVER_S = 1e9
 Sent = tuple[float, PrefillRow]  # when a request was sent, and what it is
+
+
+def _coming_load(prefills: FloatArray, now_s: float) -> float:
+    """Return the decode tokens per second that prefills will add; until the deadline they decode half of the time."""
+    return float((0.5 / needed_each(prefills, now_s)).sum())
 
 
 @jit
@@ -123,7 +130,8 @@ class VirtualCopy:
         groups, rows = snapshot.decodes, snapshot.prefills
         margin, lines, budget = machine.margin_prefill, machine.lines, machine.token_budget
         whole = max(1e-9, margin * batch_seconds(lines, budget, 1.0, 0.0, 0.0, 0.0))
-        periods = np.array([group.tpot_s for group in groups])
+        decodes, prefills = group_demand(groups), prefill_demand(rows)
+        periods = needed_each(decodes, snapshot.time_s)
         period = min(float(periods.min(initial=math.inf)), whole)
         share = period / periods
         count = np.array([group.size for group in groups]) * share
@@ -136,7 +144,7 @@ class VirtualCopy:
         return cls(
             snapshot=snapshot,
             machine=machine,
-            demand=np.concatenate([group_demand(groups), prefill_demand(rows)], axis=1),
+            demand=np.concatenate([decodes, prefills], axis=1),
             num_groups=len(groups),
             counts=np.array([*(group.size for group in groups), *(0.5 + 0.5 * row.promised for row in rows)]),
             acceptance=np.array([*(group.acceptance for group in groups), *(row.acceptance for row in rows)]),
@@ -145,7 +153,7 @@ class VirtualCopy:
             step_s=step_s,
             deadlines=[row.deadline_s for row in rows],
             backlog=np.cumsum([0.0, *(row.left_tokens for row in rows)]).tolist(),
-            coming_load=sum(0.5 / row.tpot_s for row in rows),
+            coming_load=_coming_load(prefills, snapshot.time_s),
             coming_blocks=sum(row.start_blocks - row.held_blocks for row in rows),
             sessions=dict(snapshot.sessions),
         )
@@ -159,10 +167,10 @@ class VirtualCopy:
         for at_s, row in sent:
             clear_s = max(clear_s, at_s) + self.step_s + row.left_tokens / rate
             listed += row.left_tokens
-            load += 0.5 / row.tpot_s  # until the deadline they decode for half of the time
             blocks += row.start_blocks
         rows = [row for _, row in sent]
         if rows:
+            load += _coming_load(prefill_demand(rows), sent[0][0])
             due = sorted((row.deadline_s, row.left_tokens) for row in (*self.snapshot.prefills, *rows))
             deadlines, backlog = [at_s for at_s, _ in due], list(accumulate((left for _, left in due), initial=0.0))
         return Flow(rows, clear_s, listed, rate, load, blocks, deadlines, backlog)
@@ -192,13 +200,11 @@ class VirtualCopy:
     def _set_lengths(self, demand: FloatArray, rows: Sequence[PrefillRow]) -> None:
         """Choose draft lengths by TPOT as the planner does."""
         n = self.num_groups
-        tpot = demand[TPOT].copy()
-        tpot[:n] *= self.counts[:n]
         counts = np.concatenate([self.counts, np.full(len(rows), 0.5)])
         acceptance = np.concatenate([self.acceptance, [row.acceptance for row in rows]])
-        tpots, group = np.unique(tpot, return_inverse=True)
+        tpots, group = tiers_of(draft.paces(demand, 0.0))
         totals = np.bincount(group, counts, len(tpots)).astype(np.float64)
-        mean = np.bincount(group, counts * acceptance, len(tpots)) / totals
+        mean = np.bincount(group, counts * acceptance, len(tpots)) / np.maximum(totals, 1e-9)
         verify = draft.lengths(
             tpots, mean, totals, self.machine, self.snapshot.limits.max_draft_length + 1,
             context_tokens=float(demand[CONTEXT, :n].sum()),

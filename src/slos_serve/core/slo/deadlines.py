@@ -157,6 +157,10 @@ class StreamGrader:
         for name, value in zip(self.__slots__, values, strict=True):
             setattr(self, name, value)
 
+    def delay(self, seconds: float) -> None:
+        """Move all deadlines, and what has been, so far back."""
+        self._arrival_s += seconds
+
     def feed(self, time_s: float, num_new_tokens: int, num_new_thinking_tokens: int = 0) -> None:
         """Take one chunk of output that arrived at `time_s`, thinking tokens first."""
         if num_new_tokens <= 0:

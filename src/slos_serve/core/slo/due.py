@@ -1,10 +1,12 @@
 """When the next token of each live request is due, over the rows of a `RequestTable`: the deadlines a planner reads.
 
 They are those of `deadlines`, for the token that comes next. Any token may turn out to be the last, so each is
-due at due(n). An `e2e` promise becomes a deadline through the predicted output length P: behind every token the
-P - n that follow must still fit, each taking the promised TPOT, or P-ths of half the whole span where that is
-less (where no TPOT is promised, half of the span is for queue and prefill). Time gained is kept: only the last
-token has a deadline of its own.
+due at due(n). An `e2e` promise becomes a deadline through the predicted output length P: token n is due at
+
+    e2e_deadline - (P - n) * pace,    pace = min(tpot, 0.5 * (e2e_deadline - arrival) / P)
+
+so that the tokens behind it still fit; without a TPOT, half of the span is left for queue and prefill. Time gained is
+kept: only the last token has a deadline of its own.
 
 `min_token_s`: the least time that an output token takes on this replica; it only moves the first token of a
 request with an `e2e` promise forward, so that the others can follow.
@@ -57,6 +59,18 @@ def row_pace(rows: Rows, i: int, min_token_s: float) -> float:
 @jit
 def row_due(rows: Rows, i: int, min_token_s: float) -> float:
     """Return `next_due_s` of one row."""
+    return min(row_scheduled(rows, i, min_token_s), row_silence_ends(rows, i))
+
+
+@jit
+def row_silence_ends(rows: Rows, i: int) -> float:
+    """Return when the longest silence that row `i` bears is over; `inf` before its first token."""
+    return float(rows["last_token_s"][i] + rows["max_gap_s"][i]) if rows["num_output_tokens"][i] > 0 else math.inf
+
+
+@jit
+def row_scheduled(rows: Rows, i: int, min_token_s: float) -> float:
+    """Return when the next token of row `i` is due by its paces alone."""
     produced, thinking = rows["num_output_tokens"][i], rows["num_thinking_tokens"][i]
     deadline = float(rows["ttft_deadline_s"][i])
     due = deadline
@@ -66,7 +80,6 @@ def row_due(rows: Rows, i: int, min_token_s: float) -> float:
         due += rows["tpot_s"][i] * (produced - thinking) if produced > thinking else 0.0
         first = float(rows["first_token_s"][i])
         due += max(deadline, first) if math.isfinite(deadline) else first
-        due = min(due, rows["last_token_s"][i] + rows["max_gap_s"][i])
     e2e = float(rows["e2e_deadline_s"][i])
     if math.isfinite(e2e):
         after_next = max(rows["predicted_output_tokens"][i] - produced - 1.0, 0.0)
@@ -97,6 +110,15 @@ def next_due_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
     for i in range(len(rows)):
         dues[i] = row_due(rows, i, min_token_s)
     return dues
+
+
+@jit
+def scheduled_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
+    """Return when the next output token of each row is due by its paces alone. Shape (len(rows),)."""
+    scheduled = np.empty(len(rows))
+    for i in range(len(rows)):
+        scheduled[i] = row_scheduled(rows, i, min_token_s)
+    return scheduled
 
 
 @jit

@@ -88,6 +88,7 @@ class Steering:
         waiting: Mapping[str, Request],
         stock: Mapping[str, Request],
         next_draft_length: int | None = None,
+        stock_tokens: int = UNCAPPED,
     ) -> None:
         self.scheduler = scheduler
         ids, tokens, drafts = plan.request_ids, plan.num_tokens.tolist(), plan.draft_lengths.tolist()
@@ -133,8 +134,10 @@ class Steering:
         kind = kind_in(scheduler)
         assert kind is not None  # else `view.probe` has said so
         self.queues = kind()
+        self.num_surplus = self._leave_out_surplus() if self.offered and scheduler.lora_config is not None else 0
         if stock:
-            self.caps.update(dict.fromkeys(stock, UNCAPPED))
+            # one token in each step at least: no plan can stall them
+            self.caps.update(dict.fromkeys(stock, max(1, stock_tokens // len(stock))))
             self._join_stock(stock)
 
     def _join_stock(self, stock: Mapping[str, Request]) -> None:
@@ -150,15 +153,24 @@ class Steering:
         earlier = [r for r in theirs if r.arrival_time <= first]
         self.offered = earlier + self.offered + [r for r in theirs if r.arrival_time > first]
 
-    @property
-    def fits_adapters(self) -> bool:
-        """Tell whether the adapters of all that run, held requests included, and of all that is offered are few enough.
+    def _leave_out_surplus(self) -> int:
+        """Offer no request whose adapter would be one too many beside all that run, held ones too; return how many.
 
         vLLM looks at the adapters of what one step schedules alone, for it holds nobody; where held ones come back
-        and are too many its engine ends.
+        and are too many its engine ends. The plan's order decides, promised requests first.
         """
-        lora = self.scheduler.lora_config
-        return lora is None or len({_adapter(r) for r in (*self.sorted, *self.offered)} - {0}) <= lora.max_loras
+        loaded = {_adapter(r) for r in self.sorted} | {0}
+        fitting = []
+        for request in self.offered:
+            adapter = _adapter(request)
+            if adapter in loaded or len(loaded) <= self.scheduler.lora_config.max_loras:
+                loaded.add(adapter)
+                fitting.append(request)
+            else:
+                self.caps.pop(request.request_id, None)
+                self.expected.pop(request.request_id, None)
+        surplus, self.offered = len(self.offered) - len(fitting), fitting
+        return surplus
 
     def leave_out(self, request_ids: Iterable[str]) -> None:
         """Plan no longer for requests that have ended, before the same steering begins again."""

@@ -10,6 +10,7 @@ in flight has ended: its tokens are computed and out, at the time when it is exp
 from __future__ import annotations
 
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Live:
     is_stock: bool = False
     has_row: bool = False
     missed: bool = False
+    missed_at: int = 0  # output tokens when that became known
+    promised_tokens: float = math.inf  # the predicted output length when the promise was given
     num_output_tokens: int = 0
     num_thinking_tokens: int = 0
     first_token_s: float = math.inf
@@ -70,6 +73,7 @@ class Live:
     promise_lead_s: float | None = None
     would_be: str = ""  # the verdict in observe mode
     is_set_aside: bool = False  # its class only observes, others are steered: it is planned as best-effort work
+    is_over_share: bool = False  # its tenant has all the promises that it may have
     is_expired: bool = False
 
     @property
@@ -98,6 +102,11 @@ class Live:
     def has_slo(self) -> bool:
         """Tell whether the client asked for anything."""
         return not self.slo.is_empty
+
+    @property
+    def has_outrun(self) -> bool:
+        """Tell whether its SLO was missed by an output longer than predicted when the promise was given."""
+        return (self.missed_at or self.num_output_tokens) > self.promised_tokens
 
     @property
     def planned_slo(self) -> Slo:
@@ -201,11 +210,26 @@ class Tracker:
             self.num_invalid += 1
             return
         live.slo, live.weight, live.thinks, live.slo_class = slo, weight, thinks, label
-        live.is_set_aside = self._sets_aside(label)
-        live.is_thinking = thinks and bool(self.thinking_end)
+        live.is_over_share = not slo.is_empty and self._is_over_share(live)
+        live.is_set_aside = self._is_aside(live)
+        live.is_thinking = (
+            thinks and bool(self.thinking_end) and not view.ends_thinking(live.request, self.thinking_end)
+        )
         live.reason = "" if live.has_slo else "requested"
         if live.has_slo:
             live.grader = StreamGrader(live.arrival_s, slo, live.is_thinking)
+
+    def _is_aside(self, live: Live) -> bool:
+        """Tell whether a request is planned as best-effort work whatever it asks for."""
+        return live.is_over_share or self._sets_aside(live.slo_class) or view.has_encoder_inputs(live.request)
+
+    def _is_over_share(self, live: Live) -> bool:
+        """Tell whether its tenant holds, or asks for, as many promises as the operator allows."""
+        most = self.config.max_promises_per_tenant
+        if most is None:
+            return False
+        others = (one for one in self.live.values() if one is not live and one.tenant == live.tenant)
+        return sum(not one.planned_slo.is_empty and not one.missed for one in others) >= most
 
     def _reference(self, prompt_tokens: int) -> float:
         if self.reference is None:
@@ -240,6 +264,7 @@ class Tracker:
             slo_class=live.slo_class,
             weight=live.weight,
             thinks=live.is_thinking,
+            tenant=zlib.crc32(live.tenant.encode()) if live.tenant else 0,
         )
 
     def _max_output_tokens(self, request: Request) -> int:
@@ -271,14 +296,14 @@ class Tracker:
     def remove(self, request_id: str) -> Live | None:
         """Forget a request; None if it was not known."""
         live = self.live.pop(request_id, None)
-        if live is None:
-            return None
-        if request_id not in self._watched and live.num_output_tokens:
-            live.num_output_tokens = len(live.request.output_token_ids)
-            live.last_token_s = self._last_output_s
-        self._watched.pop(request_id, None)
+        is_watched = self._watched.pop(request_id, None) is not None
         self.blocked.pop(request_id, None)
         self.stock.pop(request_id, None)
+        if live is None:
+            return None
+        if not is_watched and live.num_output_tokens:
+            live.num_output_tokens = len(live.request.output_token_ids)
+            live.last_token_s = self._last_output_s
         self._unresolved.pop(request_id, None)
         if live.has_row:
             self.num_with_slo -= not live.planned_slo.is_empty
@@ -288,6 +313,38 @@ class Tracker:
             if index < len(self._rows_live):
                 self._rows_live[index], self._rows_requests[index] = last_live, last_request
         return live
+
+    def reconcile(self) -> int:
+        """Make the table agree with what vLLM holds again, after a fault of ours; return how many did not.
+
+        What vLLM no longer holds is forgotten; what has no row follows vLLM's own rules from now on.
+        """
+        known = self.scheduler.requests
+        gone = [request_id for request_id in self.live if request_id not in known]
+        for request_id in gone:
+            self.remove(request_id)
+        lost = [
+            request
+            for request_id, request in known.items()
+            if request_id not in self.stock
+            and request_id not in self.blocked
+            and not ((live := self.live.get(request_id)) and live.has_row)
+        ]
+        self.stock.update({request.request_id: request for request in lost})
+        self.version += 1
+        return len(gone) + len(lost)
+
+    def delay(self, live: Live, seconds: float) -> None:
+        """Move all that a request was promised so far back: the time of an operator's pause does not count."""
+        if seconds <= 0:
+            return
+        self.version += 1
+        if live.grader is not None:
+            live.grader.delay(seconds)
+        if live.has_row:
+            row = self.table.rows[self.table.index(live.request_id)]
+            for name in ("ttft_deadline_s", "e2e_deadline_s", "first_token_s", "last_token_s"):
+                row[name] += seconds
 
     # -- every step -------------------------------------------------------------------------------
 
@@ -378,7 +435,7 @@ class Tracker:
         """Plan for the classes that are steered from now on; a promise that was given stands."""
         self.version += 1
         for live in self.live.values():
-            aside = self._sets_aside(live.slo_class) and not live.was_promised
+            aside = self._is_aside(live) and not live.was_promised
             if aside == live.is_set_aside:
                 continue
             before, live.is_set_aside = live.planned_slo, aside
@@ -387,6 +444,17 @@ class Tracker:
                 self.table.set_promises(self._core_request(live))
                 if live.num_output_tokens:  # it began without a promise
                     self.table.rows["tier"][self.table.index(live.request_id)] = Tier.BEST_EFFORT
+
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether anybody asks for a promise, one whose grammar is not ready yet included."""
+        return self.num_with_slo > 0 or any(not live.planned_slo.is_empty for live in self.blocked.values())
+
+    def forget_hits(self) -> None:
+        """Look prefix hits up again: the cache has been emptied."""
+        waiting = np.flatnonzero(self.table.rows["status"] == Status.WAITING).tolist()
+        self.table.rows["num_cached_tokens"][waiting] = 0
+        self._lookups.extend(self._rows_live[index].request_id for index in waiting)
 
     def runnable_waiting(self) -> dict[str, Request]:
         """Return the waiting requests that have a row, by id."""
@@ -423,7 +491,7 @@ class Tracker:
                 continue
             grader.feed(now_s, count, thinking)
             if grader.missed and not live.missed:
-                live.missed = True
+                live.missed, live.missed_at = True, live.num_output_tokens
                 if live.has_row:
                     self.table.rows["missed"][self.table.index(live.request_id)] = 1
 

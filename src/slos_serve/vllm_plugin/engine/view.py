@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
 from slos_serve.core.types import IntArray, Limits
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 HOOK = "_reserve_prefill_lookahead"
+# A template that switches thinking off closes the span so many tokens before the end of the prompt at most; one that
+# opens another turn puts more in between.
+CLOSING_TOKENS = 8
 
 # name -> parameters after self
 METHODS = {
@@ -35,6 +39,7 @@ METHODS = {
     "schedule": ["throttle_prefills"],
     "update_from_output": ["scheduler_output", "model_runner_output"],
     "add_request": ["request"],
+    "set_pause_state": ["pause_state"],
     "shutdown": [],
     "_free_request": ["request", "delay_free_blocks"],
     "_preempt_request": ["request", "timestamp", "drop_stale_output"],
@@ -146,6 +151,7 @@ def unsupported(scheduler: Any) -> list[str]:
     """Return what this engine is configured for that the planner cannot steer; empty means nothing."""
     config = scheduler.vllm_config
     auxiliary = getattr(scheduler, "aux_output_connector", None)
+    speculation = config.speculative_config
     checks = {
         "pooling models": config.model_config.runner_type == "pooling",
         "encoder-decoder models": bool(scheduler.is_encoder_decoder),
@@ -159,8 +165,25 @@ def unsupported(scheduler: Any) -> list[str]:
         "data-parallel engines in lock step": scheduler.parallel_config.data_parallel_size > 1,
         "prefix hits that are computed again": bool(getattr(scheduler, "prefix_replay_tokens", 0)),
         "prefix hits cut to auxiliary outputs": hasattr(auxiliary, "max_cache_hit"),
+        "a KV cache that is not full attention in blocks of one size": not _is_plain(scheduler),
+        "pipeline parallelism": scheduler.parallel_config.pipeline_parallel_size > 1,
+        "drafts that take input slots of their own": getattr(speculation, "max_num_new_slots_for_drafting", 0) > 0,
+        "images that must not be split": bool(scheduler.scheduler_config.disable_chunked_mm_input),
     }
     return [name for name, present in checks.items() if present]
+
+
+def _is_plain(scheduler: Any) -> bool:
+    """Tell whether every token of a request takes room in each KV cache group until it ends.
+
+    Sliding windows give blocks back and Mamba states hold a fixed number: counted by tokens, both come out wrong.
+    """
+    specs = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+    for spec in specs:
+        for part in getattr(spec, "kv_cache_specs", {"": spec}).values():
+            if type(part) not in (FullAttentionSpec, MLAAttentionSpec) or part.block_size != scheduler.block_size:
+                return False
+    return True
 
 
 def mismatch(scheduler: Any, *, is_async: bool) -> list[str]:
@@ -197,12 +220,37 @@ def promote(scheduler: Any, request: Request) -> bool:
 
 
 def follows_stock_rules(request: Request) -> bool:
-    """Tell whether a request has needs that only vLLM's own order can serve.
+    """Tell whether a request has needs that only vLLM's own order can serve: pooling and streamed input.
 
-    Pooling, encoder inputs and streamed input: such a request is always offered to vLLM and never capped,
-    so that no plan can stall it.
+    Such a request is offered to vLLM in every step and gets a token at least, so that no plan can stall it.
     """
-    return request.sampling_params is None or bool(request.mm_features) or bool(request.resumable)
+    return request.sampling_params is None or bool(request.resumable)
+
+
+def has_encoder_inputs(request: Request) -> bool:
+    """Tell whether a request brings images or sound: how long their encoder takes is not known."""
+    return bool(request.mm_features)
+
+
+def is_admitted(request: Request) -> bool:
+    """Tell whether a request runs."""
+    return request.status is RequestStatus.RUNNING
+
+
+def holds_seat(request: Request) -> bool:
+    """Tell whether a request takes one of the engine's seats now; a streamed session keeps its own between inputs."""
+    return request.status in (RequestStatus.RUNNING, RequestStatus.WAITING_FOR_STREAMING_REQ)
+
+
+def pause_of(scheduler: Any) -> str:
+    """Return which requests the operator has paused: none (""), those not yet admitted ("new"), or "all"."""
+    return {"PAUSED_NEW": "new", "PAUSED_ALL": "all"}.get(scheduler.pause_state.name, "")
+
+
+def ends_thinking(request: Request, marks: frozenset[int]) -> bool:
+    """Tell whether the prompt closes a thinking span at its end, as templates do where thinking is off."""
+    tail = (request.prompt_token_ids or [])[-CLOSING_TOKENS:]
+    return not marks.isdisjoint(tail)
 
 
 def is_running(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:

@@ -20,11 +20,11 @@ import numpy as np
 
 from slos_serve.core.fit import OnlineCorrection, StepSample, fit_perf_model
 from slos_serve.core.perf import PerfModel
+from slos_serve.records.profile import SCHEMA
 from slos_serve.records.writer import BatchShape
 
 logger = logging.getLogger("vllm.slos_serve")
 
-SCHEMA = "slos-serve-profile/1"
 FIT_STEPS = 200
 KEPT_STEPS = 4000
 

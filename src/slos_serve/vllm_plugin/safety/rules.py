@@ -10,12 +10,15 @@ hour, until steering has held up for `FORGIVEN` times the last hold.
 What happens once is no evidence. A step counts for at most `USUAL` times the usual one, so that a pause of the
 interpreter does not trip the rule about cost. A *stall*, a step that took many times as long as predicted (a kernel is
 compiled, a page comes in), excuses the promises of those who were there; where stalls are not rare they excuse nothing.
+
+A promise that an output longer than predicted broke is nobody's evidence (see `promises`). And nobody alone decides:
+where others have ended enough requests, the tenant with the most broken promises is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 RELIEF = 0.8  # of a tolerated share: what must be reached before steering resumes
@@ -25,6 +28,7 @@ USUAL = 2.0  # times the mean step time: what one step can count for in the rule
 RARE_STALLS = 3.5  # within what is remembered
 _FADE = 1.0 - 1.0 / 2000.0  # faults, stalls and times are remembered over about 2000 steps
 _PROMISES = 1000
+_OTHERS = 50  # promises of other tenants that say enough without the worst one's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +68,7 @@ class StepDown:
         self.is_resting = False
         self.reason = ""
         self.num_step_downs = 0
-        self._promises: deque[bool] = deque(maxlen=_PROMISES)
+        self._promises: deque[tuple[bool, str]] = deque(maxlen=_PROMISES)
         self._steps = 0.0
         self._faults = 0.0
         self._timed_steps = 0
@@ -80,10 +84,10 @@ class StepDown:
         self._resume_s = 0.0
         self._hold_s = 0.0
 
-    def add_promise(self, kept: bool, *, arrival_s: float = math.inf) -> None:
-        """Count a promised request that ended; a broken one is excused where it was there in a rare stall."""
+    def add_promise(self, kept: bool, tenant: str = "", *, arrival_s: float = math.inf) -> None:
+        """Count a promised request that ended, and whose it was; a broken one is excused if it was there in a stall."""
         if kept or arrival_s > self._stalled_s:
-            self._promises.append(kept)
+            self._promises.append((kept, tenant))
 
     def add_step(self, step_s: float, delay_s: float) -> None:
         """Count the time of a step with tokens, and for how long the device waited for us before it, in seconds."""
@@ -149,6 +153,15 @@ class StepDown:
         self._weight = self._step_s = self._delay_s = self._clock_step_s = 0.0
         return True
 
+    def _broken(self) -> tuple[int, int]:
+        """Return how many promises were broken, of how many; without the worst tenant where the others are enough."""
+        count = Counter(tenant for _, tenant in self._promises)
+        broken = Counter(tenant for kept, tenant in self._promises if not kept)
+        worst = broken.most_common(1)
+        if worst and len(self._promises) - count[worst[0][0]] >= _OTHERS:
+            del count[worst[0][0]], broken[worst[0][0]]
+        return broken.total(), count.total()
+
     def _violation(self, strictness: float) -> str:
         """Return the first rule that is broken, its tolerance multiplied by `strictness`; "" for none."""
         limits = self.limits
@@ -159,9 +172,9 @@ class StepDown:
         if self._num_clock_errors >= limits.num_clock_errors:
             return f"plans are made for a time that is off by more than {limits.max_clock_error_s:g} s"
         if len(self._promises) >= limits.num_promises:
-            kept = sum(self._promises) / len(self._promises)
-            if 1 - kept > (1 - limits.min_promises_kept) * strictness:
-                return f"promises kept {kept:.1%} of {len(self._promises)} (limit {limits.min_promises_kept:.0%})"
+            broken, count = self._broken()
+            if broken > (1 - limits.min_promises_kept) * strictness * count:
+                return f"promises kept {1 - broken / count:.1%} of {count} (limit {limits.min_promises_kept:.0%})"
         if self._coverage is not None and 1 - self._coverage > (1 - limits.min_coverage) * strictness:
             return f"margin coverage {self._coverage:.1%} (limit {limits.min_coverage:.0%})"
         if self._faults > limits.num_faults - 0.5 and self._faults > limits.max_fault_share * strictness * self._steps:
