@@ -269,7 +269,8 @@ class SloRuntime:
     def _reconcile(self) -> None:
         """See to it that one request that went wrong does not go wrong in every further step."""
         try:
-            self.faults.counts["reconciled"] += self.tracker.reconcile()
+            if count := self.tracker.reconcile():
+                self.faults.counts["reconciled"] += count
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("reconcile", error)
 
