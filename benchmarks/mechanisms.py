@@ -35,7 +35,7 @@ from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import BatchPlan, Plan, ReplicaState
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.run import run_workload
+from slos_serve.sim.systems import system_with
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
 from slos_serve.traces.trace import Trace, synthetic_arrivals
 
@@ -175,15 +175,13 @@ def serve(
     learns: bool = True,
 ) -> dict[str, Any]:
     """Return the summary of one run."""
-    result = run_workload(
+    result = system_with(planner_, max_draft_length=drafts).serve(
         workload,
-        planner_,
         hardware.slower(error),
         plan_model=hardware.perf_model,
         seed=seed,
-        options=ReplicaOptions(acceptance={"": ACCEPTANCE}, learns_times=learns),
+        engine=ReplicaOptions(acceptance={"": ACCEPTANCE}, learns_times=learns),
         max_model_len=MAX_CONTEXT,
-        max_draft_length=drafts,
     )
     return result.entry(system="slos-serve", wall_s=0.0)
 

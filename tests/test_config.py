@@ -328,3 +328,39 @@ def test_every_promise_can_be_said_by_a_class_and_by_a_request():
         SloClass(name="x", **{key: 5.0})
         slo, _, _ = SloConfig().resolve("best-effort", {key: 5.0}, 10, lambda _: 1.0)
         assert not slo.is_empty
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "says"),
+    [
+        ("unknown_keys: maybe", "unknown_keys", "one of default, refuse"),
+        ("pages: everybody", "pages", "one of open, admin, off"),
+        ("trusted_proxies: 10.0.0.0/8", "trusted_proxies", "a list of addresses"),
+        ("trusted_proxies: [10.0.0.1/8]", "trusted_proxies", "10.0.0.0/8"),
+        ("trusted_proxies: [gateway]", "trusted_proxies", "addresses or networks"),
+        ("trusted_proxies: [5]", "trusted_proxies", "a list of addresses"),
+        ("max_body_bytes: 0", "max_body_bytes", "1 or more"),
+        ("max_body_bytes: true", "max_body_bytes", "1 or more"),
+        ("api_keys: {a: {key: k, admin: 'yes'}}", "api_keys.a.admin", "true or false"),
+        ("api_keys: {a: {key: k, proxy: 1}}", "api_keys.a.proxy", "true or false"),
+        ("api_keys: {a: {key: k, root: true}}", "api_keys.a.root", "admin, proxy"),
+        ("tenants: {'" + "x" * 129 + "': chat}", "tenants", "1 to 128 characters"),
+    ],
+)
+def test_who_may_say_what_is_checked_like_the_rest(write, text, key, says):
+    with pytest.raises(ConfigError) as caught:
+        load_slo_config(write(text))
+    assert caught.value.key == key
+    assert says in str(caught.value)
+
+
+def test_keys_proxies_and_limits_survive_the_way_to_other_processes(write):
+    config = load_slo_config(
+        write(
+            "unknown_keys: refuse\npages: admin\ntrusted_proxies: [10.0.0.0/8, '::1']\nmax_body_bytes: 1000\n"
+            "api_keys: {ops: {key: k, admin: true}, gateway: {key: g, proxy: true, class: chat}}\n"
+        )
+    )
+    assert SloConfig.from_json(json.dumps(config.to_json())) == config
+    assert (config.api_keys["ops"].admin, config.api_keys["gateway"].proxy) == (True, True)
+    assert config.trusted_proxies == ("10.0.0.0/8", "::1")

@@ -19,7 +19,7 @@ from slos_serve.sim.capacity.runs import outcome_of, work_rate
 from slos_serve.sim.capacity.search import Answer, Effort, index_of, interval, measure, rate_at
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
-from slos_serve.sim.systems import System, find_system, system_of
+from slos_serve.sim.systems import System, find_system, system_of, system_with
 from slos_serve.sim.workloads.workload import RequestFactory, trace_workload
 from slos_serve.traces.trace import Trace, read_trace
 
@@ -39,7 +39,7 @@ def as_system(system: str | Planner | type[Planner] | System) -> System:
         return find_system(system)
     if isinstance(system, type):
         return system_of(system, name=system.__name__)
-    return system_of(lambda: system, name=type(system).__name__, like=system)
+    return system_with(system)
 
 
 def as_trace(trace: Trace | str | Path) -> Trace:

@@ -8,9 +8,9 @@ Theory of operation. A step has four questions, answered in this order.
 2. *Who else can be served?* A request stays a candidate while its slack lasts. The dynamic programme
    of `admission` (or all candidates at once, where a simulation shows that they fit) proposes a set; the
    set is simulated with the model's margin, repaired and extended. A candidate that even an idle engine
-   could not serve in time is told so. A promise cannot be taken back, so one that a burst of cheaper
-   requests might regret waits: it is given at once where it would hold even if prompts took `reserve`
-   times as long, else with the batch that ends the prompt. Until then the set is chosen anew each time.
+   could not serve in time is told so. A promise is final. One that would not hold with prefill `reserve`
+   times slower is postponed until the batch that finishes the prompt, because cheaper requests may come in a
+   burst before. Until then the set is chosen anew each time.
 3. *What runs next?* `step` composes a batch for that set: eagerly, if the deadlines also hold with every
    decode in every batch, otherwise decodes join only when they must. Where they hold with brief batches
    too, batches are brief, because a newcomer with a short prompt cannot wait for the end of a long one.

@@ -145,7 +145,7 @@ REQUEST_DTYPE = np.dtype(
         ("first_token_s", np.float64),  # inf before it
         ("last_token_s", np.float64),
         ("predicted_output_tokens", np.float64),  # a high quantile, never the truth
-        ("drawn_output_tokens", np.float64),  # a quantile as low or high as its turn has it; see `lengths`
+        ("drawn_output_tokens", np.float64),  # a quantile per request, spread evenly over requests; see `lengths.turn`
     ]
 )
 
@@ -416,8 +416,8 @@ class Plan:
     `verdicts` holds changes only. `at_risk` names promised requests that no plan can keep any more: an
     empty tuple and no new promise means "the running set is kept, nothing new"; a non-empty one means
     "the running set cannot be kept, let these go". `work` is the search effort spent, in the unit of
-    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent. `repeats`: all that run decode,
-    one token each, and while no request arrives or ends and blocks are free, the next plan is this one again.
+    `Limits.work_limit`; `headroom_tokens_per_s` is the prefill rate still unspent. `repeats`: true if the same batch,
+    one token for each running request, will be planned again until a request arrives or ends or KV blocks run out.
     """
 
     batch: BatchPlan

@@ -25,7 +25,7 @@ from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import Hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.replica.requests import SimRequest
-from slos_serve.sim.run import run_workload
+from slos_serve.sim.systems import system_with
 from slos_serve.sim.workloads.workload import Workload
 
 if TYPE_CHECKING:
@@ -163,15 +163,8 @@ class Observed:
             pace=self.pace,
             acceptance=_acceptance(self.recording),
         )
-        result = run_workload(
-            workload,
-            self.planner(enforced=enforced),
-            self.hardware,
-            seed=seed,
-            options=options,
-            max_draft_length=int(limits.get("max_draft_length", 0)),
-        )
-        return result.graded
+        system = system_with(self.planner(enforced=enforced), max_draft_length=int(limits.get("max_draft_length", 0)))
+        return system.serve(workload, self.hardware, engine=options, seed=seed).graded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

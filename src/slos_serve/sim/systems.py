@@ -304,7 +304,15 @@ def find_system(name: str) -> System:
     return SYSTEMS[name]
 
 
-def system_of(build: Callable[..., Planner], *, name: str, like: object = None) -> System:
+def system_of(
+    build: Callable[..., Planner], *, name: str, like: object = None, max_draft_length: int | None = None
+) -> System:
     """Return the system of a planner's class, with its own defaults as settings; `like`: what says its traits."""
     traits = PlannerTraits.of(build if like is None else like)
-    return System(name=name, build=build, default={}, grid=({},), max_draft_length=traits.max_draft_length)
+    longest = traits.max_draft_length if max_draft_length is None else max_draft_length
+    return System(name=name, build=build, default={}, grid=({},), max_draft_length=longest)
+
+
+def system_with(planner: Planner, *, max_draft_length: int | None = None) -> System:
+    """Return the system of one planner that is there."""
+    return system_of(lambda: planner, name=type(planner).__name__, like=planner, max_draft_length=max_draft_length)

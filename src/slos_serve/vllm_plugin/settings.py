@@ -22,8 +22,8 @@ STATE_SUFFIX = ".learnt.json"
 class Settings:
     """The plug-in's settings; `mode` is None where the operator left it to the platform.
 
-    `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file that
-    what was learnt outlives a restart in: None for one beside the profile, False for none. `record_max_mb`: what
+    `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file
+    that keeps what was learnt across restarts: None for one beside the profile, False for none. `record_max_mb`: what
     records may take on disk, older ones beside the file included. `record_names`: let them say tenants and sessions.
     `guard_s`: from the end of a step to the client seeing its token. `planner` is a dotted class name and
     `planner_options` its keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners).

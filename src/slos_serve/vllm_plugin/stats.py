@@ -91,7 +91,7 @@ class SloStatLogger(StatLoggerBase):
         additional = vllm_config.additional_config
         slo = additional.get("slo") if isinstance(additional, dict) else None
         model, instance = vllm_config.model_config, vllm_config.instance_id
-        client = max(0, vllm_config.parallel_config._api_process_rank)
+        client = max(0, vllm_config.parallel_config._api_process_rank)  # noqa: SLF001 -- vLLM has no public word for it
         HUB.configure(slo=slo or {}, model=model.served_model_name or model.model, client=client)
         below = (slo or {}).get("channel_dir")
         try:

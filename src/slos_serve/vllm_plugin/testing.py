@@ -160,7 +160,7 @@ def make_request(
     rng = np.random.default_rng(zlib.crc32(request_id.encode()) if seed is None else seed)
     structured = StructuredOutputsParams(json='{"type": "object"}') if grammar else None
     if structured is not None:
-        structured._backend = "xgrammar"
+        structured._backend = "xgrammar"  # noqa: SLF001 -- as vLLM's own tests do
     params = SamplingParams(
         max_tokens=max_tokens,
         ignore_eos=True,

@@ -57,7 +57,7 @@ OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks 
 
 @jit
 def foretold(rows: Rows, i: int) -> float:
-    """Return the output tokens up to which what is predicted and drawn for row `i` holds: then both are made anew."""
+    """Return the output length, in tokens, at which row `i`'s predicted and drawn lengths expire and are made anew."""
     return min(float(rows["predicted_output_tokens"][i]), float(rows["drawn_output_tokens"][i]))
 
 
@@ -65,10 +65,10 @@ def foretold(rows: Rows, i: int) -> float:
 def planned_rests(rows: Rows) -> FloatArray:
     """Return the output tokens that each row is planned to produce still, at least 1.
 
-    Lengths add up, in memory and in steps: of many outputs the long ones meet short ones. So what is promised or runs
-    is planned with the length drawn for it, which together are spread as lengths are, and with a share of what the high
-    quantile is above it: all of it for one alone, less among many, as the standard error of a sum. Best-effort work
-    gives way, so it is none of the many.
+    The sum of many lengths is easier to predict than one of them. So a promised or running row is planned with its
+    drawn length plus `share` of the distance to its high quantile, where share = sqrt(sum r^2) / sum r over promised
+    and running rows with predicted rests r: 1 for one row alone, 1 / sqrt(n) for n equal ones, as the standard error of
+    a sum. Best-effort rows keep the high quantile: they can be preempted.
     """
     rests: FloatArray = np.maximum(rows["predicted_output_tokens"] - rows["num_output_tokens"], 1.0)
     total = squares = 0.0

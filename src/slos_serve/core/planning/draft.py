@@ -1,7 +1,8 @@
 """How many tokens each TPOT tier verifies per step: draft lengths from acceptance, slack and load.
 
 Verifying s tokens (s - 1 drafts and the model's own) yields Acc(s) = (1 - a^s) / (1 - a) of them on
-average, where a is the chance that a draft is accepted; s = 1 is autoregressive. A tier of that length
+average, where a is the chance that a draft is accepted, each alike (Leviathan et al., arXiv 2211.17192,
+equation 1); s = 1 is autoregressive. A tier of that length
 needs one batch per Acc(s) * TPOT seconds, so longer drafts allow longer batches, and cost s tokens each.
 
 For every period that some tier and length would allow, each other tier takes the shortest length that

@@ -3,9 +3,9 @@
 Best-effort requests give up their blocks and seats, newest first. Where even the promised do not all fit, because
 outputs outran their predicted lengths, the cheapest of them give way too.
 
-What is left may run until a promise needs the engine. Where promises have been declined that is too long: every
-request that comes meanwhile waits for the end of the step. Then work without a promise lengthens only brief steps,
-but for a tenth of every second; what was promised and became late, or is at risk, is finished first.
+Best-effort work fills the batch up to the time at which the next promise needs the engine. While requests are being
+declined, it may lengthen only brief steps, because every newcomer waits for the end of the step; in the first tenth of
+each second that limit is off, so that nobody starves. What was promised and became late, or is at risk, comes first.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ leave, KV blocks) narrows many replicas down to the few that are worth the plann
 
 The price is what the promise takes of each resource until `RENT_S` from now (seconds of an idle engine; share
 of the KV room, times seconds), each times `PRICE_BASE` to the power of how full that resource would be: the
-exponential weights of online routing, under which no resource is filled while another one is free. Prices
-within `NEAR` of the cheapest are alike, as learnt models of equal engines differ by as much: there the replica
+exponential weights of online routing (Aspnes et al., "On-line routing of virtual circuits with applications to load
+balancing and machine scheduling", J. ACM 44(3), 1997), under which no resource is filled while another one is free.
+Prices within `NEAR` of the cheapest are alike, as learnt models of equal engines differ by as much: there the replica
 with the fewest requests wins, or promises that ask for little would all go to one.
 """
 

@@ -1,10 +1,12 @@
 """When the next token of each live request is due, over the rows of a `RequestTable`: the deadlines a planner reads.
 
 They are those of `deadlines`, for the token that comes next. Any token may turn out to be the last, so each is
-due at due(n). An `e2e` promise becomes a deadline through the predicted output length P: behind every token the
-P - n that follow must still fit, each taking the promised TPOT, or P-ths of half the whole span where that is
-less (where no TPOT is promised, half of the span is for queue and prefill). Time gained is kept: only the last
-token has a deadline of its own.
+due at due(n). An `e2e` promise becomes a deadline through the predicted output length P: token n is due at
+
+    e2e_deadline - (P - n) * pace,    pace = min(tpot, 0.5 * (e2e_deadline - arrival) / P)
+
+so that the tokens behind it still fit; without a TPOT, half of the span is left for queue and prefill. Time gained is
+kept: only the last token has a deadline of its own.
 
 `min_token_s`: the least time that an output token takes on this replica; it only moves the first token of a
 request with an `e2e` promise forward, so that the others can follow.

@@ -48,7 +48,13 @@ if TYPE_CHECKING:
 
 RESOLUTION_S = 0.05
 COARSE_S = 1.0
-CUTS = (1, 2, 3, 4, 6)  # tokens verified at which Acc is cut off, beside the most; fewer are in the requests' favour
+CUTS = (
+    1,
+    2,
+    3,
+    4,
+    6,
+)  # tangent points of the concave Acc(s), beside the most; fewer loosen the bound, never invalidate it
 
 
 class UnsolvedError(SlosServeError):

@@ -301,7 +301,7 @@ def measure(settings: Settings, start: int, effort: Effort) -> Question:
 
 
 def _next_rate(curve: Curve, target: float, effort: Effort) -> int | None:
-    """Return the rate that the capacity at `target` is most in doubt without; None where there is none."""
+    """Return the next rate to run to narrow the capacity interval at `target`; None when it is narrow enough."""
     indices = curve.indices
     passing = int((curve.fitted() >= target).sum())
     width = indices[-1] - indices[0]

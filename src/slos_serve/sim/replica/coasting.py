@@ -57,7 +57,7 @@ class Coasting:
     def set_off(self, plan: Plan, told_s: float) -> bool:
         """Work out when the steps of a plan that goes on will end; tell whether it is worth it.
 
-        From `told_s` on somebody must be told of the plan again.
+        `told_s`: when the router wants the next report of the plan (s); fast steps stop there.
         """
         if not self.is_possible:
             return False

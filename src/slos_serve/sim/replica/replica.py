@@ -79,9 +79,9 @@ class ReplicaOptions(StreamOptions):
 class Hooks:
     """Whom a replica tells. `end` gets every request with its grade, `step` every step record.
 
-    `plan` gets plans with their state, verdicts applied, before they run, and says from when on it must be told again
-    of one that goes on. With `first_token` a request leaves the replica when its first token is out. `plan_clock`
-    times the planner and nothing else, in the caller's seconds.
+    `plan` gets plans with their state, verdicts applied, before they run, and returns the time (s) of the next report
+    it needs while a plan repeats; inf for none. With `first_token` a request leaves the replica when its first token is
+    out. `plan_clock` times the planner and nothing else, in the caller's seconds.
     """
 
     end: Callable[[SimRequest, GradedRequest], None]
