@@ -1,6 +1,6 @@
 # Every target installs what it needs into a local virtual environment first, once.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster serve test check bench faults conformance compat format clean
+.PHONY: help demo demo-cluster serve test check bench faults audit conformance compat format clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
@@ -48,6 +48,11 @@ bench: ## the claims: scheduler cost, then vLLM against slos-serve at five rates
 faults: ## every kind of trouble on one real server under load: a table of what became of every request (20 minutes)
 	$(INSTALL) cpu bench dev
 	@$(BIN)/python benchmarks/faults.py $(ARGS)
+
+audit: ## known vulnerabilities of the locked packages (asks the public advisory database)
+	$(INSTALL) dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	@for lock in requirements/lock/*.txt; do $(BIN)/pip-audit --disable-pip --no-deps -r "$$lock" || exit 1; done
 
 conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
 	$(INSTALL) cpu dev

@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -99,14 +100,23 @@ class Bed:
 Strike = Callable[[Bed], None]
 
 
+def gone(bed: Bed) -> None:
+    """Wait until the server has ended, for as long as it may take over that."""
+    assert bed.engine is not None
+    with suppress(subprocess.TimeoutExpired):
+        bed.engine.process.wait(DRAIN_S)
+
+
 def kill_engine(bed: Bed) -> None:
     bed.engine_core().kill()
+    gone(bed)
 
 
 def kill_all(bed: Bed) -> None:
     for process in bed.processes():
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    gone(bed)
 
 
 def stall(bed: Bed) -> None:
@@ -121,6 +131,7 @@ def ask_to_end(number: int) -> Strike:
     def strike(bed: Bed) -> None:
         assert bed.engine is not None
         bed.engine.process.send_signal(number)
+        gone(bed)
 
     return strike
 

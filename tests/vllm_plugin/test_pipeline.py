@@ -33,7 +33,7 @@ class Device:
         expected = self.pipeline.starts_at(self.now)
         start = max(self.now, self.free_at)
         self.free_at = start + true_s
-        entry = InFlight(object(), SHAPE, self.now, self.now, expected, None, true_s * bias, 0.0)
+        entry = InFlight(object(), SHAPE, self.now, self.now, expected, None, true_s * bias, 0, 0.0, 0.0)
         self.pipeline.add(entry)
         self.queue.append((entry, self.free_at))
         return expected - start
@@ -67,6 +67,7 @@ def test_the_planners_clock_stays_beside_the_wall_clock_for_an_hour_of_wrong_pre
             if idle_every and step % idle_every == 0:
                 while device.queue:
                     device.complete()
+                device.pipeline.rest()
                 device.now += 1.0
 
 
@@ -79,6 +80,18 @@ def test_steps_in_flight_two_at_a_time_last_from_one_output_to_the_next(monkeypa
         device.hand_over(true_s, 1.0)
         measured.append(device.complete()[1])
     assert measured == pytest.approx([0.02, 0.03, 0.01], abs=1e-6)
+
+
+def test_the_pause_before_a_request_that_comes_soon_after_the_last_is_no_part_of_its_step(monkeypatch) -> None:
+    device = Device(2)
+    monkeypatch.setattr(pipeline_module, "time", device)
+    measured = []
+    for _ in range(3):
+        device.hand_over(0.006, 1.0)
+        measured.append(device.complete()[1])
+        device.pipeline.rest()
+        device.now += 0.004  # until the client asks again
+    assert measured == pytest.approx([0.006] * 3, abs=1e-6)
 
 
 def test_the_output_of_an_empty_batch_leaves_the_batch_in_flight_where_it_is(monkeypatch) -> None:

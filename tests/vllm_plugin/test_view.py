@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.vllm_plugin import runtime
 from slos_serve.vllm_plugin.engine import view
-from slos_serve.vllm_plugin.engine.shape import batch_shape
+from slos_serve.vllm_plugin.engine.shape import Shapes
 from slos_serve.vllm_plugin.testing import Engine, make_request
 
 
@@ -139,9 +139,9 @@ def test_a_step_that_skips_its_drafts_counts_none(build) -> None:
     output = scheduler.schedule()
     output.num_spec_tokens_to_schedule = 3
     output.skip_drafts = False
-    assert batch_shape(scheduler.slo.tracker, output).draft_steps == 3
+    assert Shapes(scheduler).of(output).draft_steps == 3
     output.skip_drafts = True
-    assert batch_shape(scheduler.slo.tracker, output).draft_steps == 0
+    assert Shapes(scheduler).of(output).draft_steps == 0
 
 
 def test_free_blocks_match_what_requests_are_thought_to_hold(build) -> None:
@@ -151,7 +151,7 @@ def test_free_blocks_match_what_requests_are_thought_to_hold(build) -> None:
         scheduler.add_request(make_request(f"r{i}", prompt_tokens=17 * (i + 1), max_tokens=40))
     for _ in range(12):
         engine.step()
-        scheduler.slo.tracker.sync()
+        scheduler.slo.tracker.sync(scheduler.slo.clock.now())
         held = int(scheduler.slo.tracker.table.rows["num_kv_blocks"].sum())
         assert held + view.free_units(scheduler, 1) == scheduler.slo.limits.num_kv_blocks
 

@@ -45,6 +45,7 @@ DECODE_SHAPES = (
     (1, 1024),
 )  # batch, context
 DECODE_TOKENS = 24
+MANY = 16  # decodes of the longest contexts, where the engine is fast enough
 MIXED_BATCHES = (2, 8, 20)
 FLUSH_TIMEOUT_S = 10.0
 
@@ -136,8 +137,8 @@ class _Driver:
         """Warm up, find out how long a prompt may be, then do rounds until the time is used up."""
         started = time.perf_counter()
         await self.prompt(32)()
-        longest = await self._find_longest(budget_s / 8)
-        items = self._items(longest)
+        longest, took_s = await self._find_longest(budget_s / 8)
+        items = self._items(longest, int(budget_s / 20 / max(took_s, 1e-3)))
         for round_number in range(max_rounds):
             for index in self.rng.permutation(len(items)).tolist():
                 name, item = items[index]
@@ -153,19 +154,22 @@ class _Driver:
             if time.perf_counter() - started > budget_s:
                 return
 
-    async def _find_longest(self, limit_s: float) -> int:
-        """Double a prompt until it fills the context or takes `limit_s`; the last one may span several steps."""
+    async def _find_longest(self, limit_s: float) -> tuple[int, float]:
+        """Double a prompt until it fills the context or takes `limit_s`; return its tokens and seconds.
+
+        The last one may span several steps.
+        """
         size = 64
         while True:
             before = time.perf_counter()
             await self.prompt(size)()
             took = time.perf_counter() - before
             if 2.5 * took > limit_s or 2 * size > self.max_model_len - 8:
-                return size
+                return size, took
             size *= 2
 
-    def _items(self, longest: int) -> list[tuple[str, Item]]:
-        """Return one round: (name, what to do)."""
+    def _items(self, longest: int, num_long: int) -> list[tuple[str, Item]]:
+        """Return one round: (name, what to do); so many prompts of the `longest` may be part of it."""
         sizes = [16 << i for i in range(12) if 16 << i <= longest]
         sizes += [3 * size // 2 for size in sizes if 3 * size // 2 <= longest]
         cheap = [size for size in sizes if size <= max(64, longest // 4)]
@@ -175,6 +179,13 @@ class _Driver:
             (f"decode {batch} x {context}", self.decodes(batch, context, DECODE_TOKENS))
             for batch, context in DECODE_SHAPES
             if context <= room
+        ]
+        # What long contexts cost is multiplied when promises are made behind them: it is measured where it can be.
+        many = min(num_long, MANY)
+        items += [
+            (f"decode {n} x {room}", self.decodes(n, room, DECODE_TOKENS))
+            for n in {1, many // 4, many}
+            if 0 < n <= many
         ]
         chunks = [size for size in (16, 32, 64, 128, 256, 512) if size <= max(64, longest // 2)]
         items += [(f"mixed {batch}", self.mixed(batch, chunks)) for batch in MIXED_BATCHES]

@@ -43,7 +43,7 @@ MAX_QUANTILE = 0.99
 QUANTILE_STEP = 0.005  # how far the quantile moves after a step beyond its margin; the other way, by 1/19 of it
 STALL_FACTOR = 3.0  # a step this much slower than predicted is a stall,
 MAX_STALL_SHARE = 0.1  # unless there are so many that the model must be what is wrong
-SECOND_LINE_GAIN = 0.98  # held-out error of two lines, relative to one, that pays for six more coefficients
+SECOND_LINE_GAIN = 0.98  # held-out error of two lines, relative to one, that pays for two more coefficients
 
 START_MARGIN = 1.3
 EVIDENCE = 50.0  # steps of a kind after which its margin is half way to what was measured

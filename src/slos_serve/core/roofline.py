@@ -5,6 +5,11 @@ Theory of operation. The error is relative, (predicted - measured) / measured: a
 size of the errors) bound it further, so a stalled step does little harm. One line is an active-set
 non-negative least squares. Two are found by turns, from several starts: give each row to the line that is
 higher there, refit both, and keep the best roofline seen.
+
+What changes with the size of a batch is whether weights or arithmetic take the time: tokens and the fixed cost have
+a coefficient for each line. Attention, sampling and drafts come on top of either, so the lines share theirs. Else the
+line that rules small batches says what long contexts cost from the few short ones that it has seen. A shared term that
+chance may have made is left out: what a few thousand tokens of context say is multiplied by a hundred thousand.
 """
 
 from __future__ import annotations
@@ -13,6 +18,9 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+
+OWN = (0, -1)  # the terms that each line has for itself: per token, fixed
+EVIDENCE = 3.0  # standard errors that a shared term must be away from nothing
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -27,14 +35,52 @@ def fit_lines(terms: FloatArray, seconds: FloatArray, weight: FloatArray, num_li
     best, best_error = _by_turns(terms, seconds, weight, everything, 1)
     if num_lines == 2:
         predicted = (terms @ best.T).max(axis=1)
-        starts = [(predicted > np.quantile(predicted, q)).astype(np.int64) for q in (0.25, 0.5, 0.75)]
+        starts = [(predicted > np.quantile(predicted, q)).astype(np.int64) for q in (0.25, 0.5, 0.75, 0.9, 0.97)]
         # a line that is flatter in tokens than the other begins below it: start from curvature, too
         middle = np.argsort(np.argsort(seconds / predicted)) > 0.5 * len(predicted)
         for start in [*starts, middle.astype(np.int64)]:
             lines, error = _by_turns(terms, seconds, weight, start, 2)
             if error < best_error:
                 best, best_error = lines, error
-    return best
+    return _without_chance(best, terms / seconds[:, None], weight)
+
+
+def _without_chance(lines: FloatArray, relative: FloatArray, weight: FloatArray) -> FloatArray:
+    """Return the lines without the shared terms that the steps are no evidence for."""
+    each = relative @ lines.T
+    line_of = each.argmax(axis=1)
+    size = np.abs(each.max(axis=1) - 1.0)
+    root = np.sqrt(weight * _robust(size))
+    relative = relative.copy()
+    shared = np.delete(np.arange(relative.shape[1]), OWN).tolist()
+    while True:
+        present = [term for term in shared if lines[0, term] > 0]
+        if not present:
+            return lines
+        error = _squares(lines, relative, root, line_of)
+        others = {}
+        for term in present:
+            fewer = relative.copy()
+            fewer[:, term] = 0.0
+            others[term] = _refit(fewer, root, line_of, len(lines))
+        rise = {term: _squares(others[term], relative, root, line_of) - error for term in present}
+        least = min(rise, key=rise.__getitem__)
+        if rise[least] > EVIDENCE**2 * error / max(len(relative) - 2 * relative.shape[1], 1):
+            return lines
+        lines = others[least]
+        relative[:, least] = 0.0
+
+
+def _squares(lines: FloatArray, relative: FloatArray, root: FloatArray, line_of: IntArray) -> float:
+    error = ((relative * lines[line_of]).sum(axis=1) - 1.0) * root
+    return float(error @ error)
+
+
+def _robust(size: FloatArray) -> FloatArray:
+    """Return Huber's weights for errors of this size."""
+    limit = max(1.5 * 1.4826 * float(np.median(size)), 0.01)
+    weights: FloatArray = np.minimum(1.0, limit / np.maximum(size, limit))
+    return weights
 
 
 def _by_turns(
@@ -46,12 +92,9 @@ def _by_turns(
     lines = np.zeros((num_lines, terms.shape[1]))
     best, best_error, stale = lines, math.inf, 0
     for _ in range(50):
-        for line in range(num_lines):
-            rows = line_of == line
-            if rows.sum() < min(terms.shape[1], len(rows)):
-                return best, best_error
-            root = np.sqrt(weight[rows] * robust[rows])
-            lines[line] = nonnegative_least_squares(relative[rows] * root[:, None], root)
+        if np.bincount(line_of, minlength=num_lines).min() < min(terms.shape[1], len(seconds)):
+            return best, best_error
+        lines = _refit(relative, np.sqrt(weight * robust), line_of, num_lines)
         each = relative @ lines.T
         line_of = each.argmax(axis=1)
         size = np.abs(each.max(axis=1) - 1.0)
@@ -61,9 +104,20 @@ def _by_turns(
             best, best_error = lines.copy(), error
         if stale == 5:
             break
-        limit = max(1.5 * 1.4826 * float(np.median(size)), 0.01)
-        robust = np.minimum(1.0, limit / np.maximum(size, limit))
+        robust = _robust(size)
     return best, best_error
+
+
+def _refit(relative: FloatArray, root: FloatArray, line_of: IntArray, num_lines: int) -> FloatArray:
+    """Return the lines that fit best where each row is ruled by its line; `root`: of the weights."""
+    scaled = relative * root[:, None]
+    shared = np.delete(scaled, OWN, axis=1)
+    own = [scaled[:, OWN] * (line_of == line)[:, None] for line in range(num_lines)]
+    found = nonnegative_least_squares(np.hstack([shared, *own]), root)
+    lines = np.zeros((num_lines, relative.shape[1]))
+    lines[:, np.delete(np.arange(relative.shape[1]), OWN)] = found[: shared.shape[1]]
+    lines[:, OWN] = found[shared.shape[1] :].reshape(num_lines, len(OWN))
+    return lines
 
 
 def nonnegative_least_squares(matrix: FloatArray, target: FloatArray) -> FloatArray:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from slos_serve.core.perf import PerfModel
+from slos_serve.core.planning.steady import foretell
 from slos_serve.core.routing.routers import Arrival, SloRouter, snapshot_of
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
 
@@ -29,7 +30,8 @@ def warm_up_router() -> None:
 def warm_up(planner: Planner, limits: Limits) -> None:
     """Plan a few made-up situations."""
     for num_candidates in (0, 2, 40):
-        planner.plan(_situation(limits, num_candidates))
+        state = _situation(limits, num_candidates)
+        foretell(replace(state, limits=replace(limits, max_draft_length=0)), planner.plan(state), 2)
     planner.plan(_situation(limits, 40, overloaded=True))
     # So little memory, and so much time, that sets are proposed which do not hold.
     small = replace(limits, max_num_seqs=8, max_model_len=1024, block_size=16, num_kv_blocks=500)

@@ -92,8 +92,12 @@ class StepRecorder:
         seconds: float,
         planned_s: float | None,
         predicted_s: float | None,
+        plan_age: int = 0,
     ) -> None:
-        """Keep one step; times in seconds, None where there was no plan or no model."""
+        """Keep one step; times in seconds, None where there was no plan or no model.
+
+        `plan_age`: how many steps before, the plan was made that it went on with; such a step has no `plan` of its own.
+        """
         self._append(
             lambda: {
                 "step": step,
@@ -107,6 +111,7 @@ class StepRecorder:
                 "seconds": round(seconds, 7),
                 "planned_s": None if planned_s is None else round(planned_s, 7),
                 "predicted_s": None if predicted_s is None else round(predicted_s, 7),
+                **({"plan_age": plan_age} if plan_age else {}),
             }
         )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from slos_serve.records.writer import BatchShape
 
-BUSY_GAP_S = 0.01  # from one output to the next schedule(): longer, and the engine had nothing to do
+BUSY_GAP_S = 0.05  # from one output to the next schedule(): longer, and the engine was kept from working
 
 
 @dataclass(slots=True)
@@ -28,7 +28,10 @@ class InFlight:
     """One scheduled batch on its way through the engine.
 
     `added_s`: when it was handed over, `starts_at_s`: when it was expected to start, on the wall clock. `began`: when
-    its `schedule()` was called, on `perf_counter`. `planned_s`: with margin, `predicted_s` without.
+    its time would begin on an idle engine, on `perf_counter`: with the call of `schedule()`, which is part of a step
+    under synchronous scheduling, else with the end of that call. `planned_s`: with margin, `predicted_s` without.
+    `plan_age`: steps since its plan was made. `cost_s`: the CPU time of our code since the hand-over before; `delay_s`:
+    what the device waited of it.
     """
 
     output: SchedulerOutput
@@ -38,7 +41,10 @@ class InFlight:
     starts_at_s: float
     planned_s: float | None
     predicted_s: float | None
-    overhead_s: float
+    plan_age: int
+    cost_s: float
+    delay_s: float
+    undrafted: frozenset[str] = frozenset()  # who came back without drafts, having been held
 
 
 class Pipeline:
@@ -47,12 +53,20 @@ class Pipeline:
     def __init__(self) -> None:
         self._entries: deque[InFlight] = deque()
         self._last_update = 0.0
+        self._first: InFlight | None = None  # of those that came to an idle engine, the last
+        self._is_idle = True
         self._free_at_s = -math.inf  # the last output, on the wall clock
         self.clock_error_s = 0.0  # of the batch taken last: its expected start minus the true one
 
     def add(self, entry: InFlight) -> None:
         """Take up a batch that was just scheduled."""
         self._entries.append(entry)
+        if self._is_idle:
+            self._first, self._is_idle = entry, False
+
+    def rest(self) -> None:
+        """Note that the engine has nothing left to do: how long it does nothing is no part of a step."""
+        self._is_idle = True
 
     def starts_at(self, now_s: float) -> float:
         """Return when a batch scheduled now starts: under async scheduling, when the one in flight ends."""
@@ -62,10 +76,17 @@ class Pipeline:
             free_at_s = max(ends_at_s, now_s)  # what should have ended and has not ends any moment
         return max(now_s, free_at_s)
 
+    def waited_s(self, now_s: float) -> float:
+        """Return for how long the device has had nothing to do; what is in flight is taken to last as predicted."""
+        free_at_s = self._free_at_s
+        for entry in self._entries:
+            free_at_s = max(free_at_s, entry.added_s) + (math.inf if entry.predicted_s is None else entry.predicted_s)
+        return max(0.0, now_s - free_at_s)
+
     def take(self, output: SchedulerOutput, now_s: float) -> tuple[InFlight, float] | None:
         """Return the batch whose output has come and its seconds; None for one that was not noted.
 
-        A busy engine's step lasts from one output to the next, scheduling included.
+        A busy engine's step lasts from one output to the next, the first one since it was idle from when it began.
         """
         now, before = time.perf_counter(), self._last_update
         self._last_update = now
@@ -75,4 +96,5 @@ class Pipeline:
             pass
         self.clock_error_s = entry.starts_at_s - max(self._free_at_s, entry.added_s)
         self._free_at_s = now_s
-        return entry, now - (before if entry.began - before < BUSY_GAP_S else entry.began)
+        is_first = entry is self._first or entry.began - before > BUSY_GAP_S
+        return entry, now - (entry.began if is_first else before)

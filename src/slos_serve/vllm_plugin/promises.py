@@ -150,7 +150,7 @@ class Promises:
             if outcome == "missed" and live.has_outrun:
                 self.num_outrun += 1
             else:
-                self._safety.add_promise(outcome == "met", live.tenant)
+                self._safety.add_promise(outcome == "met", live.tenant, arrival_s=live.arrival_s)
         first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
         self._outbox.finished.append(
             {

@@ -7,21 +7,25 @@ raises; a step whose plan failed runs in vLLM's own order.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.core.fit import STALL_FACTOR
 from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
+from slos_serve.core.planning.steady import foretell
 from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Plan, ReplicaState, Tier
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
+from slos_serve.vllm_plugin.carried import Carried
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.engine.expiry import Expiry
-from slos_serve.vllm_plugin.engine.shape import batch_shape
+from slos_serve.vllm_plugin.engine.shape import Shapes
 from slos_serve.vllm_plugin.engine.steer import Steering, expire
 from slos_serve.vllm_plugin.engine.tracking import Tracker
 from slos_serve.vllm_plugin.housekeeping import Housekeeper
@@ -33,6 +37,7 @@ from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
 from slos_serve.vllm_plugin.report import Ring
+from slos_serve.vllm_plugin.safety.cost import Cost
 from slos_serve.vllm_plugin.safety.faults import Faults
 from slos_serve.vllm_plugin.safety.rules import StepDown
 from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.slos_serve")
 
+SWITCH_S = 0.0005  # until a thread of the engine's process gives way to another
+STALL_S = 0.1  # a step that took so much longer than predicted, and many times as long, is a stall
 STOCK_SHARE = 0.5  # of a step's fixed cost
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
 
@@ -85,25 +92,25 @@ class SloRuntime:
         index = int(config.parallel_config.data_parallel_index)
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         self._seat = self._take_seat(str(config.instance_id), index)
-        self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self))
+        self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self), self._refresh)
         self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
         self.pauses = Pauses()
         self.expiry = Expiry()
         self.ageing = Ageing(self.limits)
         self.divergences: Counter[str] = Counter()
-        self.num_steps = 0
-        self.num_preempted = 0
-        self.num_expired = 0
-        self.plan_times = Ring()
-        self.overheads = Ring()
-        self.clock_errors = Ring()
+        self.num_steps = self.num_plans = 0
+        self.num_preempted = self.num_expired = 0
+        self.plan_times, self.overheads, self.delays, self.clock_errors = Ring(), Ring(), Ring(), Ring()
         self.last_plan: Plan | None = None
         self.device = view.emulated_device()
         self.per_unit = view.blocks_per_unit(scheduler)
         self._state: ReplicaState | None = None
         self._steering: Steering | None = None
         self._phase = ""
-        self._overhead = self._began = 0.0
+        self._began = 0.0
+        self._cost = Cost()
+        self._carried: Carried | None = None
+        self._shapes = Shapes(scheduler)
         self._num_empty = 0
         self._was_enforcing = False
         self._planned_modes = self.modes
@@ -112,6 +119,9 @@ class SloRuntime:
         self._is_updating = False
         self._freed: list[Request] = []
         self.planner = settings.make_planner()
+        self._may_carry = hasattr(
+            self.planner, "count_steps"
+        )  # else what another planner would go on with is not known
         self.recorder.add_fact("engine", self.clock.now(), engine_facts(self, is_async=is_async))
         self._warm_up()
         mode = self.modes.engine
@@ -138,6 +148,8 @@ class SloRuntime:
         return f"ipc://{self._seat.folder / purpose}.sock" if self._seat else None
 
     def _warm_up(self) -> None:
+        # a thread that decodes a long request would else keep the scheduler waiting for 5 ms
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         started = time.perf_counter()
         try:
             warm_up(self.planner, self.limits)
@@ -213,10 +225,15 @@ class SloRuntime:
         """Return the state of the replica as the channel carries it."""
         return snapshot(self)
 
+    def _refresh(self) -> None:
+        """Bring the table up to date for a snapshot; on the scheduler's thread, at a time without a plan."""
+        self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
+
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
 
     def on_add(self, request: Request) -> None:
         """Take up a request."""
+        self._cost.start()
         try:
             live = self.tracker.add(request)
             if live is not None:
@@ -226,29 +243,34 @@ class SloRuntime:
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("add", error)
             self._reconcile()
+        finally:
+            self._cost.stop()
 
     def before_schedule(self) -> dict[str, int] | None:
         """Plan the next step; return its caps, None where vLLM's own order is to run."""
-        started = self._began = time.perf_counter()
-        self._steering = self._state = self.last_plan = None
+        self._cost.start()
+        self._began = time.perf_counter()
+        self._steering = self._state = None
         self._phase = "sync"
         caps = None
         try:
-            steering = self._plan_step()
+            steering = self._next_steering()
             if steering is not None:
                 steering.begin()
                 self._steering, caps = steering, steering.caps
         except Exception as error:  # noqa: BLE001 - the engine must go on
+            self._carried = None
             self.faults.add(self._phase, error, self._state)
             self.safety.add_plan(faulty=True, hung=isinstance(error, PlannerHungError))
             self._reconcile()
-        self._overhead = time.perf_counter() - started
+        self._cost.stop()
         return caps
 
     def _reconcile(self) -> None:
         """See to it that one request that went wrong does not go wrong in every further step."""
         try:
-            self.faults.counts["reconciled"] += self.tracker.reconcile()
+            if count := self.tracker.reconcile():
+                self.faults.counts["reconciled"] += count
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("reconcile", error)
 
@@ -279,11 +301,14 @@ class SloRuntime:
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         """Note what was really scheduled."""
-        started = time.perf_counter()
+        self._cost.start()
         try:
-            self._note_scheduled(output, started)
+            self._note_scheduled(output)
         except Exception as error:  # noqa: BLE001 - the engine must go on
+            self._carried = None
             self.faults.add("scheduled", error, self._state)
+        finally:
+            self._cost.stop()
 
     def before_update(self, output: SchedulerOutput) -> None:
         """Take the time of the batch whose output has come."""
@@ -302,13 +327,15 @@ class SloRuntime:
 
     def after_update(self, outputs: dict[int, Any] | None) -> None:
         """Grade the output, learn from the step, publish."""
-        started = time.perf_counter()
+        self._cost.start()
         try:
-            self._note_update({} if outputs is None else outputs, started)
+            self._note_update({} if outputs is None else outputs)
         except Exception as error:  # noqa: BLE001 - the engine must go on
+            self._carried = None
             self.faults.add("update", error)
         finally:
             self._is_updating = False
+            self._cost.stop()
 
     def shutdown(self) -> None:
         """Stop the thread, write what is buffered, close the channel."""
@@ -322,52 +349,87 @@ class SloRuntime:
 
     # -- before a step ----------------------------------------------------------------------------
 
-    def _plan_step(self) -> Steering | None:
+    def _next_steering(self) -> Steering | None:
+        """Return what carries out the next step: the plan that goes on, else a new one; None for vLLM's own order."""
         self.num_steps += 1
         if self.learner.take_new():
             self._start_model()
-        now = self.clock.now()
+        carried, now = self._carried, self.clock.now()
+        starts_s = self._pipeline.starts_at(now)
+        if carried is not None:
+            free = view.free_units(self.scheduler, self.per_unit)
+            if carried.goes_on(self.tracker.version, self._planned_modes, starts_s, free) and not self._is_changed():
+                return carried.steering
+            self._carried = None
+        return self._plan_step(now, starts_s)
+
+    def _is_changed(self) -> bool:
+        """Tell whether plans are to be made for others, or carried out by others, than the last one was."""
+        is_mode_new = self._planned_modes is not self.modes or self._was_enforcing is not self.is_enforcing
+        return is_mode_new or bool(self.pauses.kind)
+
+    def _plan_step(self, now: float, starts_s: float) -> Steering | None:
+        self.last_plan = None
         tracker = self.tracker
-        tracker.sync()
         if self._planned_modes is not self.modes:
             self._planned_modes = self.modes
             tracker.regroup()
         model = self.learner.model
+        if tracker.blocked:
+            tracker.promote()
         wanted = tracker.is_wanted or (self.settings.always_plan and len(tracker.table))
         if model is None or not wanted or self.safety.is_resting or self.pauses.kind:
             return None  # nothing is promised to anybody: vLLM's own order serves best
+        tracker.sync(starts_s)
         enforcing = self.is_enforcing
         if enforcing and not self._was_enforcing:
             tracker.reopen()
         self._was_enforcing = enforcing
         if enforcing:
             self.ageing.step(tracker.table, now)
-        now = self._pipeline.starts_at(now)
         state = self._state = ReplicaState(
-            now_s=now,
+            now_s=starts_s,
             requests=tracker.table,
             num_free_kv_blocks=view.free_units(self.scheduler, self.per_unit),
             limits=replace(self.limits, work_limit=self._work_limit.value, max_num_seqs=self._free_seats()),
             perf_model=model,
             **({} if self.drafts is None else self.drafts.state(tracker.table.classes, self.limits.max_draft_length)),
         )
+        plan = self._plan(state)
+        if plan.verdicts:
+            self.promises.apply(plan, starts_s, enforcing=enforcing)
+            self.outbox.flush(now, is_idle=False)  # before the step: its first tokens must not overtake them
+        steering = self._steer(plan) if enforcing else None
+        self.safety.add_plan(faulty=False)
+        if steering is not None or not enforcing:
+            self._carry_on(state, plan, steering)
+        return steering
+
+    def _plan(self, state: ReplicaState) -> Plan:
+        """Ask the planner, and count what it takes."""
         self._phase = "plan"
         started = time.perf_counter()
         with self.watchdog:
             plan = self.planner.plan(state)
         took = time.perf_counter() - started
+        self.num_plans += 1
         self.plan_times.add(took)
         self.outbox.plan_s.append(round(took, 7))
         self._work_limit.spend(plan.work, took)
         self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
         self._phase = "apply"
         self.last_plan = plan
-        if plan.verdicts:
-            self.promises.apply(plan, now, enforcing=enforcing)
-            self.outbox.flush(now, is_idle=False)  # before the step: its first tokens must not overtake them
-        steering = self._steer(plan) if enforcing else None
-        self.safety.add_plan(faulty=False)
-        return steering
+        return plan
+
+    def _carry_on(self, state: ReplicaState, plan: Plan, steering: Steering | None) -> None:
+        """Foresee how long the plan stays good."""
+        tracker = self.tracker
+        if tracker.stock or tracker.blocked or not hasattr(self.planner, "count_steps"):
+            return  # what they need, or how a planner that cannot tell would go on, is seen by planning
+        left = tracker.left[state.requests.find(plan.batch.request_ids)]
+        foretold = foretell(state, plan, int(left.min(initial=self._work_limit.run_steps)))
+        if foretold is not None:
+            self._carried = Carried(foretold, steering, tracker.version, self.modes)
 
     def _steer(self, plan: Plan) -> Steering | None:
         tracker, batch = self.tracker, plan.batch
@@ -422,38 +484,51 @@ class SloRuntime:
 
     # -- after scheduling -------------------------------------------------------------------------
 
-    def _note_scheduled(self, output: SchedulerOutput, started: float) -> None:
+    def _note_scheduled(self, output: SchedulerOutput) -> None:
         self.recorder.answer(output.num_scheduled_tokens, is_steered=self._steering is not None)
         if not output.num_scheduled_tokens:
+            self._carried = None
             return
-        shape = batch_shape(self.tracker, output)
+        shape = self._shapes.of(output)
         predicted = self.learner.predict(shape)
-        if self._steering is not None:
+        if self._steering is not None and output.num_scheduled_tokens != self._steering.expected:
+            self._carried = None
             self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
-        now = self.clock.now()
-        finished = time.perf_counter()
+        now, ended = self.clock.now(), time.perf_counter()
+        self._cost.stop()
+        cost_s = self._cost.take()
+        self._cost.start()
         self._pipeline.add(
             InFlight(
                 output=output,
                 shape=shape,
-                began=self._began,
+                began=ended if self.tracker.is_async else self._began,
                 added_s=now,
                 starts_at_s=self._pipeline.starts_at(now) if self._state is None else self._state.now_s,
                 planned_s=None if predicted is None else predicted * self.learner.margin(shape),
                 predicted_s=predicted,
-                overhead_s=self._overhead + finished - started,
+                plan_age=0 if self._carried is None else self._carried.num_steps - 1,
+                cost_s=cost_s,
+                delay_s=0.0 if predicted is None else min(cost_s, self._pipeline.waited_s(now)),  # else nobody plans
+                undrafted=self._undrafted(output.num_scheduled_tokens),
             )
         )
 
+    def _undrafted(self, scheduled: dict[str, int]) -> frozenset[str]:
+        if self.drafts is None or not self.tracker.is_async:
+            return frozenset()
+        return self.drafts.without(scheduled, view.drop_stale_drafts(self.scheduler, scheduled))
+
     # -- after a step -----------------------------------------------------------------------------
 
-    def _note_update(self, outputs: dict[int, Any], started: float) -> None:
+    def _note_update(self, outputs: dict[int, Any]) -> None:
         now = self.clock.now()
         tracker = self.tracker
         for batch in outputs.values():
             if self.drafts is not None and self._done is not None:
-                scheduled = self._done[0].output.scheduled_spec_decode_tokens
-                self.drafts.observe_outputs(tracker.live, scheduled, batch.outputs)
+                entry = self._done[0]
+                scheduled = entry.output.scheduled_spec_decode_tokens
+                self.drafts.observe_outputs(tracker.live, scheduled, batch.outputs, entry.undrafted)
             tracker.take_outputs(batch.outputs, now)
         expired = self.expiry.take(now, tracker.live, enforcing=self.is_enforcing)
         if expired:
@@ -463,8 +538,7 @@ class SloRuntime:
         if self._done is not None:
             entry, seconds = self._done
             self._done = None
-            overhead = entry.overhead_s + time.perf_counter() - started
-            self._learn(entry, seconds, overhead, now)
+            self._learn(entry, seconds, entry.delay_s, now)
         self.safety.add_clock_step(self.clock.take_step_back())
         if self.safety.check(now):
             if self.safety.is_down:
@@ -475,9 +549,15 @@ class SloRuntime:
 
     def _finish_freed(self, now: float, outputs: dict[int, Any] | None) -> None:
         freed, self._freed = self._freed, []
+        if self._carried is not None and not self._carried.leave_out(
+            [request.request_id for request in freed], self.tracker.version
+        ):
+            self._carried = None
         known = request_facts(self.tracker, freed) if self.recorder.is_open else {}
         told = len(self.outbox.finished)
         self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
+        if not self.tracker.live:
+            self._pipeline.rest()
         if known:
             for end in self.outbox.finished[told:]:
                 facts = known[end["request_id"]]
@@ -491,14 +571,21 @@ class SloRuntime:
             live.is_expired = True
         expire(self.scheduler, [live.request for live in expired], outputs)
 
-    def _learn(self, entry: InFlight, seconds: float, overhead: float, now: float) -> None:
-        self.overheads.add(overhead)
+    def _learn(self, entry: InFlight, seconds: float, delay: float, now: float) -> None:
+        """Learn from a step of so many `seconds`, before which the device waited for us for `delay`."""
+        safety, limits = self.safety, self.safety.limits
+        self.overheads.add(entry.cost_s)
+        self.delays.add(delay)
         self._work_limit.earn(seconds)
         self.learner.observe(entry.shape, seconds, entry.predicted_s)
-        self.recorder.add(self.num_steps, now, entry.shape, seconds, entry.planned_s, entry.predicted_s)
+        times = seconds, entry.planned_s, entry.predicted_s
+        self.recorder.add(self.num_steps, now, entry.shape, *times, entry.plan_age)
         self.clock_errors.add(self._pipeline.clock_error_s)
-        self.safety.add_clock_error(self._pipeline.clock_error_s)
-        self.safety.add_step(seconds, overhead)
-        self.safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
+        safety.add_clock_error(self._pipeline.clock_error_s)
+        safety.add_step(seconds, delay)
+        self._work_limit.adapt(safety.time_share, limits.max_time_share)
+        safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
         if entry.predicted_s is not None:
+            if seconds > STALL_FACTOR * entry.predicted_s and seconds > entry.predicted_s + STALL_S:
+                safety.add_stall(now)
             self.outbox.step_error_s.append(round(seconds - entry.predicted_s, 7))

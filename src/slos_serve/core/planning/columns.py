@@ -50,8 +50,8 @@ MIN_TPOT_S = 1e-6
 BATCH_FIXED_MULTIPLE = 8.0  # a batch lasts at most so many times the fixed cost of a step
 
 # rows of the flags
-IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE = range(8)
-NUM_FLAGS = 8
+IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE, IS_ENDED = range(9)
+NUM_FLAGS = 9
 OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks of the others, context of live decodes
 
 
@@ -90,7 +90,8 @@ def derive(
 ) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
     """Return what a plan reads of every row: its demand, its flags, the KV blocks granted to it, and sums.
 
-    Times are relative to `now_s`, without the guard. Nobody drafts yet; `HELD` is what is held.
+    Times are relative to `now_s`, without the guard. Nobody drafts yet; `HELD` is what is held. Who has ended, its last
+    token being in flight, keeps seat and blocks for this step and wants nothing.
     """
     count = len(rows)
     table, flags = np.empty((NUM_COLUMNS, count)), np.zeros((NUM_FLAGS, count), np.bool_)
@@ -111,7 +112,8 @@ def derive(
         due = min(scheduled, silence_ends)
         tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
         has_slo = math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)
-        alive = has_slo and not is_late(rows, i, now_s)
+        ended = produced >= rows["max_output_tokens"][i]
+        alive = has_slo and not ended and not is_late(rows, i, now_s)
         promised = alive and tier == PROMISED
         candidate = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and due > 0.0))
         live = decoding and promised
@@ -132,9 +134,10 @@ def derive(
         table[VALUE, i] = rows["weight"][i]
         table[REQUIRED, i] = promised
         flags[IS_RUNNING, i] = running
-        flags[IS_PENDING, i] = tier == PENDING
+        flags[IS_ENDED, i] = ended
+        flags[IS_PENDING, i] = tier == PENDING and not ended
         flags[IS_PROMISED, i] = promised
-        flags[IS_BROKEN, i] = tier == PROMISED and not alive
+        flags[IS_BROKEN, i] = tier == PROMISED and not alive and not ended
         flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo and _is_possible(rows, i, tpot, fixed_s, lines)
         flags[IS_CANDIDATE, i] = candidate
         flags[IS_LIVE, i] = live
@@ -143,7 +146,7 @@ def derive(
         if promised:
             num_promised += 1
             sums[OWED] += granted[i] - held
-        elif running:
+        elif running and not ended:
             sums[RECLAIMABLE] += held
         if live:
             sums[READ] += done
@@ -227,6 +230,7 @@ class Columns:
         self.produced = rows["num_output_tokens"]
         self.running, self.pending, self.is_promised = flags[IS_RUNNING], flags[IS_PENDING], flags[IS_PROMISED]
         self.broken, self.declined, self.undecided = flags[IS_BROKEN], flags[IS_DECLINED], flags[IS_UNDECIDED]
+        self.ended = flags[IS_ENDED]
         self.promised: IntArray = self.is_promised.nonzero()[0]
         self.candidates: IntArray = flags[IS_CANDIDATE].nonzero()[0]
         self.machine = Machine(
@@ -234,7 +238,7 @@ class Columns:
             margin_prefill=model.margin_prefill,
             margin_decode=model.margin_decode,
             token_budget=float(limits.max_num_batched_tokens),
-            max_seqs=float(limits.max_num_seqs),
+            max_seqs=float(limits.max_num_seqs - int(self.ended.sum())),
             block_size=float(limits.block_size),
             free_blocks=state.num_free_kv_blocks + float(sums[RECLAIMABLE]) - float(sums[OWED]),
             max_batch_s=batch_fixed_multiple * fixed,

@@ -3,25 +3,114 @@
 Most steps of a replica are such steps. For a simulator that knows when each of them ends, `count_steps` looks ahead:
 it moves a copy of the request table from step to step and asks, with the planner's own loops, whether the plan for
 the next one would be the same again. So what is run at once is what would have been planned step by step.
+
+An engine knows no ends ahead and has no time for that. `foretell` says for how many steps a plan stays good, and what
+has to hold meanwhile, in one pass: where every step, margin included, is shorter than the tightest pace, each of them
+leaves every promise at least the slack that was found enough when the plan was made.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from slos_serve.core.jit import jit
+from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.batching import compose
 from slos_serve.core.planning.columns import IS_LIVE, derive, foretold, growth_of, pick
 from slos_serve.core.planning.demand import KEPT, NUM_TOTALS, Machine
+from slos_serve.core.planning.step import OPEN_SHARE
 from slos_serve.core.planning.trial import run
-from slos_serve.core.slo.due import row_due
+from slos_serve.core.slo.due import row_due, row_pace
+from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
     from slos_serve.core.planning.columns import Columns
-    from slos_serve.core.types import IntArray
+    from slos_serve.core.types import IntArray, Plan, ReplicaState, Rows
+
+PROMISED, BEST_EFFORT, RUNNING = int(Tier.PROMISED), int(Tier.BEST_EFFORT), int(Status.RUNNING)
+
+
+class Foretold(NamedTuple):
+    """The steps that a plan is good for, the planned one first: shape (num_steps,) each.
+
+    `starts_s`: the latest time at which each of them may start. `blocks`: free KV blocks that each takes.
+    `is_alone`: nobody waits outside the batch, so that the plan stays good for the others when one of it ends.
+    """
+
+    starts_s: list[float]
+    blocks: list[int]
+    is_alone: bool
+
+
+def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
+    """Return for how many steps, `most` at the most, the plan of this state is good; None for the planned one only.
+
+    It must give one token to each request of its batch, and all of them must decode, nobody held. Outside of it may
+    wait best-effort work only. That is served by the time of the second (see `step`): what is foretold ends where that
+    changes.
+    """
+    batch, table = plan.batch, state.requests
+    count = len(batch.request_ids)
+    if not count or plan.at_risk or batch.preempted or state.limits.max_draft_length:
+        return None
+    index = table.find(batch.request_ids)
+    is_alone = count == len(table)
+    until_s = math.inf
+    if (table.rows["tier"] == BEST_EFFORT).any():
+        second = math.floor(state.now_s)
+        until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
+    model, limits = state.perf_model, state.limits
+    starts_s, blocks = _foretell(
+        table.rows, index, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_decode,
+        limits.block_size, state.num_free_kv_blocks, most,
+    )  # fmt: skip
+    return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
+
+
+@jit
+def _foretell(
+    rows: Rows, index: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray, margin: float,
+    block_size: int, free: int, most: int,
+) -> tuple[FloatArray, IntArray]:  # fmt: skip
+    """Do what `foretell` says, for the rows of a batch."""
+    starts_s, blocks = np.empty(most), np.zeros(most, np.int64)
+    count, context, tightest, soonest = len(index), 0.0, np.inf, np.inf
+    fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
+    outside = np.ones(len(rows), np.bool_)
+    for i in index:
+        outside[i] = False
+        produced, computed = rows["num_output_tokens"][i], rows["num_computed_tokens"][i]
+        if produced == 0 or computed + 1 != rows["num_prompt_tokens"][i] + produced:
+            return starts_s[:0], blocks[:0]
+        most = min(most, rows["max_output_tokens"][i] - produced)
+        context += computed
+        if rows["tier"][i] == PROMISED and rows["missed"][i] == 0:
+            pace = min(row_pace(rows, i, fixed_s), rows["max_gap_s"][i])
+            if rows["is_thinking"][i] != 0:
+                pace = min(pace, rows["tpot_s"][i])  # when thinking ends is not known ahead
+            tightest = min(tightest, pace)
+            soonest = min(soonest, row_due(rows, i, fixed_s) - guard_s)
+    for i in range(len(rows)):
+        if outside[i] and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
+            return starts_s[:0], blocks[:0]
+    start_s = now_s
+    for k in range(max(most, 0)):
+        seconds = margin * batch_seconds(lines, float(count), float(count), context + k * count, 0.0, 0.0)
+        for i in index:
+            blocks[k] += (rows["num_computed_tokens"][i] + k) % block_size == 0
+        free -= blocks[k]
+        starts_s[k] = start_s
+        start_s += seconds
+        if k == 0 and start_s > soonest:
+            return starts_s[:0], blocks[:0]  # what is late or nearly so is looked at in every step
+        # nearly without a block, who is to give way is decided in every step
+        if free < count or seconds > tightest or starts_s[k] >= until_s:
+            return starts_s[:k], blocks[:k]
+    return starts_s[: max(most, 0)], blocks[: max(most, 0)]
 
 
 def count_steps(columns: Columns, order: IntArray, ends_s: FloatArray, max_work: int) -> int:

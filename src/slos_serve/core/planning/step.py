@@ -74,7 +74,7 @@ class Stepping(Columns):
         missing = float(growth.sum()) - self.state.num_free_kv_blocks
         if missing <= 0:
             return NOBODY
-        missing -= float(self.held[self.running & ~self.is_promised].sum())
+        missing -= float(self.held[self.running & ~self.is_promised & ~self.ended].sum())
         gone: list[int] = []
         for k in np.lexsort((-self.rows["seq"][index], self.rows["weight"][index])).tolist():
             if missing <= 0:
@@ -93,7 +93,7 @@ class Stepping(Columns):
         machine, now = self.machine, self.now
         tokens, totals = np.zeros(len(order)), np.zeros(NUM_TOTALS)
         live, prompts = batching.sides(demand)
-        gives_way = self.running & ~self.is_promised
+        gives_way = self.running & ~self.is_promised & ~self.ended
         gives_way[crowded_out] = True
         available = self.state.num_free_kv_blocks + float(self.held[gives_way].sum())
         while True:
@@ -138,7 +138,7 @@ class Stepping(Columns):
         for a block that another holds, nobody ends. What waits in `order` without a promise, and what was promised and
         is late, gives way last.
         """
-        others = self.running.copy()
+        others = self.running & ~self.ended
         others[order[self.is_promised[order]]] = False
         others[index] = False
         others[crowded_out] = False
@@ -173,7 +173,7 @@ class Stepping(Columns):
         oldest before anybody's next.
         """
         rows = self.rows
-        mask = ~(self.undecided & (self.left == 1))
+        mask = ~((self.undecided & (self.left == 1)) | self.ended)
         mask[order] = False
         mask[preempted] = False
         owed = self.broken.copy()

@@ -13,8 +13,9 @@ withdrawn, handed over after their first token, or lost in a crash.
 Steps that run one batch again and again need not be taken one by one: see `coasting`.
 
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
-scheduling: arrivals and accepted drafts are seen one step late, and a request that ends meanwhile is
-dropped from the batch but its tokens have been computed.
+scheduling, for the state that it is expected to leave: arrivals and accepted drafts are seen one step late, and a
+request that ends meanwhile, before it has all the tokens that it may have, is dropped from the batch but its tokens
+have been computed.
 """
 
 from __future__ import annotations
@@ -277,8 +278,9 @@ class Replica:
             self._record = {"step": self.num_steps, "t": now_s, **sample._asdict(), "planned_s": None}
             self._record["predicted_s"] = plan.batch.predicted_s
         if self.options.async_lag:
-            expected_s = float(batch_seconds(self.plan_model.as_array(), *sample[:5]))
-            self._next_plan = self._plan(now_s + expected_s)
+            ends_s = now_s + float(batch_seconds(self.plan_model.as_array(), *sample[:5]))
+            self.streams.foretell(step, ends_s)
+            self._next_plan = self._plan(ends_s)
 
     def _wait(self, now_s: float) -> None:
         """Ask again soon, as an engine does that was told to run nothing."""

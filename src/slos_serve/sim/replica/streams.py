@@ -106,6 +106,12 @@ class Streams:
         self.records.pop()
         return record
 
+    def foretell(self, step: Step, ends_s: float) -> None:
+        """Write when the tokens of a step under way are expected, as a plan that is made meanwhile is told."""
+        rows, emits = self.table.rows, step.rows[step.batch[loops.EMITS] > 0]
+        rows["last_token_s"][emits] = ends_s
+        rows["first_token_s"][emits] = np.minimum(rows["first_token_s"][emits], ends_s)
+
     def emit(self, step: Step, now_s: float) -> list[int]:
         """Let a step's tokens out at `now_s`; return the rows that have ended, the highest first."""
         accepted = self._accept(step, now_s)

@@ -14,7 +14,7 @@ vLLM preempted or set aside are put where vLLM would have put them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -171,6 +171,14 @@ class Steering:
                 self.expected.pop(request.request_id, None)
         surplus, self.offered = len(self.offered) - len(fitting), fitting
         return surplus
+
+    def leave_out(self, request_ids: Iterable[str]) -> None:
+        """Plan no longer for requests that have ended, before the same steering begins again."""
+        for request_id in request_ids:
+            if self.expected.pop(request_id, None) is not None and self.caps is not self.expected:
+                del self.caps[request_id]
+        expected = self.expected
+        self.sorted = [r for r in self.sorted if r.request_id in expected]
 
     def begin(self) -> None:
         """Preempt what the plan preempts and put the plan's queues in place."""

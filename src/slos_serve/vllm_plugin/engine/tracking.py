@@ -2,8 +2,9 @@
 
 One `Live` per request that vLLM holds, one row in the table per request that can run. A request that
 waits for its grammar has no row until vLLM can promote it; one that follows vLLM's own rules (see
-`view.follows_stock_rules`) never has one. Columns are refreshed once per step by list comprehensions over
-vLLM's requests and one assignment per column.
+`view.follows_stock_rules`) never has one. Columns are refreshed before a plan, and only then, by list comprehensions
+over vLLM's requests and one assignment per column. Under asynchronous scheduling they say what will hold when the batch
+in flight has ended: its tokens are computed and out, at the time when it is expected to end.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from slos_serve.vllm_plugin.engine.said import said
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from slos_serve.core.types import BoolArray, Rows
     from slos_serve.vllm_plugin.engine.clock import Clock
 
 PREFIX = "slo_"
@@ -142,14 +144,16 @@ class Tracker:
         self.thinking_end: frozenset[int] = frozenset()
         self.reference: Callable[[int], float] | None = None
         self.use_prefix_hits = True
+        self.version = 0  # changes with every row that comes or changes its promises, not when one goes
+        self._watched: dict[str, Live] = {}  # whose tokens are looked at: all, or until the first has come
         self._unresolved: dict[str, Live] = {}
-        self._is_async = is_async
+        self.is_async = is_async
         self._rows_live: list[Live] = []  # in row order
         self._rows_requests: list[Request] = []
         self._lookups: deque[str] = deque()
-        # as of the last sync, in row order: which run, tokens computed, tokens known
+        # as of the last sync, in row order
         self.running = np.zeros(0, np.bool_)
-        self.computed = self.total = np.zeros(0, np.int64)
+        self.left = np.zeros(0, np.int64)  # tokens that vLLM will still schedule
         self._steps = 0
         self._last_output_s = clock.now()
         self._block_size = int(scheduler.block_size)
@@ -169,6 +173,8 @@ class Tracker:
         self.resolve(live)
         if not live.is_resolved:
             self._unresolved[request.request_id] = live
+        self._watched[request.request_id] = live
+        self.version += 1
         if view.follows_stock_rules(request):
             live.is_stock = True
             self.stock[request.request_id] = request
@@ -234,6 +240,7 @@ class Tracker:
         """Pin the reference that slowdown SLOs mean; returns the requests that now have promises."""
         self.reference = reference
         resolved = []
+        self.version += 1
         for live in self._unresolved.values():
             if live.num_output_tokens:
                 continue  # it began without a promise; it cannot be graded any more
@@ -276,6 +283,7 @@ class Tracker:
         row["drawn_output_tokens"] = self.lengths.predict(*known, quantile=turn(int(row["seq"]), produced))
 
     def _add_row(self, live: Live) -> None:
+        self.version += 1
         self._predict(live, self.table.add(self._core_request(live)), live.num_output_tokens)
         self._rows_live.append(live)
         self._rows_requests.append(live.request)
@@ -288,10 +296,14 @@ class Tracker:
     def remove(self, request_id: str) -> Live | None:
         """Forget a request; None if it was not known."""
         live = self.live.pop(request_id, None)
+        is_watched = self._watched.pop(request_id, None) is not None
         self.blocked.pop(request_id, None)
         self.stock.pop(request_id, None)
         if live is None:
             return None
+        if not is_watched and live.num_output_tokens:
+            live.num_output_tokens = len(live.request.output_token_ids)
+            live.last_token_s = self._last_output_s
         self._unresolved.pop(request_id, None)
         if live.has_row:
             self.num_with_slo -= not live.planned_slo.is_empty
@@ -319,12 +331,14 @@ class Tracker:
             and not ((live := self.live.get(request_id)) and live.has_row)
         ]
         self.stock.update({request.request_id: request for request in lost})
+        self.version += 1
         return len(gone) + len(lost)
 
     def delay(self, live: Live, seconds: float) -> None:
         """Move all that a request was promised so far back: the time of an operator's pause does not count."""
         if seconds <= 0:
             return
+        self.version += 1
         if live.grader is not None:
             live.grader.delay(seconds)
         if live.has_row:
@@ -334,28 +348,31 @@ class Tracker:
 
     # -- every step -------------------------------------------------------------------------------
 
-    def sync(self) -> None:
-        """Refresh the columns that vLLM moved since the last step."""
+    def sync(self, ends_s: float) -> None:
+        """Refresh the columns that vLLM moved; `ends_s`: when what is in flight is expected to end."""
         self._steps += 1
-        if self.blocked:
-            self._promote()
         requests = self._rows_requests
         if not requests:
             self.running = np.zeros(0, np.bool_)
-            self.computed = self.total = np.zeros(0, np.int64)
             return
         rows = self.table.rows
         computed = view.computed_tokens(requests)
-        produced = view.output_tokens(requests, with_placeholders=self._is_async)
+        produced = view.output_tokens(requests, with_placeholders=self.is_async)
         running = view.is_running(requests)
         moved = produced > rows["num_output_tokens"]
         if moved.any():  # what came since the last step came with the last output
             rows["last_token_s"][moved] = self._last_output_s
+        self.left = view.tokens_left(requests)
+        if self.is_async:
+            in_flight = view.are_in_flight(requests)
+            self._foretell(rows, in_flight, ends_s)
+            has_all = in_flight & (self.left <= 0)  # it will be asked for no more tokens, whatever its class may have
+            rows["max_output_tokens"][has_all] = produced[has_all]
         rows["status"] = running
         rows["num_computed_tokens"] = computed
         rows["num_output_tokens"] = produced
         rows["num_kv_blocks"] = -(-computed // self._block_size)
-        self.running, self.computed, self.total = running, computed, rows["num_prompt_tokens"] + produced
+        self.running = running
         holds = np.minimum(rows["predicted_output_tokens"], rows["drawn_output_tokens"])
         over = np.flatnonzero((produced >= holds) & (produced < rows["max_output_tokens"]))
         for index in over.tolist():
@@ -363,7 +380,14 @@ class Tracker:
         if self._lookups or self._steps % REFRESH_EVERY == 0:
             self._look_up(running)
 
-    def _promote(self) -> None:
+    def _foretell(self, rows: Rows, in_flight: BoolArray, ends_s: float) -> None:
+        """Write when the tokens in flight will be out, and take back what was foretold of those that are."""
+        last_s, first_s = rows["last_token_s"], rows["first_token_s"]
+        last_s[np.isfinite(last_s) & (last_s > self._last_output_s)] = self._last_output_s
+        last_s[in_flight] = ends_s
+        first_s[in_flight & ~np.isfinite(first_s)] = ends_s  # the true time is written when it comes
+
+    def promote(self) -> None:
         """Give a row to each request whose grammar is ready."""
         for request_id, live in list(self.blocked.items()):
             if view.awaits_grammar(live.request):
@@ -392,6 +416,7 @@ class Tracker:
 
     def note_preempted(self, request_id: str) -> None:
         """Look a preempted request's prefix up again: its own blocks may still be cached."""
+        self.version += 1
         self._lookups.append(request_id)
 
     def reopen(self) -> None:
@@ -399,6 +424,7 @@ class Tracker:
 
         A request whose first token is out was never asked about: it is served and graded, nothing more.
         """
+        self.version += 1
         tiers = self.table.rows["tier"]
         for index, live in enumerate(self._rows_live):
             if live.has_slo and not live.verdict:
@@ -407,6 +433,7 @@ class Tracker:
 
     def regroup(self) -> None:
         """Plan for the classes that are steered from now on; a promise that was given stands."""
+        self.version += 1
         for live in self.live.values():
             aside = self._is_aside(live) and not live.was_promised
             if aside == live.is_set_aside:
@@ -439,13 +466,15 @@ class Tracker:
     def take_outputs(self, outputs: Iterable[Any], now_s: float) -> None:
         """Grade the chunks of output (vLLM's per-request outputs) that leave the engine now.
 
-        One pass with little in it: it runs for every token.
+        One pass with little in it: it runs for every token that is graded.
         """
         self._last_output_s = now_s
-        find = self.live.get
+        watched = self._watched
+        if not watched:
+            return
         for output in outputs:
             count = len(output.new_token_ids)
-            live = find(output.request_id)
+            live = watched.get(output.request_id)
             if live is None or not count:
                 continue
             thinking = 0
@@ -456,12 +485,15 @@ class Tracker:
             live.num_output_tokens += count
             live.last_token_s = now_s
             grader = live.grader
-            if grader is not None:
-                grader.feed(now_s, count, thinking)
-                if grader.missed and not live.missed:
-                    live.missed, live.missed_at = True, live.num_output_tokens
-                    if live.has_row:
-                        self.table.rows["missed"][self.table.index(live.request_id)] = 1
+            if grader is None:
+                if not live.is_thinking:
+                    del watched[output.request_id]  # the rest is counted when it ends
+                continue
+            grader.feed(now_s, count, thinking)
+            if grader.missed and not live.missed:
+                live.missed, live.missed_at = True, live.num_output_tokens
+                if live.has_row:
+                    self.table.rows["missed"][self.table.index(live.request_id)] = 1
 
     def _take_first(self, live: Live, now_s: float) -> None:
         live.first_token_s = now_s

@@ -273,6 +273,43 @@ def output_tokens(requests: Sequence[Request], *, with_placeholders: bool) -> In
     return np.array(counts, dtype=np.int64)
 
 
+def are_in_flight(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:
+    """Return which requests get a token from a step in flight, shape (len(requests),)."""
+    return np.array([request.num_output_placeholders > 0 for request in requests], dtype=np.bool_)
+
+
+def tokens_left(requests: Sequence[Request]) -> IntArray:
+    """Return for how many more tokens vLLM will schedule each request that decodes; drafts in flight count for none."""
+    left = [
+        r.num_prompt_tokens + r.max_tokens - r.num_computed_tokens + max(r.num_output_placeholders, 1) - 2
+        for r in requests
+    ]
+    return np.array(left, dtype=np.int64)
+
+
+def drop_stale_drafts(scheduler: Any, scheduled: Mapping[str, int]) -> list[str]:
+    """Forget the placeholders of decodes that a step under asynchronous scheduling holds; return their ids.
+
+    A worker proposes drafts for those of the step before: for one that was held it has none.
+    """
+    held = [request for request in scheduler.running if request.request_id not in scheduled and request.spec_token_ids]
+    for request in held:
+        request.spec_token_ids = []
+    return [request.request_id for request in held]
+
+
+def was_before(request: Request, num_scheduled: int, num_drafts: int) -> tuple[int, bool]:
+    """Return the tokens that a request had computed before the step just scheduled, and whether it decodes in it.
+
+    It does where one token was left to compute, its own of a step in flight counted as known.
+    """
+    start = request.num_computed_tokens - num_scheduled
+    known = len(request._all_token_ids)
+    if request.num_output_placeholders:  # what the steps in flight produce, this one included
+        known += request.num_output_placeholders - 1 - num_drafts
+    return start, start == known - 1
+
+
 def blocks_per_unit(scheduler: Any) -> int:
     """Return how many pool blocks hold `block_size` tokens of one request: one for each KV cache group."""
     return max(1, sum(1 for _ in scheduler.kv_cache_config.kv_cache_groups))

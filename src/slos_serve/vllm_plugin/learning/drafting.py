@@ -26,6 +26,7 @@ class DraftWatch:
     def __init__(self) -> None:
         self.lengths: dict[str, int] = {}
         self.next_length: int | None = None
+        self._held: frozenset[str] = frozenset()
         self._accepted: dict[str, float] = {}
         self._tested: dict[str, float] = {}
 
@@ -89,13 +90,27 @@ class DraftWatch:
             self.lengths.update(lengths)
             self.next_length = max(lengths.values())
 
-    def observe_outputs(self, live: Mapping[str, Any], drafts: Mapping[str, list[int]], outputs: Iterable[Any]) -> None:
-        """Take a step's outputs; `drafts` are the scheduled draft tokens by request."""
+    def without(self, scheduled: Mapping[str, int], held: Iterable[str]) -> frozenset[str]:
+        """Return who of a step that was just scheduled could have no drafts, for they were `held` the step before."""
+        returned = self._held.intersection(scheduled)
+        self._held = frozenset(held)
+        return returned
+
+    def observe_outputs(
+        self,
+        live: Mapping[str, Any],
+        drafts: Mapping[str, list[int]],
+        outputs: Iterable[Any],
+        without: frozenset[str] = frozenset(),
+    ) -> None:
+        """Take a step's outputs; `drafts` are the scheduled draft tokens by request; `without` is no evidence."""
         self.fade()
         if self.next_length == 0 and not drafts:
             return
         for output in outputs:
             one = live.get(output.request_id)
-            if one is not None and one.num_output_tokens and output.new_token_ids:
+            if one is None or output.request_id in without:
+                continue
+            if one.num_output_tokens and output.new_token_ids:
                 count = len(drafts.get(output.request_id, ()))
                 self.observe(one.slo_class, count, len(output.new_token_ids))

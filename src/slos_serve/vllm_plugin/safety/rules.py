@@ -1,11 +1,15 @@
 """When steering must stop: the rules under which enforcing steps down to the engine's own order.
 
-Four measurements run all the time: promises kept, margin coverage (share of steps that took no longer
-than predicted with margin), planner faults by step, and the plug-in's time as a share of step time. One
-of them over its limit, on enough evidence, steps down; so do, at once, a plan that had to be cut off and a
+Measured all the time: promises kept, margin coverage (share of steps that took no longer than predicted with
+margin), planner faults by step, device time lost because of us, and how far the planner's clock is from the wall clock.
+One of them over its limit, on enough evidence, steps down; so do, at once, a plan that had to be cut off and a
 clock that was set back. The evidence is then forgotten. Steering resumes when the hold time has passed and
 what is still measured is better than its limit by `RELIEF`; every further step-down doubles the hold, up to an
 hour, until steering has held up for `FORGIVEN` times the last hold.
+
+What happens once is no evidence. A step counts for at most `USUAL` times the usual one, so that a pause of the
+interpreter does not trip the rule about cost. A *stall*, a step that took many times as long as predicted (a kernel is
+compiled, a page comes in), excuses the promises of those who were there; where stalls are not rare they excuse nothing.
 
 A promise that an output longer than predicted broke is nobody's evidence (see `promises`). And nobody alone decides:
 where others have ended enough requests, the tenant with the most broken promises is left out.
@@ -13,13 +17,16 @@ where others have ended enough requests, the tenant with the most broken promise
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
 
 RELIEF = 0.8  # of a tolerated share: what must be reached before steering resumes
 MAX_HOLD_S = 3600.0
 FORGIVEN = 10.0
-_FADE = 1.0 - 1.0 / 2000.0  # faults and times are remembered over about 2000 steps
+USUAL = 2.0  # times the mean step time: what one step can count for in the rule about cost
+RARE_STALLS = 3.5  # within what is remembered
+_FADE = 1.0 - 1.0 / 2000.0  # faults, stalls and times are remembered over about 2000 steps
 _PROMISES = 1000
 _OTHERS = 50  # promises of other tenants that say enough without the worst one's
 
@@ -52,7 +59,7 @@ class SafetyLimits:
 class StepDown:
     """Watch the measurements; `is_down` says that vLLM's own order must run, `reason` why.
 
-    `is_resting`: the planner must not even be asked beside it.
+    `is_resting`: the planner must not even be asked beside it: what it does is what is wrong.
     """
 
     def __init__(self, limits: SafetyLimits | None = None) -> None:
@@ -65,8 +72,11 @@ class StepDown:
         self._steps = 0.0
         self._faults = 0.0
         self._timed_steps = 0
+        self._weight = 0.0
         self._step_s = 0.0
-        self._overhead_s = 0.0
+        self._delay_s = 0.0
+        self._stalls = 0.0
+        self._stalled_s = -math.inf
         self._coverage: float | None = None
         self._clock_step_s = 0.0
         self._num_clock_errors = 0
@@ -74,15 +84,25 @@ class StepDown:
         self._resume_s = 0.0
         self._hold_s = 0.0
 
-    def add_promise(self, kept: bool, tenant: str = "") -> None:
-        """Count a promised request that ended, and whose it was."""
-        self._promises.append((kept, tenant))
+    def add_promise(self, kept: bool, tenant: str = "", *, arrival_s: float = math.inf) -> None:
+        """Count a promised request that ended, and whose it was; a broken one is excused if it was there in a stall."""
+        if kept or arrival_s > self._stalled_s:
+            self._promises.append((kept, tenant))
 
-    def add_step(self, step_s: float, overhead_s: float) -> None:
-        """Count the time of a step with tokens and the plug-in's own time beside it, in seconds."""
+    def add_step(self, step_s: float, delay_s: float) -> None:
+        """Count the time of a step with tokens, and for how long the device waited for us before it, in seconds."""
         self._timed_steps += 1
+        usual_s = USUAL * (self._step_s + step_s) / (self._weight + 1.0)
+        self._weight = self._weight * _FADE + 1.0
         self._step_s = self._step_s * _FADE + step_s
-        self._overhead_s = self._overhead_s * _FADE + overhead_s
+        self._delay_s = self._delay_s * _FADE + min(delay_s, usual_s)
+        self._stalls *= _FADE
+
+    def add_stall(self, now_s: float) -> None:
+        """Take the end of a step that took many times as long as predicted."""
+        self._stalls += 1.0
+        if self._stalls < RARE_STALLS:
+            self._stalled_s = now_s
 
     def add_clock_step(self, seconds: float) -> None:
         """Take a step of the clock backwards; 0 for none."""
@@ -105,8 +125,8 @@ class StepDown:
 
     @property
     def time_share(self) -> float:
-        """The plug-in's time as a share of step time."""
-        return self._overhead_s / self._step_s if self._step_s > 0 else 0.0
+        """The share of the device's time for which it waited for us."""
+        return self._delay_s / self._step_s if self._step_s > 0 else 0.0
 
     def check(self, now_s: float) -> bool:
         """Step down or up where due; tell whether that changed."""
@@ -125,11 +145,12 @@ class StepDown:
         self._hold_s = min(max(2.0 * self._hold_s, self.limits.hold_s), MAX_HOLD_S)
         self.is_down, self.reason, self._resume_s = True, reason, now_s + self._hold_s
         self.num_step_downs += 1
-        self.is_resting = self._num_hung > 0
+        # planning beside would go on to cost what it costs, or to hang
+        self.is_resting = self._num_hung > 0 or self._is_too_slow(1.0)
         self._promises.clear()
         self._steps = self._faults = 0.0
         self._timed_steps = self._num_hung = self._num_clock_errors = 0
-        self._step_s = self._overhead_s = self._clock_step_s = 0.0
+        self._weight = self._step_s = self._delay_s = self._clock_step_s = 0.0
         return True
 
     def _broken(self) -> tuple[int, int]:
@@ -159,6 +180,10 @@ class StepDown:
         if self._faults > limits.num_faults - 0.5 and self._faults > limits.max_fault_share * strictness * self._steps:
             share = self._faults / self._steps
             return f"planner faults in {share:.2%} of steps (limit {limits.max_fault_share:.2%})"
-        if self._timed_steps >= limits.num_timed_steps and self.time_share > limits.max_time_share * strictness:
-            return f"planning takes {self.time_share:.1%} of the step (limit {limits.max_time_share:.0%})"
+        if self._is_too_slow(strictness):
+            return f"planning takes {self.time_share:.1%} of the device's time (limit {limits.max_time_share:.0%})"
         return ""
+
+    def _is_too_slow(self, strictness: float) -> bool:
+        limits = self.limits
+        return self._timed_steps >= limits.num_timed_steps and self.time_share > limits.max_time_share * strictness

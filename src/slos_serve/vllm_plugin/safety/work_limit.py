@@ -1,8 +1,11 @@
-"""How much work the planner may do in the next plan: a share of step time, saved up for bursts.
+"""How much the planner may do: work in one plan, and for how many steps a plan may go on.
 
 Planning earns `SHARE` of every step's time and spends what it takes. Most plans cost next to nothing, so
 there is usually enough saved for the expensive one, when many requests arrive at once; a planner that is
 always expensive is held to its share. Never less than `LEAST` units, never more than `MOST_S` at a time.
+
+Where the device waits for us for a large part of what is allowed, plans get cheaper in steps, before steering is given
+up: they go on for longer, and the search is smaller. With the cause the steps go away again.
 """
 
 from __future__ import annotations
@@ -13,18 +16,31 @@ LEAST, MOST = 10_000, 2_000_000  # units of work
 MEASURED = 2_000  # plans with less work say nothing about the price of work
 _UNIT_S = 50e-9  # until it is measured
 
+RUN_STEPS = 32  # a plan may go on for so many steps
+MAX_THRIFT = 2  # each of which makes plans go on four times as long and search a quarter
+ADAPT_EVERY = 64  # steps
+DEAR, CHEAP = 0.6, 0.2  # of the tolerated share of device time: above, thrift grows; below, it goes away
+
 
 class WorkLimit:
-    """Follow the price of a unit of work and what has been saved, in seconds."""
+    """Follow the price of a unit of work and what has been saved, in seconds; `thrift` says how cheap plans must be."""
 
     def __init__(self) -> None:
+        self.thrift = 0
         self._unit_s = _UNIT_S
         self._saved_s = MOST_S
+        self._num_steps = 0
 
     @property
     def value(self) -> int:
         """The limit for the next plan, in units of work."""
-        return round(min(max(self._saved_s / self._unit_s, LEAST), MOST))
+        limit = round(min(max(self._saved_s / self._unit_s, LEAST), MOST))
+        return max(limit >> 2 * self.thrift, 1)
+
+    @property
+    def run_steps(self) -> int:
+        """For how many steps a plan may go on unasked."""
+        return RUN_STEPS << 2 * self.thrift
 
     def earn(self, step_s: float) -> None:
         """Count the time of a step."""
@@ -35,3 +51,13 @@ class WorkLimit:
         self._saved_s = max(self._saved_s - seconds, 0.0)
         if work >= MEASURED:
             self._unit_s += 0.1 * (seconds / work - self._unit_s)
+
+    def adapt(self, share: float, tolerated: float) -> None:
+        """Take the share of device time lost because of us, once a step, and the share at which steering ends."""
+        self._num_steps += 1
+        if self._num_steps % ADAPT_EVERY:
+            return
+        if share > DEAR * tolerated:
+            self.thrift = min(self.thrift + 1, MAX_THRIFT)
+        elif share < CHEAP * tolerated:
+            self.thrift = max(self.thrift - 1, 0)

@@ -17,7 +17,7 @@ class Outbox:
     """Collect verdicts, finished requests and samples; send them with a snapshot.
 
     A message goes out when there is something to tell, and every `PUBLISH_EVERY_S` of work. `snapshot` is
-    asked for at that rate at most; `facts` (its parts that change without traffic) for every message.
+    asked for at that rate at most, after `refresh`; `facts` (its parts that change without traffic) for every message.
     Only `beat` may be called from another thread.
     """
 
@@ -27,6 +27,7 @@ class Outbox:
         engine_index: int,
         snapshot: Callable[[], dict[str, Any]],
         facts: Callable[[], dict[str, Any]],
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self.publisher = publisher
         self.verdicts: list[dict[str, Any]] = []
@@ -36,6 +37,7 @@ class Outbox:
         self._engine_index = engine_index
         self._take = snapshot
         self._facts = facts
+        self._refresh = refresh
         self._snapshot: dict[str, Any] | None = None
         self._snapshot_at = 0.0
         self._sent_at = 0.0
@@ -52,6 +54,7 @@ class Outbox:
         """Send what there is to tell; once more, with a fresh snapshot, when the engine falls idle."""
         is_due = is_idle or now_s - self._snapshot_at >= PUBLISH_EVERY_S
         if is_due:
+            self._refresh()
             self._snapshot, self._snapshot_at = self._take(), now_s
         if not (is_due or self.verdicts or self.finished):
             return
