@@ -32,7 +32,8 @@ class Expiry:
 
     def take(self, now_s: float, known: Mapping[str, Live], *, enforcing: bool) -> list[Live]:
         """Return the live requests whose wait ends now."""
-        heap, ended = self._heap, []
+        heap = self._heap
+        ended: list[Live] = []
         if len(heap) > 2 * len(known) + SPARE:  # most have ended long before their wait would
             heap[:] = [entry for entry in heap if entry[1] in known]
             heapq.heapify(heap)
