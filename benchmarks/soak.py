@@ -158,7 +158,7 @@ def virtual(options: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     result = run_workload(work, planner, load_hardware("a100-80g-7b-measured"), on_progress=on_progress,
-                          options=ReplicaOptions(makes_promises=True, learns_times=True))  # fmt: skip
+                          options=ReplicaOptions(learns_times=True))  # fmt: skip
     replica = result.replica
     held = {"rows left": len(replica.table), "blocks left": replica.limits.num_kv_blocks - replica.engine.pool.num_free,
             "lengths bytes": len(json.dumps(replica.lengths.to_json()))}  # fmt: skip
@@ -213,9 +213,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     document = on_server(options) if options.kind == "server" else virtual(options)
     document["growth"] = growth(document["samples"])
-    (options.out / f"{options.kind}.json").write_text(json.dumps(document, indent=1))
+    (options.out / f"{options.kind}.json").write_text(json.dumps(document, indent=1, default=float))
     plot(document, options.out / f"{options.kind}.png")
-    say(json.dumps({key: value for key, value in document.items() if key not in ("samples", "growth")}))
+    say(json.dumps({key: value for key, value in document.items() if key not in ("samples", "growth")}, default=float))
     for name, one in document["growth"].items():
         print(f"{name:<24} mean {one['mean']:>12.2f}   grew by {one['share']:>8.2%} over the second half")
     grew = [name for name, one in document["growth"].items() if one["share"] > MAX_GROWTH and "record" not in name]

@@ -165,11 +165,11 @@ def test_a_header_that_decides_something_comes_once(read, name):
 
 def test_every_key_of_the_body_has_a_header(read):
     headers = {"x-slo-class": "chat", "x-slo-stage": "loop", "x-slo-thinking-tpot-ms": "40", "x-slo-e2e-ms": "9e3"}
-    headers |= {"x-slo-ttft-slowdown": "3", "x-slo-tpot-ms": ".5", "x-slo-max-gap-ms": "700"}
+    headers |= {"x-slo-ttft-slowdown": "3", "x-slo-tpot-s": ".05", "x-slo-max-gap-ms": "700"}
     assert read({}, headers).xargs == {
         "slo_class": "chat",
         "slo_ttft_slowdown": 3,
-        "slo_tpot_ms": 0.5,
+        "slo_tpot_ms": 50.0,
         "slo_thinking_tpot_ms": 40,
         "slo_e2e_ms": 9000,
         "slo_max_gap_ms": 700,

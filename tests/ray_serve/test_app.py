@@ -150,3 +150,13 @@ def test_a_record_of_the_engines_is_one_of_the_routers_decisions_too():
     _, routing = read_slo({"record": "steps.jsonl", "router": "least-load"})
     assert routing["request_router_kwargs"] == {"policy": "least-load", "record": "steps.jsonl"}
     assert "record" not in read_slo({})[1]["request_router_kwargs"]
+
+
+def test_a_router_of_ones_own_is_taken_by_the_name_of_its_class():
+    slo, router = read_slo({"router": "slos_serve.core.routing.routers:LeastLoad"})
+    assert "router" not in slo
+    assert "slos_serve.core.routing.routers:LeastLoad" in json.dumps(router, default=str)
+    with pytest.raises(ConfigError, match=r"package\.module:Class"):
+        read_slo({"router": "slos_serve.core.routing.routers:Nobody"})
+    with pytest.raises(ConfigError, match="least-load"):
+        read_slo({"router": "nobody"})
