@@ -112,3 +112,16 @@ def test_a_request_that_has_begun_runs_to_its_end_even_where_it_was_preempted(bu
     now[0] += 5
     engine.run()
     assert len(engine.outputs["begun"]) == 10
+
+
+def test_ended_requests_do_not_stay_in_memory_until_their_wait_would_be_over() -> None:
+    from types import SimpleNamespace
+
+    from slos_serve.vllm_plugin.engine.expiry import SPARE, Expiry
+
+    expiry = Expiry()
+    for i in range(1000):
+        live = SimpleNamespace(arrival_s=0.0, request_id=f"r{i}", was_promised=False, num_output_tokens=0)
+        expiry.add(live, 1e9)
+        assert expiry.take(1.0, {live.request_id: live}, enforcing=bool(i % 2)) == []
+        assert len(expiry._heap) <= SPARE + 3
