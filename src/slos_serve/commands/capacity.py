@@ -25,7 +25,7 @@ from slos_serve.sim.workloads.scenarios import HARDWARE_SETS, SCENARIOS, find_sc
 from slos_serve.terminal.bar import Bar
 from slos_serve.traces.standins import data_folder
 
-HELP = "find the highest rate at which systems keep their SLOs"
+HELP = "Find the highest rate at which systems keep their SLOs."
 MAX_REPLICAS = 64
 HIGHER_RATES = 3  # more of them for each of the goals above 90 %
 SLOW_SCENARIO = "reasoning"  # thousands of tokens each: not for a quick look

@@ -12,7 +12,7 @@ from slos_serve.errors import ConfigError
 from slos_serve.terminal.bar import Bar
 from slos_serve.traces.datasets import DATASETS, Dataset, fetch, find_dataset
 
-HELP = "fetch public traces, with checksum and licence"
+HELP = "Fetch public traces, with checksum and licence."
 SCENARIOS = "they carry the scenarios chatbot, coding, summarization and mixed"
 
 

@@ -29,7 +29,7 @@ from slos_serve.traces.trace import Trace
 if TYPE_CHECKING:
     from slos_serve.sim.hardware import Hardware
 
-HELP = "say how many replicas of what hardware a workload needs"
+HELP = "Say how many replicas of what hardware a workload needs."
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
 NUM_WINDOWS = 3
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from slos_serve.sim.hardware import Hardware
     from slos_serve.traces.trace import Trace
 
-HELP = "serve a trace on a virtual clock and grade it by class"
+HELP = "Serve a trace on a virtual clock and grade it by class."
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
 MAX_REPLICAS = 1024
 
