@@ -47,6 +47,11 @@ FIELDS = (
         join=min,
         metric=("slos_serve_margin_coverage", "Share of steps within the predicted time."),
     ),
+    Field(
+        key="device_time_lost",
+        join=max,
+        metric=("slos_serve_device_wait_ratio", "Share of the device's time for which it waited for the scheduler."),
+    ),
     Field(key="steps", counts=True),
     Field(key="invalid", counts=True),
     Field(key="expired", counts=True),
