@@ -56,8 +56,10 @@ def test_an_api_key_that_nobody_would_ask_for_is_refused_and_not_repeated(model,
 
 def test_a_cluster_of_our_own_asks_for_a_token_with_a_home_and_without(monkeypatch, tmp_path):
     pytest.importorskip("ray.serve.llm")
+    from slos_serve.ray_serve import names
     from slos_serve.ray_serve.cluster import ask_for_token
 
+    monkeypatch.setattr(names, "read_environment_again", lambda: None)  # this process's Ray stays as it is
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.setenv(name, "x")  # so that what is set below goes away after the test
         monkeypatch.delenv(name)

@@ -8,7 +8,6 @@ from tests.sim.worlds import MODEL, hardware, sim, workload
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import Slo
-from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import run_workload
 
 YEARS_30 = 30 * 365 * 86_400.0
@@ -17,8 +16,7 @@ PROMPT, OUTPUT = 40, 60
 
 
 def serve(*arrivals):
-    options = ReplicaOptions(makes_promises=True)
-    result = run_workload(workload(*arrivals), SloPlanner(), hardware(), options=options)
+    result = run_workload(workload(*arrivals), SloPlanner(), hardware())
     return {grade.slo_class: grade for grade in result.graded}
 
 

@@ -121,6 +121,7 @@ def ask_for_token() -> None:
     is_usable = os.access(home, os.W_OK | os.X_OK, effective_ids=True)
     if mode == "token" and not is_usable and not any(os.environ.get(name) for name in TOKENS):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    names.read_environment_again()
 
 
 def _start(options: Mapping[str, Any]) -> None:

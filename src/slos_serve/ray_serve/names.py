@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ray import serve
 from ray._common.usage.usage_lib import usage_stats_enabled
+from ray._raylet import Config
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults as merge_options
 from ray.llm._internal.common.utils.lora_utils import get_base_model_id
@@ -33,6 +34,7 @@ __all__ = [
     "http_port",
     "init",
     "merge_options",
+    "read_environment_again",
     "request_id",
     "sanitize_chat",
     "session_id_from_headers",
@@ -41,6 +43,11 @@ __all__ = [
 ]
 
 STARTED_TOO_LATE = "timed out during startup"  # what `ray.init` says where its raylet takes more than 30 s
+
+
+def read_environment_again() -> None:
+    """Let this process's Ray read its `RAY_*` settings anew: it keeps those of the moment when it was imported."""
+    Config.initialize("")
 
 
 def request_id() -> str:
