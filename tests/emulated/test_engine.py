@@ -1,0 +1,145 @@
+"""Real vLLM on an emulated device, asynchronous as on GPUs: requests are answered, on time; no weights exist."""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+STEP_S = 0.01
+# Room for a third of what the requests below ask for, so that some are preempted and come back.
+HARDWARE = {
+    "schema": "slos-serve-hardware/1",
+    "name": "small",
+    "perf_model": {"lines": [{"per_token_s": 1e-5, "fixed_s": STEP_S}]},
+    "kv_tokens": 1024,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "provenance": {"perf_model": {"kind": "derived", "source": "made up for a test"}},
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    pytest.importorskip("vllm")
+    from slos_serve.bench.model import ensure_demo_model
+
+    folder = tmp_path_factory.mktemp("emulated")
+    model = folder / "model"
+    shutil.copytree(ensure_demo_model(), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "small.json").write_text(json.dumps(HARDWARE))
+    profile = {"schema": "slos-serve-profile/1", "key": "test", "perf_model": HARDWARE["perf_model"]}
+    (folder / "profile.json").write_text(json.dumps(profile))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "slos_serve.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--emulate", f"{folder / 'small.json'},output_tokens=8", "--profile", str(folder / "profile.json")]
+    command += ["--served-model-name", "m"]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
+        try:
+            wait_until_ready(client, process, log)
+            client.log = log
+            yield client
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_ready(client, process, log):
+    for _ in range(1000):
+        try:
+            if process.poll() is None and client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.25)
+    pytest.fail(f"the server did not get ready:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+def complete(client, **body):
+    answer = client.post("/v1/completions", json={"model": "m", "prompt": "Once upon a time", **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_it_says_that_it_is_emulated_in_its_log_and_its_status(server):
+    complete(server, max_tokens=2)
+    device = server.get("/v1/slo/status").json()["snapshot"]["device"]
+    assert device["hardware"] == "small"
+    assert "no model runs" in device["leaves_out"]
+    log = server.log.read_text()
+    assert "slos-serve: the device is EMULATED" in log
+    assert "The device is EMULATED" in log
+
+
+def test_tokens_take_as_long_as_the_file_says(server):
+    started = time.perf_counter()
+    answer = complete(server, max_tokens=30, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 30
+    assert time.perf_counter() - started >= 30 * STEP_S
+
+
+def test_a_greedy_prompt_always_gets_the_same_text(server):
+    one, other = (complete(server, max_tokens=12, temperature=0, ignore_eos=True) for _ in range(2))
+    assert one["choices"][0]["text"] == other["choices"][0]["text"]
+
+
+def test_requests_end_by_themselves_by_stop_strings_and_in_several_choices(server):
+    ended = complete(server, max_tokens=400, temperature=0)
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    text = complete(server, max_tokens=12, temperature=0, ignore_eos=True)["choices"][0]["text"]
+    stopped = complete(server, max_tokens=12, temperature=0, ignore_eos=True, stop=[text[8:12]])
+    assert text.startswith(stopped["choices"][0]["text"])
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    several = complete(server, max_tokens=5, n=3, ignore_eos=True)
+    assert len({choice["text"] for choice in several["choices"]}) == 3
+
+
+def test_a_grammar_is_obeyed(server):
+    answer = complete(server, max_tokens=20, structured_outputs={"choice": ["yes", "no"]})
+    assert answer["choices"][0]["text"] in ("yes", "no")
+
+
+def test_logprobs_are_there_for_who_asks(server):
+    answer = complete(server, max_tokens=4, logprobs=2, ignore_eos=True)
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == 4
+
+
+def test_a_promise_is_given_and_kept(server):
+    answer = complete(server, max_tokens=8, ignore_eos=True, slo={"ttft_ms": 60_000, "tpot_ms": 10_000})
+    assert answer["slo"]["verdict"] == "promised"
+    assert answer["slo"]["outcome"] == "met"
+
+
+def test_preempted_requests_come_back_and_say_what_they_would_have_said(server):
+    def one(number):
+        prompt = [2000 + number] * 100
+        return complete(server, prompt=prompt, max_tokens=120, ignore_eos=True, temperature=0)["choices"][0]["text"]
+
+    alone = one(0)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(one, range(12)))
+    assert texts[0] == alone
+    metrics = server.get("/metrics").text
+    preempted = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
+    assert float(preempted[0].split()[-1]) > 0
+    assert server.get("/health").status_code == 200
