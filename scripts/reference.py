@@ -210,7 +210,9 @@ def _kind(owner: type, key: str) -> str:
 
 def metrics() -> str:
     """Return the page of metrics, as they are registered."""
-    made = [one for one in vars(SloMetrics(CollectorRegistry())).values() if isinstance(one, MetricWrapperBase)]
+    metrics = SloMetrics(CollectorRegistry())
+    known = (*vars(metrics).values(), *metrics.numbers.values())
+    made = [one for one in known if isinstance(one, MetricWrapperBase)]
     rows = []
     for one in made:
         name = one._name + ("_total" if one._type == "counter" else "")

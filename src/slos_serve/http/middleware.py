@@ -33,6 +33,7 @@ from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers, modes, openapi, replies, routes, seal
 from slos_serve.http.hub import HUB, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
+from slos_serve.http.live import LIVE
 from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
 from slos_serve.http.slo import SloRequest
@@ -66,7 +67,7 @@ class SloMiddleware:
             if method == "POST" and path in ROUTES:
                 await _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path]).run()
                 return
-            if path.startswith(replies.SLO_PREFIX) and (
+            if (path.startswith(replies.SLO_PREFIX) or path.rstrip("/") == LIVE) and (
                 method in {"GET", "HEAD"} or (method, path) == ("POST", MODE_PATH)
             ):
                 await self._page(path.rstrip("/"), scope, receive, send)

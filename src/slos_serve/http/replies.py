@@ -14,6 +14,7 @@ from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import Caller, RequestError
+from slos_serve.http.live import LIVE, live
 from slos_serve.http.slo import BODY_KEYS
 
 SLO_PREFIX = "/v1/slo/"
@@ -78,10 +79,14 @@ def metrics() -> Response:
 
 
 def page(hub: Hub, path: str, caller: Caller) -> Response:
-    """Answer GET below /v1/slo/, as much of it as the caller may see."""
+    """Answer GET of the live page and below /v1/slo/, as much of it as the caller may see."""
     identities = hub.operator.identities
-    if hub.config.pages == "off" or (hub.config.pages == "admin" and not identities.may_operate(caller)):
+    # Browsers bring no key before the live page, which holds no data, has asked for it.
+    is_closed = hub.config.pages == "admin" and path != LIVE and not identities.may_operate(caller)
+    if hub.config.pages == "off" or is_closed:
         return error(HTTPStatus.NOT_FOUND, "Not Found")
+    if path == LIVE:
+        return live()
     if path == SLO_PREFIX + "classes":
         return JSONResponse(classes(hub))
     if path == SLO_PREFIX + "mode":
@@ -92,14 +97,17 @@ def page(hub: Hub, path: str, caller: Caller) -> Response:
         recent = hub.recent(lambda tenant: identities.may_see(caller, tenant), NUM_RECENT)
         return JSONResponse(answers.finite({"object": "list", "data": [answers.told(record) for record in recent]}))
     if path.startswith(REQUESTS_PREFIX):
-        request_id = path.removeprefix(REQUESTS_PREFIX)
-        record = hub.find(request_id, lambda tenant: identities.may_see(caller, tenant))
-        if record is not None:
-            return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
-        message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
-        return error(HTTPStatus.NOT_FOUND, message, param="id")
+        return _request(hub, path.removeprefix(REQUESTS_PREFIX), caller)
     message = f"{path[:100]} is not one of classes, status, mode, requests, requests/ID below {SLO_PREFIX}"
     return error(HTTPStatus.NOT_FOUND, message)
+
+
+def _request(hub: Hub, request_id: str, caller: Caller) -> Response:
+    record = hub.find(request_id, lambda tenant: hub.operator.identities.may_see(caller, tenant))
+    if record is not None:
+        return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
+    message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
+    return error(HTTPStatus.NOT_FOUND, message, param="id")
 
 
 def mode(facts: Mapping[str, Any]) -> dict[str, Any]:
