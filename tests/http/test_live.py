@@ -223,3 +223,19 @@ async def test_a_page_for_operators_asks_for_a_key(hub, server, tab):
     await tab.open(f"{server}/slo")
     await tab.until("!document.getElementById('ask').hidden")
     assert "keys of its own" in await tab.value("document.getElementById('problem').textContent")
+
+
+@pytest.mark.timeout(60)
+async def test_a_server_that_is_away_is_told_and_what_is_shown_goes_on_when_it_is_back(hub, server, tab):
+    hub.feed({"snapshot": SNAPSHOT})
+    away = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    await tab.open(f"{server}/slo")
+    await tab.until("document.querySelector('#tiles b') !== null")
+    await tab.call("Network.enable")
+    await tab.call("Network.emulateNetworkConditions", offline=True, **away)
+    await tab.until("document.getElementById('problem').textContent.includes('does not answer')")
+    assert await tab.value("document.querySelector('#tiles b').textContent") == "7"
+    hub.feed({"snapshot": {**SNAPSHOT, "num_promised": 9}})
+    await tab.call("Network.emulateNetworkConditions", offline=False, **away)
+    await tab.until("document.querySelector('#tiles b').textContent === '9'")
+    assert await tab.value("document.getElementById('problem').hidden")
