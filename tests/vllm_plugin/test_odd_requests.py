@@ -70,6 +70,19 @@ def test_engines_whose_steps_the_planner_does_not_know_are_only_observed(build, 
     assert view.unsupported(scheduler) == ["pipeline parallelism", "images that must not be split"]
 
 
+@pytest.mark.parametrize(("slots", "is_steered"), [(0, True), (2, True), (10_000, False)])
+def test_input_slots_of_a_drafter_are_kept_free_or_the_engine_is_only_observed(
+    build, monkeypatch, slots, is_steered
+) -> None:
+    scheduler = build()
+    before = view.limits(scheduler, guard_s=0.0, work_limit=1).max_num_batched_tokens
+    drafter = SimpleNamespace(max_num_new_slots_for_drafting=slots)
+    monkeypatch.setattr(scheduler.vllm_config, "speculative_config", drafter)
+    assert (view.unsupported(scheduler) == []) is is_steered
+    after = view.limits(scheduler, guard_s=0.0, work_limit=1).max_num_batched_tokens
+    assert after == max(1, before - slots * scheduler.max_num_running_reqs)
+
+
 # -- odd requests ----------------------------------------------------------------------------------
 
 

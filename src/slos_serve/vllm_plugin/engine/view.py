@@ -151,7 +151,6 @@ def unsupported(scheduler: Any) -> list[str]:
     """Return what this engine is configured for that the planner cannot steer; empty means nothing."""
     config = scheduler.vllm_config
     auxiliary = getattr(scheduler, "aux_output_connector", None)
-    speculation = config.speculative_config
     checks = {
         "pooling models": config.model_config.runner_type == "pooling",
         "encoder-decoder models": bool(scheduler.is_encoder_decoder),
@@ -167,10 +166,21 @@ def unsupported(scheduler: Any) -> list[str]:
         "prefix hits cut to auxiliary outputs": hasattr(auxiliary, "max_cache_hit"),
         "a KV cache that is not full attention in blocks of one size": not _is_plain(scheduler),
         "pipeline parallelism": scheduler.parallel_config.pipeline_parallel_size > 1,
-        "drafts that take input slots of their own": getattr(speculation, "max_num_new_slots_for_drafting", 0) > 0,
+        "drafts whose input slots take half of a step": 2 * _draft_slots(scheduler) > _step_tokens(scheduler),
         "images that must not be split": bool(scheduler.scheduler_config.disable_chunked_mm_input),
     }
     return [name for name, present in checks.items() if present]
+
+
+def _step_tokens(scheduler: Any) -> int:
+    """Return how many tokens a step may carry where no drafter takes a part of it."""
+    return int(min(scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.max_num_batched_tokens))
+
+
+def _draft_slots(scheduler: Any) -> int:
+    """Return the input slots that a drafter takes from a step in which every seat is used, 0 for most drafters."""
+    each = getattr(scheduler.vllm_config.speculative_config, "max_num_new_slots_for_drafting", 0)
+    return int(each * scheduler.max_num_running_reqs)
 
 
 def _is_plain(scheduler: Any) -> bool:
@@ -336,9 +346,7 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
     blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
     seats = scheduler.max_num_running_reqs
     return Limits(
-        max_num_batched_tokens=int(
-            min(scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.max_num_batched_tokens)
-        ),
+        max_num_batched_tokens=max(1, _step_tokens(scheduler) - _draft_slots(scheduler)),
         max_num_seqs=int(min(seats, getattr(scheduler, "max_num_active_reqs", seats))),  # the second from 0.31 on
         max_model_len=int(scheduler.max_model_len),
         block_size=int(scheduler.block_size),
