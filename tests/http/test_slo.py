@@ -221,6 +221,14 @@ def test_a_class_may_ask_to_be_rejected(read):
     assert not read({"vllm_xargs": {"slo_class": ["voice"]}}).rejects
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("gold", "invalid"), (5, "invalid"), (["chat"], "invalid"), ("best-effort", "requested")]
+)
+def test_a_class_in_vllm_xargs_that_nobody_knows_is_told_from_one_that_asks_for_nothing(read, name, reason):
+    request = read({"vllm_xargs": {"slo_class": name}})
+    assert (request.best_effort, request.reason) == (True, reason)
+
+
 NUMBER = "positive finite number"
 
 

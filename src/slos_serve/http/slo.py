@@ -187,6 +187,7 @@ class Operator:
             tenant=tenant,
             session=session,
             tier=tier if isinstance(tier, str) else None,
+            reason=Reason.REQUESTED if known or name is None else Reason.INVALID,
             ttl_s=self._ttl_s(label),
         )
 
