@@ -21,6 +21,7 @@ from slos_serve.sim.replica.kernel import Kernel, Priority
 from slos_serve.sim.replica.requests import Record
 from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
+from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.scheduler import SloMixin
 from slos_serve.vllm_plugin.testing import Engine, make_request, make_scheduler, write_profile
 
@@ -60,16 +61,16 @@ class _VirtualPipeline(Pipeline):
         return None if done is None else (done[0], self.step_s[id(output)])
 
 
-class _FixedWork:
+class _FixedWork(WorkLimit):
     """The planner's limit where no wall clock may bear on plans."""
 
-    value = DEFAULT_WORK_LIMIT
+    @property
+    def value(self) -> int:
+        """The default limit, in units of work."""
+        return DEFAULT_WORK_LIMIT
 
-    def earn(self, step_s: float) -> None:
-        """Count nothing."""
-
-    def spend(self, work: int, seconds: float) -> None:
-        """Count nothing."""
+    def adapt(self, share: float, tolerated: float) -> None:
+        """Leave plans as they are."""
 
 
 class VllmReplica:
