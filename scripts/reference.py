@@ -80,7 +80,7 @@ SAFETY = {
     "is_enabled": "false: never step down",
 }
 DOTTED = {
-    "slos_serve.vllm_plugin.scheduler": ("SloScheduler", "AsyncSloScheduler"),
+    "slos_serve.vllm_plugin.scheduler": ("AutoSloScheduler", "SloScheduler", "AsyncSloScheduler"),
     "slos_serve.vllm_plugin.stats": ("SloStatLogger",),
     "slos_serve.http.middleware": ("SloMiddleware",),
     "slos_serve.ray_serve.app": ("build_openai_app",),
@@ -262,7 +262,7 @@ The plug-in reads `additional_config["slo"]` of vLLM, once, at start. `slos-serv
 adds what is given beside them:
 
 ```console
-vllm serve MODEL --scheduler-cls slos_serve.vllm_plugin.scheduler.AsyncSloScheduler \\
+vllm serve MODEL --scheduler-cls slos_serve.vllm_plugin.scheduler.AutoSloScheduler \\
     --additional-config '{"slo": {"config": "classes.yaml", "mode": "observe", "record": "steps.jsonl"}}'
 ```
 
