@@ -38,6 +38,7 @@ NOT_RUN = (
     "prefix_cache/test_hybrid_prefix_cache_hit_rate.py",
 )
 SLOW = "test_priority_scheduling_blast"  # 20,000 steps a case; with --full
+HARNESS = "these runs tell the configuration how the class under test schedules, and the test reads it"
 # (kind, part of a test's name) -> why it may differ from stock
 EXPLAINED: dict[tuple[str, str], str] = {
     ("enforce", "test_spec_decode_padding_first_decode_step"): (
@@ -55,6 +56,11 @@ EXPLAINED: dict[tuple[str, str], str] = {
     ("enforce", "test_prefix_hit_is_capped_at_retained"): "the connector comes after the check of what can be steered",
     ("enforce", "test_remote_kv_promotion_drains_before_grammar_prefix"): "remote KV blocks without a KV connector",
     ("enforce", "test_fcfs_mixed_blocked_types_remote_load_drains_first"): "remote KV blocks without a KV connector",
+    ("observe", "test_diffusion_scheduler_is_selected_by_default"): HARNESS,
+    ("enforce", "test_diffusion_scheduler_is_selected_by_default"): HARNESS,
+    ("enforce", "test_schedule_partial_requests"): (
+        "what the encoder's budget cuts from a planned share of a request with images is not given to another request"
+    ),
     ("enforce", "test_fcfs_mixed_skipped_waiting_types_keep_order"): (
         "what waited for a grammar or for input joins the planner's table when it can run, behind what could run "
         "before; remote KV blocks, which the test has without a KV connector, are never awaited then"
