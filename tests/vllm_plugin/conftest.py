@@ -47,6 +47,7 @@ def build(tmp_path, perf):
             tmp_path, cls=cls, slo={k: v for k, v in document.items() if v is not None}, **options
         )
         made.append(scheduler)
+        scheduler.slo.outbox.sender.close()  # what is published is published by then
         if planner is not None:
             scheduler.slo.planner = planner
         ticks = itertools.count(time.time(), 1e-4)

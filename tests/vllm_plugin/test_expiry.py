@@ -121,7 +121,7 @@ def test_ended_requests_do_not_stay_in_memory_until_their_wait_would_be_over() -
 
     expiry = Expiry()
     for i in range(1000):
-        live = SimpleNamespace(arrival_s=0.0, request_id=f"r{i}", was_promised=False, num_output_tokens=0)
+        live = SimpleNamespace(arrival_s=0.0, request_id=f"r{i}", was_promised=False, has_begun=False)
         expiry.add(live, 1e9)
         assert expiry.take(1.0, {live.request_id: live}, enforcing=bool(i % 2)) == []
         assert len(expiry._heap) <= SPARE + 3

@@ -126,7 +126,7 @@ def test_a_broken_table_does_not_stop_the_engine(build, monkeypatch) -> None:
         raise RuntimeError("table")
 
     monkeypatch.setattr(scheduler.slo.tracker, "sync", explode)
-    monkeypatch.setattr(scheduler.slo.tracker, "take_outputs", explode)
+    monkeypatch.setattr(scheduler.slo.tracker.outputs, "take", explode)
     engine.run()
     assert len(engine.finished) == 4
     assert scheduler.slo.faults.counts["sync"] > 0

@@ -21,7 +21,7 @@ def test_only_who_is_held_loses_its_placeholders() -> None:
 
 def test_the_step_in_which_it_comes_back_counts_for_no_acceptance() -> None:
     watch = DraftWatch()
-    live = {name: SimpleNamespace(num_output_tokens=5, slo_class=name) for name in ("held", "runs")}
+    live = {name: SimpleNamespace(has_begun=True, slo_class=name) for name in ("held", "runs")}
     watch.note_plan({"held": 3, "runs": 3})
     assert watch.without({"runs": 4}, held=["held"]) == frozenset()
     undrafted = watch.without({"held": 1, "runs": 4}, held=[])

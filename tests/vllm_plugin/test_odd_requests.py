@@ -275,5 +275,5 @@ def test_hits_of_an_emptied_prefix_cache_are_looked_up_again(build) -> None:
     rows, tracker = scheduler.slo.tracker.table.rows, scheduler.slo.tracker
     index = tracker.table.index("second")
     assert rows["num_cached_tokens"][index] > 0
-    tracker.forget_hits()
+    tracker.hits.forget()
     assert rows["num_cached_tokens"][index] == 0

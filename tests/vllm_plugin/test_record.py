@@ -211,4 +211,3 @@ def test_without_a_file_nothing_is_kept() -> None:
 def test_a_scheduler_whose_constructor_has_not_run_is_vllms_own() -> None:
     bare = object.__new__(SloScheduler)
     assert bare.slo is None
-    assert bare._slo_caps is None

@@ -120,7 +120,7 @@ def test_an_end_of_thinking_inside_a_burst_of_accepted_drafts_splits_the_burst(t
         request.spec_token_ids = [TOKEN] * 4 if request.num_output_tokens else []
         engine.step()
     live = engine.scheduler.slo.tracker.live["r"]
-    assert live.num_output_tokens > live.num_thinking_tokens == 6
+    assert request.num_output_tokens > live.num_thinking_tokens == 6
     assert not live.is_thinking
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from itertools import repeat
@@ -242,7 +241,10 @@ class RequestTable:
 
     def copy(self) -> Self:
         """Return an independent copy."""
-        return deepcopy(self)
+        other = type(self)(self.classes)
+        other.request_ids, other._index = list(self.request_ids), dict(self._index)
+        other._store, other._next_seq = self._store.copy(), self._next_seq
+        return other
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists: columns by name (`inf` as null), ids and classes."""

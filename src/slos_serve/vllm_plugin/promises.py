@@ -22,7 +22,8 @@ from slos_serve.vllm_plugin.report import Tally
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from slos_serve.vllm_plugin.engine.tracking import Live, Tracker
+    from slos_serve.vllm_plugin.engine.live import Live
+    from slos_serve.vllm_plugin.engine.tracking import Tracker
     from slos_serve.vllm_plugin.safety.faults import Faults
     from slos_serve.vllm_plugin.safety.rules import StepDown
     from slos_serve.vllm_plugin.wire.outbox import Outbox
@@ -85,7 +86,7 @@ class Promises:
             live.was_promised = True
             row = self._tracker.table.rows[self._tracker.table.index(live.request_id)]
             live.promised_tokens = float(row["predicted_output_tokens"])
-            if not live.num_output_tokens:
+            if not live.has_begun:
                 live.is_declined = False
                 if live.slo.ttft_s is not None:
                     live.promise_lead_s = live.arrival_s + live.slo.ttft_s - now_s

@@ -48,7 +48,7 @@ def request_facts(tracker: Tracker, requests: Iterable[Request]) -> dict[str, di
         facts[short(live.request_id)] = {
             "arrival_s": round(live.arrival_s, 6),
             "added_s": round(live.added_s, 6),
-            "first_token_s": round(live.first_token_s, 6) if live.num_output_tokens else None,
+            "first_token_s": round(live.first_token_s, 6) if live.has_begun else None,
             "said": {key: value for key, value in live.args.items() if key in CLAIMS},
             "slo": {name: value for name, value in live.slo.items() if value is not None},
             "weight": live.weight,

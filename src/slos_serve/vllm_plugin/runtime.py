@@ -43,7 +43,7 @@ from slos_serve.vllm_plugin.safety.rules import StepDown
 from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
 from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.settings import Settings
-from slos_serve.vllm_plugin.snapshot import facts, snapshot
+from slos_serve.vllm_plugin.snapshot import capture, facts, snapshot
 from slos_serve.vllm_plugin.wire.channel import Publisher, Seat, engine_folder
 from slos_serve.vllm_plugin.wire.outbox import Outbox
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from slos_serve.vllm_plugin.engine.tracking import Live
+    from slos_serve.vllm_plugin.engine.live import Live
 
 logger = logging.getLogger("vllm.slos_serve")
 
@@ -82,7 +82,7 @@ class SloRuntime:
         self.tracker = Tracker(
             scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async, edge_only=settings.edge
         )
-        self.tracker.use_prefix_hits = settings.use_prefix_hits
+        self.tracker.hits.is_used = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
         self.recorder = StepRecorder(settings.record, max_bytes=int(settings.record_max_mb * 1e6))
         self.safety = StepDown(settings.safety)
@@ -92,7 +92,14 @@ class SloRuntime:
         index = int(config.parallel_config.data_parallel_index)
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         self._seat = self._take_seat(str(config.instance_id), index)
-        self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self), self._refresh)
+        self.outbox = Outbox(
+            self._publisher(),
+            index,
+            lambda: capture(self),
+            lambda: facts(self),
+            refresh=self._refresh,
+            failed=lambda error: self.faults.add("publish", error),
+        )
         self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
         self.pauses = Pauses()
         self.expiry = Expiry()
@@ -290,7 +297,7 @@ class SloRuntime:
     def on_cache_reset(self) -> None:
         """Note that the prefix cache has been emptied."""
         try:
-            self.tracker.forget_hits()
+            self.tracker.hits.forget()
         except Exception as error:  # noqa: BLE001 - the engine must go on
             self.faults.add("cache", error)
 
@@ -342,7 +349,7 @@ class SloRuntime:
         self.house.stop()
         self.learnt.save()
         self.recorder.flush()
-        self.outbox.publisher.close()
+        self.outbox.close()
         seat, self._seat = self._seat, None
         if seat is not None:
             seat.leave()
@@ -529,7 +536,7 @@ class SloRuntime:
                 entry = self._done[0]
                 scheduled = entry.output.scheduled_spec_decode_tokens
                 self.drafts.observe_outputs(tracker.live, scheduled, batch.outputs, entry.undrafted)
-            tracker.take_outputs(batch.outputs, now)
+            tracker.outputs.take(batch.outputs, now)
         expired = self.expiry.take(now, tracker.live, enforcing=self.is_enforcing)
         if expired:
             self._expire(expired, outputs)

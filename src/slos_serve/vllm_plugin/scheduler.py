@@ -12,6 +12,7 @@ engine on CPUs from vLLM 0.31 on; and a vLLM that lacks what we import serves on
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.slos_serve")
 
+HOOK = "_reserve_prefill_lookahead"  # vLLM asks it for the size of every share; `engine.view` checks that it does
+
 
 def make_runtime(scheduler: Any) -> SloRuntime | None:
     """Return the plug-in's state for a scheduler; None, said in one line, on a vLLM that lacks what it imports."""
@@ -36,6 +39,23 @@ def make_runtime(scheduler: Any) -> SloRuntime | None:
     return SloRuntime(scheduler, is_async=isinstance(scheduler, AsyncScheduler))
 
 
+def capping(caps: Mapping[str, int]) -> Callable[[Request, int, int], int]:
+    """Return what takes the hook's place: a request's share is at most what the plan gives it; 0 holds it.
+
+    vLLM calls it for every request of every batch, so it is short: what its own version does beyond
+    `max(0, ...)` is for multi-module MTP, which is never steered (see `view.unsupported`).
+    """
+    cap_of = caps.get
+
+    def share(request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:  # noqa: ARG001 - as vLLM's
+        cap = cap_of(request.request_id, 0)
+        if num_new_tokens > cap:
+            return cap
+        return num_new_tokens if num_new_tokens > 0 else 0  # noqa: FURB136 - max() costs a call
+
+    return share
+
+
 class SloMixin:
     """Steer one of vLLM's schedulers; put it before that class in the bases.
 
@@ -44,40 +64,25 @@ class SloMixin:
 
     slo: SloRuntime | None = None
     is_stand_in = False  # in the place of the class that was given, which this engine cannot run
-    _slo_caps: dict[str, int] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.slo = make_runtime(self)
-
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """Cap a request's share at what the plan gives it; 0 holds it.
-
-        Called for every request of every batch, so it is short: what vLLM's own version does beyond
-        `max(0, ...)` is for multi-module MTP, which is never steered (see `view.unsupported`).
-        """
-        caps = self._slo_caps
-        if caps is None:
-            share: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
-            return share
-        cap = caps.get(request.request_id, 0)
-        if num_new_tokens > cap:
-            return cap
-        return num_new_tokens if num_new_tokens > 0 else 0  # noqa: FURB136 - max() costs a call
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Run vLLM's `schedule()`, steered where there is a plan to carry out."""
         slo = self.slo
         if slo is None:
             return super().schedule(throttle_prefills)  # type: ignore[misc, no-any-return]
-        self._slo_caps = slo.before_schedule()
-        if self._slo_caps is None:
+        caps = slo.before_schedule()
+        if caps is None:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         else:
+            vars(self)[HOOK] = capping(caps)  # for this call alone: what is not steered costs nothing
             try:
                 output = super().schedule(throttle_prefills)  # type: ignore[misc]
             finally:
-                self._slo_caps = None
+                del vars(self)[HOOK]
                 slo.end_steering(throttled=throttle_prefills)
         slo.after_schedule(output)
         return output

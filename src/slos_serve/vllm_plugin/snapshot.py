@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.routing.snapshots import snapshot_of
-from slos_serve.core.types import ReplicaState, Status, Tier
+from slos_serve.core.types import ReplicaState, RequestTable, Status, Tier
 from slos_serve.vllm_plugin.engine import view
 
 if TYPE_CHECKING:
@@ -15,29 +16,22 @@ if TYPE_CHECKING:
 
 def snapshot(runtime: SloRuntime) -> dict[str, Any]:
     """Return the state of the replica as the channel carries it."""
-    rows = runtime.tracker.table.rows
-    tiers = rows["tier"]
-    plan = runtime.last_plan
+    return capture(runtime)()
+
+
+def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
+    """Read what a step may change; return what makes the snapshot of it, which may run on any thread."""
+    table = runtime.tracker.table.copy()
+    plan, drafts = runtime.last_plan, runtime.drafts
     headroom = plan.headroom_tokens_per_s if plan is not None else None
-    backlog = float(rows["num_prompt_tokens"][rows["status"] == Status.WAITING].sum())
-    drafts = runtime.drafts
-    return {
-        **facts(runtime),
-        "num_promised": int((tiers == Tier.PROMISED).sum()),
-        "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()),
-        "num_pending": int((tiers == Tier.PENDING).sum()),
+    told = {
         "num_running": len(runtime.scheduler.running),
         "num_waiting": sum(len(queue) for queue in view.waiting_queues(runtime.scheduler)),
         "free_kv_blocks": view.free_units(runtime.scheduler, runtime.per_unit),
         "num_kv_blocks": runtime.limits.num_kv_blocks,
         "headroom_tokens_per_s": headroom,
-        "drain_s": backlog / headroom if headroom else 0.0,
-        "plan_s": runtime.plan_times.quantiles(),
-        "overhead_s": runtime.overheads.quantiles(),
-        "delay_s": runtime.delays.quantiles(),
         "device_time_lost": runtime.safety.time_share,
         "plans": runtime.num_plans,
-        "clock_error_s": runtime.clock_errors.quantiles(),
         "planner_faults": dict(runtime.faults.counts),
         "divergences": dict(runtime.divergences),
         "best_effort_preemptions": runtime.num_preempted,
@@ -45,23 +39,48 @@ def snapshot(runtime: SloRuntime) -> dict[str, Any]:
         "steps": runtime.num_steps,
         "margin_coverage": runtime.learner.coverage,
         "model_error": {"mape": runtime.learner.mape},
-        "invalid": runtime.tracker.num_invalid,
-        "would_be": dict(sum(runtime.promises.would_be.values(), Counter())),
+        "invalid": runtime.tracker.asked.num_invalid,
         "would_be_by_class": {name: dict(words) for name, words in runtime.promises.would_be.items()},
         "outrun": runtime.promises.num_outrun,
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
         "step_downs": runtime.safety.num_step_downs,
-        **({"replica": replica(runtime)} if runtime.settings.publish_replica else {}),
     }
+    make_replica = _capture_replica(runtime, table) if runtime.settings.publish_replica else None
+
+    def make() -> dict[str, Any]:
+        rows = table.rows
+        tiers = rows["tier"]
+        backlog = float(rows["num_prompt_tokens"][rows["status"] == Status.WAITING].sum())
+        return {
+            **facts(runtime),
+            **told,
+            "num_promised": int((tiers == Tier.PROMISED).sum()),
+            "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()),
+            "num_pending": int((tiers == Tier.PENDING).sum()),
+            "drain_s": backlog / headroom if headroom else 0.0,
+            "plan_s": runtime.plan_times.quantiles(),
+            "overhead_s": runtime.overheads.quantiles(),
+            "delay_s": runtime.delays.quantiles(),
+            "clock_error_s": runtime.clock_errors.quantiles(),
+            "would_be": dict(sum(map(Counter, told["would_be_by_class"].values()), Counter())),
+            **({} if make_replica is None else {"replica": make_replica()}),
+        }
+
+    return make
 
 
 def replica(runtime: SloRuntime) -> dict[str, Any] | None:
     """Return what a router plans with, None before there is a performance model. The router knows the name."""
-    model, table, plan = runtime.learner.next_model, runtime.tracker.table, runtime.last_plan
+    return _capture_replica(runtime, runtime.tracker.table)()
+
+
+def _capture_replica(runtime: SloRuntime, table: RequestTable) -> Callable[[], dict[str, Any] | None]:
+    """Read what `replica` is made of, but for the rows of the `table`, and return what makes it."""
+    model, plan = runtime.learner.next_model, runtime.last_plan
     if model is None:
-        return None
-    drafts = runtime.drafts
+        return lambda: None
+    drafts, live, mode = runtime.drafts, runtime.tracker.live, runtime.effective_mode
     state = ReplicaState(
         now_s=runtime.clock.peek(),
         requests=table,
@@ -70,17 +89,18 @@ def replica(runtime: SloRuntime) -> dict[str, Any] | None:
         perf_model=model,
         **({} if drafts is None else drafts.state(table.classes, runtime.limits.max_draft_length)),
     )
-    document = snapshot_of(
-        state,
-        replica_id="-",
-        headroom_tokens_per_s=(plan.headroom_tokens_per_s if plan is not None else None) or 0.0,
-        step_s=plan.batch.predicted_s if plan is not None and len(table) else 0.0,  # idle: no step is under way
-        mode=runtime.effective_mode,
-    ).to_json()
-    for row in document["prefills"]:
-        live = runtime.tracker.live.get(row[0])
-        row[0] = (live.slo_id if live is not None else None) or row[0]  # as the router calls it
-    return document
+    headroom = (plan.headroom_tokens_per_s if plan is not None else None) or 0.0
+    step_s = plan.batch.predicted_s if plan is not None and len(table) else 0.0  # idle: no step is under way
+
+    def make() -> dict[str, Any]:
+        summary = snapshot_of(state, replica_id="-", headroom_tokens_per_s=headroom, step_s=step_s, mode=mode)
+        document = summary.to_json()
+        for row in document["prefills"]:
+            one = live.get(row[0])
+            row[0] = (one.slo_id if one is not None else None) or row[0]  # as the router calls it
+        return document
+
+    return make
 
 
 def facts(runtime: SloRuntime) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from slos_serve.vllm_plugin.engine import view
 
 if TYPE_CHECKING:
-    from slos_serve.vllm_plugin.engine.tracking import Live
+    from slos_serve.vllm_plugin.engine.live import Live
 
 SPARE = 64  # entries of requests that are gone, beside as many as live ones
 RETRY_S = 0.25  # until a request that could not expire when its time came is looked at again
@@ -41,7 +41,7 @@ class Expiry:
             return ended
         while heap and heap[0][0] <= now_s:
             live = known.get(heapq.heappop(heap)[1])
-            if live is None or live.was_promised or live.num_output_tokens:
+            if live is None or live.was_promised or live.has_begun:
                 continue
             if view.is_queued(live.request):
                 ended.append(live)

@@ -274,27 +274,14 @@ def computed_tokens(requests: Sequence[Request]) -> IntArray:
     return np.array([request.num_computed_tokens for request in requests], dtype=np.int64)
 
 
-def output_tokens(requests: Sequence[Request], *, with_placeholders: bool) -> IntArray:
-    """Return output tokens produced; with placeholders, those that steps in flight will produce too."""
-    if with_placeholders:
-        counts = [len(request._output_token_ids) + request.num_output_placeholders for request in requests]
-    else:
-        counts = [len(request._output_token_ids) for request in requests]
-    return np.array(counts, dtype=np.int64)
+def output_tokens(requests: Sequence[Request]) -> IntArray:
+    """Return the output tokens that are out, shape (len(requests),)."""
+    return np.array([len(request._output_token_ids) for request in requests], dtype=np.int64)
 
 
-def are_in_flight(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:
-    """Return which requests get a token from a step in flight, shape (len(requests),)."""
-    return np.array([request.num_output_placeholders > 0 for request in requests], dtype=np.bool_)
-
-
-def tokens_left(requests: Sequence[Request]) -> IntArray:
-    """Return for how many more tokens vLLM will schedule each request that decodes; drafts in flight count for none."""
-    left = [
-        r.num_prompt_tokens + r.max_tokens - r.num_computed_tokens + max(r.num_output_placeholders, 1) - 2
-        for r in requests
-    ]
-    return np.array(left, dtype=np.int64)
+def placeholders(requests: Sequence[Request]) -> IntArray:
+    """Return how many output tokens the steps in flight may produce, drafts included, shape (len(requests),)."""
+    return np.array([request.num_output_placeholders for request in requests], dtype=np.int64)
 
 
 def drop_stale_drafts(scheduler: Any, scheduled: Mapping[str, int]) -> list[str]:

@@ -111,6 +111,6 @@ class DraftWatch:
             one = live.get(output.request_id)
             if one is None or output.request_id in without:
                 continue
-            if one.num_output_tokens and output.new_token_ids:
+            if one.has_begun and output.new_token_ids:
                 count = len(drafts.get(output.request_id, ()))
                 self.observe(one.slo_class, count, len(output.new_token_ids))

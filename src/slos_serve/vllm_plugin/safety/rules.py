@@ -68,7 +68,9 @@ class StepDown:
         self.is_resting = False
         self.reason = ""
         self.num_step_downs = 0
-        self._promises: deque[tuple[bool, str]] = deque(maxlen=_PROMISES)
+        self._promises: deque[tuple[bool, str]] = deque()
+        self._given: Counter[str] = Counter()  # of `_promises`, by tenant
+        self._broken: Counter[str] = Counter()
         self._steps = 0.0
         self._faults = 0.0
         self._timed_steps = 0
@@ -86,8 +88,18 @@ class StepDown:
 
     def add_promise(self, kept: bool, tenant: str = "", *, arrival_s: float = math.inf) -> None:
         """Count a promised request that ended, and whose it was; a broken one is excused if it was there in a stall."""
-        if kept or arrival_s > self._stalled_s:
-            self._promises.append((kept, tenant))
+        if not kept and arrival_s <= self._stalled_s:
+            return
+        self._promises.append((kept, tenant))
+        self._count(kept, tenant, 1)
+        if len(self._promises) > _PROMISES:
+            self._count(*self._promises.popleft(), -1)
+
+    def _count(self, kept: bool, tenant: str, change: int) -> None:
+        for counts in (self._given,) if kept else (self._given, self._broken):
+            counts[tenant] += change
+            if not counts[tenant]:
+                del counts[tenant]
 
     def add_step(self, step_s: float, delay_s: float) -> None:
         """Count the time of a step with tokens, and for how long the device waited for us before it, in seconds."""
@@ -147,20 +159,20 @@ class StepDown:
         self.num_step_downs += 1
         # planning beside would go on to cost what it costs, or to hang
         self.is_resting = self._num_hung > 0 or self._is_too_slow(1.0)
-        self._promises.clear()
+        for evidence in (self._promises, self._given, self._broken):
+            evidence.clear()
         self._steps = self._faults = 0.0
         self._timed_steps = self._num_hung = self._num_clock_errors = 0
         self._weight = self._step_s = self._delay_s = self._clock_step_s = 0.0
         return True
 
-    def _broken(self) -> tuple[int, int]:
+    def _judged(self) -> tuple[int, int]:
         """Return how many promises were broken, of how many; without the worst tenant where the others are enough."""
-        count = Counter(tenant for _, tenant in self._promises)
-        broken = Counter(tenant for kept, tenant in self._promises if not kept)
-        worst = broken.most_common(1)
-        if worst and len(self._promises) - count[worst[0][0]] >= _OTHERS:
-            del count[worst[0][0]], broken[worst[0][0]]
-        return broken.total(), count.total()
+        broken, count = self._broken.total(), len(self._promises)
+        for tenant, most in self._broken.most_common(1):
+            if count - self._given[tenant] >= _OTHERS:
+                return broken - most, count - self._given[tenant]
+        return broken, count
 
     def _violation(self, strictness: float) -> str:
         """Return the first rule that is broken, its tolerance multiplied by `strictness`; "" for none."""
@@ -172,7 +184,7 @@ class StepDown:
         if self._num_clock_errors >= limits.num_clock_errors:
             return f"plans are made for a time that is off by more than {limits.max_clock_error_s:g} s"
         if len(self._promises) >= limits.num_promises:
-            broken, count = self._broken()
+            broken, count = self._judged()
             if broken > (1 - limits.min_promises_kept) * strictness * count:
                 return f"promises kept {1 - broken / count:.1%} of {count} (limit {limits.min_promises_kept:.0%})"
         if self._coverage is not None and 1 - self._coverage > (1 - limits.min_coverage) * strictness:
