@@ -433,6 +433,8 @@ class SloRuntime:
         tracker = self.tracker
         if tracker.stock or tracker.blocked or not hasattr(self.planner, "count_steps"):
             return  # what they need, or how a planner that cannot tell would go on, is seen by planning
+        if steering is None and plan.batch.num_tokens.max(initial=1) > 1:
+            return  # vLLM's own order may cut the prompts otherwise
         left = tracker.left[state.requests.find(plan.batch.request_ids)]
         foretold = foretell(state, plan, int(left.min(initial=self._work_limit.run_steps)))
         if foretold is not None:
@@ -498,9 +500,12 @@ class SloRuntime:
             return
         shape = self._shapes.of(output)
         predicted = self.learner.predict(shape)
-        if self._steering is not None and output.num_scheduled_tokens != self._steering.expected:
-            self._carried = None
-            self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
+        if self._steering is not None:
+            if output.num_scheduled_tokens != self._steering.expected:
+                self._carried = None
+                self.divergences.update(self._steering.divergences(output.num_scheduled_tokens))
+            elif self._carried is not None:
+                self._steering.go_on()
         now, ended = self.clock.now(), time.perf_counter()
         self._cost.stop()
         cost_s = self._cost.take()

@@ -37,7 +37,8 @@ PROMISED, BEST_EFFORT, RUNNING = int(Tier.PROMISED), int(Tier.BEST_EFFORT), int(
 class Foretold(NamedTuple):
     """The steps that a plan is good for, the planned one first: shape (num_steps,) each.
 
-    `starts_s`: the latest time at which each of them may start. `blocks`: free KV blocks that each takes.
+    `starts_s`: the latest time at which each of them may start. `blocks`: free KV blocks that each takes. From the
+    second on each gives one token to each request of the batch.
     `is_alone`: nobody waits outside the batch, so that the plan stays good for the others when one of it ends.
     """
 
@@ -49,9 +50,9 @@ class Foretold(NamedTuple):
 def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     """Return for how many steps, `most` at the most, the plan of this state is good; None for the planned one only.
 
-    It must give one token to each request of its batch, and all of them must decode, nobody held. Outside of it may
-    wait best-effort work only. That is served by the time of the second (see `step`): what is foretold ends where that
-    changes.
+    It must bring each request of its batch to its next token: decodes by one token, prompts by all that is left of
+    them; from then on all decode, one token in each step, nobody held. Outside of it may wait best-effort work only.
+    That is served by the time of the second (see `step`): what is foretold ends where that changes.
     """
     batch, table = plan.batch, state.requests
     count = len(batch.request_ids)
@@ -65,29 +66,46 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
         until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
     model, limits = state.perf_model, state.limits
     starts_s, blocks = _foretell(
-        table.rows, index, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_decode,
-        limits.block_size, state.num_free_kv_blocks, most,
+        table.rows, index, batch.num_tokens, state.now_s, until_s, limits.guard_s, model.as_array(),
+        model.margin_prefill, model.margin_decode, limits.block_size, state.num_free_kv_blocks, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
 
 
 @jit
 def _foretell(
-    rows: Rows, index: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray, margin: float,
-    block_size: int, free: int, most: int,
+    rows: Rows, index: IntArray, num_tokens: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray,
+    margin_prefill: float, margin_decode: float, block_size: int, free: int, most: int,
 ) -> tuple[FloatArray, IntArray]:  # fmt: skip
-    """Do what `foretell` says, for the rows of a batch."""
+    """Do what `foretell` says, for the rows of a batch.
+
+    A token that is due when the planned step ends, or later, is followed by others a pace apart; so where the planned
+    step ends in time and each one after it is no longer than the tightest pace, none is late.
+    """
     starts_s, blocks = np.empty(most), np.zeros(most, np.int64)
-    count, context, tightest, soonest = len(index), 0.0, np.inf, np.inf
+    count, tightest, soonest = len(index), np.inf, np.inf
+    tokens, read, pairs, context, num_prompts = 0.0, 0.0, 0.0, 0.0, 0
     fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
     outside = np.ones(len(rows), np.bool_)
-    for i in index:
+    last = np.empty(count, np.int64)  # the place of the last token that the planned step computes
+    for k in range(count):
+        i, chunk = index[k], num_tokens[k]
         outside[i] = False
         produced, computed = rows["num_output_tokens"][i], rows["num_computed_tokens"][i]
-        if produced == 0 or computed + 1 != rows["num_prompt_tokens"][i] + produced:
+        start = rows["num_cached_tokens"][i] if computed == 0 else computed
+        last[k] = rows["num_prompt_tokens"][i] + produced - 1
+        if start + chunk != last[k] + 1:
             return starts_s[:0], blocks[:0]
+        if chunk == 1 and produced > 0 and computed > 0:
+            read += computed
+            blocks[0] += computed % block_size == 0
+        else:
+            num_prompts += 1
+            pairs += chunk * (start + 0.5 * chunk)
+            blocks[0] += max(-(-(last[k] + 1) // block_size) - rows["num_kv_blocks"][i], 0)
+        tokens += chunk
+        context += last[k]
         most = min(most, rows["max_output_tokens"][i] - produced)
-        context += computed
         if rows["tier"][i] == PROMISED and rows["missed"][i] == 0:
             pace = min(row_pace(rows, i, fixed_s), rows["max_gap_s"][i])
             if rows["is_thinking"][i] != 0:
@@ -97,18 +115,22 @@ def _foretell(
     for i in range(len(rows)):
         if outside[i] and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
             return starts_s[:0], blocks[:0]
+    margin = margin_prefill if num_prompts else margin_decode
     start_s = now_s
     for k in range(max(most, 0)):
-        seconds = margin * batch_seconds(lines, float(count), float(count), context + k * count, 0.0, 0.0)
-        for i in index:
-            blocks[k] += (rows["num_computed_tokens"][i] + k) % block_size == 0
+        if k == 0:
+            seconds = margin * batch_seconds(lines, tokens, float(count), read, 0.0, pairs)
+        else:
+            seconds = margin_decode * batch_seconds(lines, float(count), float(count), context + k * count, 0.0, 0.0)
+            for one in last:
+                blocks[k] += (one + k) % block_size == 0
         free -= blocks[k]
         starts_s[k] = start_s
         start_s += seconds
         if k == 0 and start_s > soonest:
             return starts_s[:0], blocks[:0]  # what is late or nearly so is looked at in every step
         # nearly without a block, who is to give way is decided in every step
-        if free < count or seconds > tightest or starts_s[k] >= until_s:
+        if free < count or (k > 0 and seconds > tightest) or starts_s[k] >= until_s:
             return starts_s[:k], blocks[:k]
     return starts_s[: max(most, 0)], blocks[: max(most, 0)]
 

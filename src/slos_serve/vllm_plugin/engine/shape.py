@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.records.writer import BatchShape
@@ -13,46 +13,54 @@ if TYPE_CHECKING:
 
 
 class Shapes:
-    """Measure batches right after `schedule()`; one that decodes the same requests again costs a comparison."""
+    """Measure batches right after `schedule()`; what decodes in one batch after the other is looked at once.
+
+    A request decodes where exactly one token was left to compute (drafts beside it do not change that); everything else
+    is a prefill chunk. The context of a decode without drafts grows by one from batch to batch.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._counts: dict[str, int] = {}
-        self._decodes: BatchShape | None = None  # the last batch, if it was decodes of one token each
+        self._number = 0
+        self._decodes: dict[str, int] = {}  # those of the last batch: context minus the batch's number, which stays
+        self._sum = 0  # of these
 
     def of(self, output: SchedulerOutput) -> BatchShape:
         """Return the shape of a batch."""
-        counts, last = output.num_scheduled_tokens, self._decodes
-        if last is not None and counts == self._counts:
-            shape = replace(last, context_tokens=last.context_tokens + last.num_requests)
-        else:
-            shape = _measure(self._scheduler.requests, output)
-            self._counts = counts
-        is_steady = shape.num_tokens == shape.num_requests and not (shape.has_prefill or shape.draft_steps)
-        self._decodes = shape if is_steady else None
-        return shape
-
-
-def _measure(requests: Any, output: SchedulerOutput) -> BatchShape:
-    """Look at each request of a batch.
-
-    A request decodes where exactly one token was left to compute (drafts beside it do not change that);
-    everything else is a prefill chunk.
-    """
-    context = num_prefills = 0
-    pairs, drafts = 0.0, output.scheduled_spec_decode_tokens
-    for request_id, count in output.num_scheduled_tokens.items():
-        start, is_decode = view.was_before(requests[request_id], count, len(drafts.get(request_id, ())))
-        if is_decode:
+        counts, total = output.num_scheduled_tokens, int(output.total_num_scheduled_tokens)
+        self._number += 1
+        new = self._others(counts, total, has_drafts=bool(output.scheduled_spec_decode_tokens))
+        context = self._sum + self._number * len(self._decodes)
+        num_prefills, pairs, drafts = 0, 0.0, output.scheduled_spec_decode_tokens
+        for request_id in new:
+            count = counts[request_id]
+            request = self._scheduler.requests[request_id]
+            start, is_decode = view.was_before(request, count, len(drafts.get(request_id, ())))
+            if not is_decode:
+                num_prefills += 1
+                pairs += count * (start + count / 2)
+                continue
             context += start
-        else:
-            num_prefills += 1
-            pairs += count * (start + count / 2)
-    return BatchShape(
-        num_tokens=int(output.total_num_scheduled_tokens),
-        num_requests=len(output.num_scheduled_tokens),
-        context_tokens=context,
-        draft_steps=0 if getattr(output, "skip_drafts", False) else int(output.num_spec_tokens_to_schedule),
-        attention_pairs=pairs,
-        has_prefill=num_prefills > 0,
-    )
+            if count == 1:
+                self._decodes[request_id] = start - self._number
+                self._sum += start - self._number
+        return BatchShape(
+            num_tokens=total,
+            num_requests=len(counts),
+            context_tokens=context,
+            draft_steps=0 if getattr(output, "skip_drafts", False) else int(output.num_spec_tokens_to_schedule),
+            attention_pairs=pairs,
+            has_prefill=num_prefills > 0,
+        )
+
+    def _others(self, counts: Mapping[str, int], total: int, *, has_drafts: bool) -> Iterable[str]:
+        """Return whom to look at; the others decode one token each, as in the batch before."""
+        decodes = self._decodes
+        for request_id in decodes.keys() - counts.keys():
+            self._sum -= decodes.pop(request_id)
+        new = counts.keys() - decodes.keys()
+        if not has_drafts and total - sum(counts[request_id] for request_id in new) == len(decodes):
+            return new
+        decodes.clear()  # one that decoded has more to compute
+        self._sum = 0
+        return counts

@@ -119,6 +119,7 @@ class Steering:
         if any(r.status is not RequestStatus.RUNNING for r in self.preempted):
             raise PlanError("plan preempts a request that does not run")
         self.offered: list[Request] = [r for r in planned if r.request_id in waiting] if waiting else []
+        self._is_uniform = not self.offered and max(tokens, default=1) == 1
         if waiting:
             planned = [r for r in planned if r.request_id not in waiting]
         if any(r.status is not RequestStatus.RUNNING for r in planned):
@@ -171,6 +172,16 @@ class Steering:
                 self.expected.pop(request.request_id, None)
         surplus, self.offered = len(self.offered) - len(fitting), fitting
         return surplus
+
+    def go_on(self) -> None:
+        """Turn to the steps after the one that was carried out as planned: one token for each request of it."""
+        if self._is_uniform:
+            return
+        self._is_uniform = True
+        self.expected = dict.fromkeys(self.expected, 1)
+        self.caps = self.expected
+        self.sorted = [self.scheduler.requests[request_id] for request_id in self.expected]
+        self.offered = []
 
     def leave_out(self, request_ids: Iterable[str]) -> None:
         """Plan no longer for requests that have ended, before the same steering begins again."""
