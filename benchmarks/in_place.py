@@ -1,6 +1,6 @@
 """What the plug-in costs inside a real engine under load: thread CPU per step, device idle time, token gaps.
 
-    python benchmarks/in_place.py --hardware h100-8b-derived --running 8,64,256
+    python benchmarks/in_place.py --hardware h100-8b-derived,a100-80g-7b-measured --scheduling async,sync --running 8,64
 
 The device is emulated, everything else is real: vLLM's server, engine core and scheduler, and the plug-in. For each
 number of running requests the same closed-loop load is put in turns on plain vLLM and on ours, without SLOs and with
@@ -13,7 +13,9 @@ one on every request. Of each window it prints, per engine step:
     plan     the plug-in's own measure, wall time: p50 of its latest plans, and of all it does in its latest steps (they
              may reach back into the window before)
 
-Ours minus plain vLLM, in turns, is the cost. Other jobs on the machine lengthen gaps and idle time, hardly CPU time.
+Ours minus plain vLLM, in turns, is the cost, and ours over plain vLLM what to compare between machines: other jobs on
+this one lengthen gaps and idle time, and CPU time too where they take the caches. Ctrl-C ends the windows, and what was
+measured till then is printed; with `--json` it is in the file after every window.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,8 @@ START_S = 240.0
 class Row:
     """One window of one variant. Microseconds per step, milliseconds of gaps, shares of the window."""
 
+    hardware: str
+    scheduling: str
     variant: str
     asked: int
     running: float
@@ -69,59 +74,77 @@ class Row:
 
 def main() -> int:
     args = parse()
+    rows: list[Row] = []
+    is_whole = False
     with tempfile.TemporaryDirectory(prefix="slos-serve-in-place-") as name, ending_by_signal():
-        rows = measure(args, Path(name))
-    about = {"hardware": args.hardware, "scheduling": "sync" if args.sync else "async", "emulated": LEAVES_OUT}
-    if args.json:
-        args.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    print(f"\nemulated {args.hardware}, {about['scheduling']}: {LEAVES_OUT}\n")
-    print(table(rows))
-    return 0
+        try:
+            for number, (hardware, scheduling) in enumerate(product(args.hardware, args.scheduling)):
+                for row in measure(args, Path(name, str(number)), hardware, scheduling):
+                    rows.append(row)
+                    print(line(row), file=sys.stderr, flush=True)
+                    if args.json:
+                        args.json.write_text(
+                            json.dumps({"emulated": LEAVES_OUT, "rows": list(map(asdict, rows))}, indent=1)
+                        )
+            is_whole = True
+        except KeyboardInterrupt:
+            print("stopped: this is what was measured", file=sys.stderr)
+    for hardware, scheduling in dict.fromkeys((row.hardware, row.scheduling) for row in rows):
+        print(f"\nemulated {hardware}, {scheduling}: {LEAVES_OUT}\n")
+        print(table([row for row in rows if (row.hardware, row.scheduling) == (hardware, scheduling)]))
+    return 0 if is_whole else 130
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", default="h100-8b-derived", help="name or file")
-    parser.add_argument("--sync", action="store_true", help="synchronous scheduling")
-    parser.add_argument("--running", default="8,32,64,128,256", help="numbers of running requests")
+    parser.add_argument("--hardware", type=names, default=["h100-8b-derived"], help="names or files")
+    parser.add_argument("--scheduling", type=names, default=["async"], help="async, sync, or both")
+    parser.add_argument("--running", type=names, default="8,32,64,128,256", help="numbers of running requests")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of one window")
     parser.add_argument("--rounds", type=int, default=1, help="windows of each variant at each number, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not set(args.scheduling) <= {"async", "sync"}:
+        parser.error(f"--scheduling {','.join(args.scheduling)}: expected async, sync, or both")
+    return args
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
-    levels = [int(part) for part in args.running.split(",")]
-    model = str(ensure_demo_model())
-    rows: list[Row] = []
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def measure(args: argparse.Namespace, folder: Path, hardware: str, scheduling: str) -> Iterator[Row]:
+    """Yield the windows on one device, under one way of scheduling."""
+    folder.mkdir()
+    levels = [int(part) for part in args.running]
+    flags = ["--no-async-scheduling"] if scheduling == "sync" else []
+    flags += ["--max-num-seqs", str(max(levels))]
     with Fleet(folder) as fleet:
-        engines = {name: start(fleet, model, name, args, folder, seats=max(levels)) for name in ("vllm", "ours")}
+        engines = {name: start(fleet, name, flags, folder, hardware) for name in ("vllm", "ours")}
         fleet.wait(list(engines.values()), timeout_s=START_S)
-        for level in levels:
-            for number in range(args.rounds):
-                for variant in VARIANTS[::-1] if number % 2 else VARIANTS:
-                    name = variant.split(",")[0]
-                    row = asyncio.run(window(engines[name], folder / f"{name}.batches", variant, level, args.seconds))
-                    rows.append(row)
-                    print(line(row), file=sys.stderr, flush=True)
-    return rows
+        for level, number in product(levels, range(args.rounds)):
+            for variant in VARIANTS[::-1] if number % 2 else VARIANTS:
+                name = variant.split(",")[0]
+                log = folder / f"{name}.batches"
+                found = asyncio.run(window(engines[name], log, variant, level, args.seconds))
+                yield row_of(variant, level, **found, hardware=hardware, scheduling=scheduling)
 
 
-def start(fleet: Fleet, model: str, name: str, args: argparse.Namespace, folder: Path, *, seats: int) -> Engine:
+def start(fleet: Fleet, name: str, own: Sequence[str], folder: Path, hardware: str) -> Engine:
     """Start plain vLLM or ours on the emulated device; ours knows the device's true step times."""
-    flags = ["--emulate", f"{args.hardware},output_tokens=0,log={folder / name}.batches", "--max-num-seqs", str(seats)]
+    model = str(ensure_demo_model())
+    flags = ["--emulate", f"{hardware},output_tokens=0,log={folder / name}.batches", *own]
     flags += ["--served-model-name", "m", "--disable-uvicorn-access-log", "--no-enable-prefix-caching"]
-    flags += ["--no-async-scheduling"] if args.sync else []
     if name == "vllm":
         return fleet.start(name, model, ["--no-slo", *flags])
-    hardware = load_hardware(args.hardware)
-    profile = {"schema": "slos-serve-profile/1", "key": "the file itself", "perf_model": hardware.perf_model.to_json()}
+    model_s = load_hardware(hardware).perf_model
+    profile = {"schema": "slos-serve-profile/1", "key": "the file itself", "perf_model": model_s.to_json()}
     (folder / "profile.json").write_text(json.dumps(profile))
     flags += ["--profile", str(folder / "profile.json"), "--slo-mode", "enforce"]
     return fleet.start(name, model, [*flags, "--additional-config", json.dumps({"slo": {"state": False}})])
 
 
-async def window(engine: Engine, log: Path, variant: str, level: int, seconds: float) -> Row:
+async def window(engine: Engine, log: Path, variant: str, level: int, seconds: float) -> dict[str, Any]:
     """Keep `level` requests running; measure the window after the ramp."""
     rng = np.random.default_rng(level)
     connector = aiohttp.TCPConnector(limit=0)
@@ -142,7 +165,7 @@ async def window(engine: Engine, log: Path, variant: str, level: int, seconds: f
         async with session.post(f"{engine.url}/v1/completions", json=body(rng, None, tokens=2)) as reply:
             await reply.read()
     batches = read_batches(log, began, ended)
-    return row_of(variant, level, batches=batches, times=(began, ended), cpus=(before, after), status=status)
+    return {"batches": batches, "times": (began, ended), "cpus": (before, after), "status": status}
 
 
 async def client(session: aiohttp.ClientSession, url: str, rng: np.random.Generator, slo: Any) -> None:
@@ -168,6 +191,8 @@ def row_of(
     times: tuple[float, float],
     cpus: tuple[tuple[float, float], tuple[float, float]],
     status: dict[str, Any],
+    hardware: str = "",
+    scheduling: str = "",
 ) -> Row:
     ends, starts = batches[:, 2], batches[:, 1]
     gaps = np.diff(ends)
@@ -175,6 +200,8 @@ def row_of(
     (own_before, others_before), (own, others) = cpus
     snapshot = (status.get("snapshot") or {}) if variant != "vllm" else {}
     return Row(
+        hardware=hardware,
+        scheduling=scheduling,
         variant=variant,
         asked=level,
         running=float(batches[:, 4].mean()),
@@ -253,12 +280,19 @@ def table(rows: Sequence[Row]) -> str:
         stock = [row for row in here if row.variant == VARIANTS[0]]
         for variant in VARIANTS[1:]:
             ours = [row for row in here if row.variant == variant]
-            added = {key: mean(ours, key) - mean(stock, key) for key in ("cpu_us", "threads_us", "idle")}
-            ratio = mean(ours, "tokens_per_s") / mean(stock, "tokens_per_s")
-            text = f"{added['cpu_us']:+.0f} us of the engine's thread a step, {added['threads_us']:+.0f} us of others, "
-            text += f"{100 * added['idle']:+.1f} points of device idle time; tokens/s x{ratio:.3f}"
-            lines.append(f"  {variant}: {text}")
+            lines.append(f"  {variant}: {against(ours, stock)}")
     return "\n".join(lines)
+
+
+def against(ours: Sequence[Row], stock: Sequence[Row]) -> str:
+    """Say what ours adds to plain vLLM in the same turns, and how many times as much that makes."""
+    if not ours or not stock:
+        return "nothing to compare"
+    added = {key: mean(ours, key) - mean(stock, key) for key in ("cpu_us", "threads_us", "idle")}
+    cpu, tokens = (mean(ours, key) / mean(stock, key) for key in ("cpu_us", "tokens_per_s"))
+    text = f"{added['cpu_us']:+.0f} us of the engine's thread a step (x{cpu:.2f}), "
+    text += f"{added['threads_us']:+.0f} us of others, "
+    return text + f"{100 * added['idle']:+.1f} points of device idle time; tokens/s x{tokens:.3f}"
 
 
 def mean(rows: Sequence[Row], key: str) -> float:

@@ -55,8 +55,8 @@ def test_the_cost_is_what_ours_takes_beyond_plain_vllm_at_the_same_number_runnin
         row_of(in_place, log, variant, cpu) for variant, cpu in zip(in_place.VARIANTS, (0.05, 0.06, 0.08), strict=True)
     ]
     text = in_place.table(rows)
-    assert "ours, no SLOs: +200 us of the engine's thread a step" in text
-    assert "ours, SLOs: +600 us of the engine's thread a step" in text
+    assert "ours, no SLOs: +200 us of the engine's thread a step (x1.20)" in text
+    assert "ours, SLOs: +600 us of the engine's thread a step (x1.60)" in text
     assert text.count("tokens/s x1.000") == 2
 
 
@@ -64,3 +64,21 @@ def test_the_kernels_count_of_a_first_thread_grows_with_what_it_does(in_place):
     own, _ = in_place.cpu_s(os.getpid())
     sum(range(2_000_000))
     assert in_place.cpu_s(os.getpid())[0] > own
+
+
+def test_what_was_measured_before_an_interrupt_is_printed_and_in_the_file(in_place, log, monkeypatch, tmp_path, capsys):
+    def interrupted(_args, _folder, _hardware, _scheduling):
+        yield row_of(in_place, log)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(in_place, "measure", interrupted)
+    monkeypatch.setattr(sys, "argv", ["in_place.py", "--json", str(path)])
+    assert in_place.main() == 130
+    assert "vllm" in capsys.readouterr().out
+    assert [row["variant"] for row in json.loads(path.read_text())["rows"]] == ["vllm"]
+
+
+def test_a_variant_that_was_not_reached_is_compared_with_nothing(in_place, log):
+    text = in_place.table([row_of(in_place, log)])
+    assert text.count("nothing to compare") == 2

@@ -155,7 +155,7 @@ def test_under_async_scheduling_a_profile_that_is_off_declines_nobody_for_a_cloc
         if state is not None:
             leads.append(state.now_s - clock.now)
     assert max(leads) < 0.1
-    errors = scheduler.slo.clock_errors.quantiles()
+    errors = scheduler.slo.ended.clock_errors.quantiles()
     assert max(abs(errors["p50"]), abs(errors["p99"])) < 0.05
     reasons = scheduler.slo.promises.tally.classes["chat"].outcomes
     assert set(reasons) == {"met"}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from itertools import repeat
@@ -190,45 +191,44 @@ class RequestTable:
             self._store = np.concatenate([self._store, np.zeros(len(self._store), REQUEST_DTYPE)])
         index = self._index[request.request_id] = len(self.request_ids)
         self.request_ids.append(request.request_id)
-        self.set_promises(request, tier)
-        row = self._store[index]
-        row["seq"] = self._next_seq
-        row["arrival_s"] = request.arrival_s
-        row["tenant"] = request.tenant
-        row["num_prompt_tokens"] = request.num_prompt_tokens
-        row["max_output_tokens"] = request.max_output_tokens
-        row["status"] = Status.WAITING
-        for name in (
-            "missed",
-            "num_computed_tokens",
-            "num_output_tokens",
-            "num_thinking_tokens",
-            "num_cached_tokens",
-            "num_kv_blocks",
-        ):
-            row[name] = 0
-        row["first_token_s"] = math.inf
-        row["last_token_s"] = math.inf
         predicted = min(predicted_output_tokens, float(request.max_output_tokens))
-        row["predicted_output_tokens"] = row["drawn_output_tokens"] = predicted
+        ttft_s, tpot_s, thinking_tpot_s, e2e_s, max_gap_s = self._deadlines(request)
+        self._store[index] = (
+            self._next_seq, self._class_index(request), request.arrival_s,
+            request.num_prompt_tokens, request.max_output_tokens, ttft_s, tpot_s, thinking_tpot_s, e2e_s, max_gap_s,
+            request.weight, request.tenant, Status.WAITING, Tier.BEST_EFFORT if request.slo.is_empty else tier,
+            0, request.thinks, 0, 0, 0, 0, 0, math.inf, math.inf, predicted, predicted,
+        )  # fmt: skip
         self._next_seq += 1
         return index
 
     def set_promises(self, request: Request, tier: Tier = Tier.PENDING) -> None:
         """Write what a live request asks for and its class, anew where they changed; its place in every order stays."""
-        if request.slo_class not in self.classes:
-            self.classes.append(request.slo_class)
-        slo, arrival = request.slo, request.arrival_s
         row = self._store[self._index[request.request_id]]
-        row["class_index"] = self.classes.index(request.slo_class)
-        row["ttft_deadline_s"] = math.inf if slo.ttft_s is None else arrival + slo.ttft_s
-        row["tpot_s"] = math.inf if slo.tpot_s is None else slo.tpot_s
-        row["thinking_tpot_s"] = math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s
-        row["e2e_deadline_s"] = math.inf if slo.e2e_s is None else arrival + slo.e2e_s
-        row["max_gap_s"] = math.inf if slo.max_gap_s is None else slo.max_gap_s
+        row["class_index"] = self._class_index(request)
+        names = ("ttft_deadline_s", "tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s")
+        for name, value in zip(names, self._deadlines(request), strict=True):
+            row[name] = value
         row["weight"] = request.weight
         row["is_thinking"] = int(request.thinks)
-        row["tier"] = Tier.BEST_EFFORT if slo.is_empty else tier
+        row["tier"] = Tier.BEST_EFFORT if request.slo.is_empty else tier
+
+    def _class_index(self, request: Request) -> int:
+        if request.slo_class not in self.classes:
+            self.classes.append(request.slo_class)
+        return self.classes.index(request.slo_class)
+
+    @staticmethod
+    def _deadlines(request: Request) -> tuple[float, ...]:
+        """Return deadline of the first token, paces, deadline of the last token and longest silence; `inf` for none."""
+        slo, arrival_s = request.slo, request.arrival_s
+        return (
+            math.inf if slo.ttft_s is None else arrival_s + slo.ttft_s,
+            math.inf if slo.tpot_s is None else slo.tpot_s,
+            math.inf if slo.thinking_tpot_s is None else slo.thinking_tpot_s,
+            math.inf if slo.e2e_s is None else arrival_s + slo.e2e_s,
+            math.inf if slo.max_gap_s is None else slo.max_gap_s,
+        )
 
     def remove(self, request_id: str) -> None:
         """Forget a request; `KeyError` if it is not live."""
@@ -241,9 +241,13 @@ class RequestTable:
 
     def copy(self) -> Self:
         """Return an independent copy."""
-        other = type(self)(self.classes)
-        other.request_ids, other._index = list(self.request_ids), dict(self._index)
-        other._store, other._next_seq = self._store.copy(), self._next_seq
+        other = copy(self)
+        vars(other).update(
+            classes=list(self.classes),
+            request_ids=list(self.request_ids),
+            _index=dict(self._index),
+            _store=self._store.copy(),
+        )
         return other
 
     def to_json(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A plan that is carried out again, step after step, until something changes: a check instead of a plan.
 
-A plan that ends prompts goes on with their decodes. It is made anew when a request comes, ends (where others wait) or changes its kind, when vLLM did not do what was
-planned, when a step starts later than foretold or blocks are short, and when what was foretold is over
-(`core.planning.steady`).
+A plan that ends prompts goes on with their decodes. It is made anew when a request comes, ends (where others wait) or
+changes its kind, when vLLM did not do what was planned, when a step starts later than foretold or blocks are short, and
+when what was foretold is over (`core.planning.steady`).
 """
 
 from __future__ import annotations

@@ -90,9 +90,10 @@ class Pipeline:
         """
         now, before = time.perf_counter(), self._last_update
         self._last_update = now
-        if not any(entry.output is output for entry in self._entries):
+        entries = self._entries
+        if not entries or not (entries[0].output is output or any(entry.output is output for entry in entries)):
             return None  # an empty batch: the device was not asked
-        while (entry := self._entries.popleft()).output is not output:
+        while (entry := entries.popleft()).output is not output:
             pass
         self.clock_error_s = entry.starts_at_s - max(self._free_at_s, entry.added_s)
         self._free_at_s = now_s

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.core.fit import STALL_FACTOR
 from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
@@ -22,6 +21,7 @@ from slos_serve.core.types import Plan, ReplicaState, Tier
 from slos_serve.core.warmup import warm_up
 from slos_serve.records.writer import StepRecorder
 from slos_serve.vllm_plugin.carried import Carried
+from slos_serve.vllm_plugin.ended import Ended
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.engine.clock import Clock
 from slos_serve.vllm_plugin.engine.expiry import Expiry
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.slos_serve")
 
 SWITCH_S = 0.0005  # until a thread of the engine's process gives way to another
-STALL_S = 0.1  # a step that took so much longer than predicted, and many times as long, is a stall
 STOCK_SHARE = 0.5  # of a step's fixed cost
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
 
@@ -107,19 +106,18 @@ class SloRuntime:
         self.divergences: Counter[str] = Counter()
         self.num_steps = self.num_plans = 0
         self.num_preempted = self.num_expired = 0
-        self.plan_times, self.overheads, self.delays, self.clock_errors = Ring(), Ring(), Ring(), Ring()
+        self.plan_times = Ring()
+        self.ended = Ended(self.learner, self.safety, self._work_limit, self.recorder)
         self.last_plan: Plan | None = None
         self.device = view.emulated_device()
         self.per_unit = view.blocks_per_unit(scheduler)
         self._state: ReplicaState | None = None
         self._steering: Steering | None = None
-        self._phase = ""
-        self._began = 0.0
+        self._phase, self._began = "", 0.0
         self._cost = Cost()
         self._carried: Carried | None = None
         self._shapes = Shapes(scheduler)
-        self._num_empty = 0
-        self._was_enforcing = False
+        self._num_empty, self._was_enforcing = 0, False
         self._planned_modes = self.modes
         self._pipeline = Pipeline()
         self._done: tuple[InFlight, float] | None = None
@@ -234,6 +232,8 @@ class SloRuntime:
 
     def _refresh(self) -> None:
         """Bring the table up to date for a snapshot; on the scheduler's thread, at a time without a plan."""
+        self.ended.learn()
+        self.outbox.step_error_s += self.ended.take_errors()
         self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
 
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
@@ -507,9 +507,7 @@ class SloRuntime:
             elif self._carried is not None:
                 self._steering.go_on()
         now, ended = self.clock.now(), time.perf_counter()
-        self._cost.stop()
         cost_s = self._cost.take()
-        self._cost.start()
         self._pipeline.add(
             InFlight(
                 output=output,
@@ -585,19 +583,4 @@ class SloRuntime:
 
     def _learn(self, entry: InFlight, seconds: float, delay: float, now: float) -> None:
         """Learn from a step of so many `seconds`, before which the device waited for us for `delay`."""
-        safety, limits = self.safety, self.safety.limits
-        self.overheads.add(entry.cost_s)
-        self.delays.add(delay)
-        self._work_limit.earn(seconds)
-        self.learner.observe(entry.shape, seconds, entry.predicted_s)
-        times = seconds, entry.planned_s, entry.predicted_s
-        self.recorder.add(self.num_steps, now, entry.shape, *times, entry.plan_age)
-        self.clock_errors.add(self._pipeline.clock_error_s)
-        safety.add_clock_error(self._pipeline.clock_error_s)
-        safety.add_step(seconds, delay)
-        self._work_limit.adapt(safety.time_share, limits.max_time_share)
-        safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
-        if entry.predicted_s is not None:
-            if seconds > STALL_FACTOR * entry.predicted_s and seconds > entry.predicted_s + STALL_S:
-                safety.add_stall(now)
-            self.outbox.step_error_s.append(round(seconds - entry.predicted_s, 7))
+        self.ended.add(entry, seconds, delay, self._pipeline.clock_error_s, step=self.num_steps, now_s=now)

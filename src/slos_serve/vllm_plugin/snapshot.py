@@ -60,9 +60,9 @@ def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
             "num_pending": int((tiers == Tier.PENDING).sum()),
             "drain_s": backlog / headroom if headroom else 0.0,
             "plan_s": runtime.plan_times.quantiles(),
-            "overhead_s": runtime.overheads.quantiles(),
-            "delay_s": runtime.delays.quantiles(),
-            "clock_error_s": runtime.clock_errors.quantiles(),
+            "overhead_s": runtime.ended.overheads.quantiles(),
+            "delay_s": runtime.ended.delays.quantiles(),
+            "clock_error_s": runtime.ended.clock_errors.quantiles(),
             "would_be": dict(sum(map(Counter, told["would_be_by_class"].values()), Counter())),
             **({} if make_replica is None else {"replica": make_replica()}),
         }

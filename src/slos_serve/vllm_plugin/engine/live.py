@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import short
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from slos_serve.core.slo.deadlines import StreamGrader
+
+NO_SLO = Slo()
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +29,7 @@ class Live:
     args: Mapping[str, Any]
     arrival_s: float
     added_s: float  # when the engine took it up
-    slo: Slo = field(default_factory=Slo)
+    slo: Slo = NO_SLO
     slo_class: str = "best-effort"
     weight: float = 1.0
     thinks: bool = False
@@ -93,4 +95,4 @@ class Live:
     @property
     def planned_slo(self) -> Slo:
         """What plans are made for."""
-        return Slo() if self.is_set_aside else self.slo
+        return NO_SLO if self.is_set_aside else self.slo

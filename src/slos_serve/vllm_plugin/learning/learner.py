@@ -189,6 +189,11 @@ class Learner:
                 self._samples.append(sample)
 
     @property
+    def num_steady(self) -> int:
+        """How many steps may be observed, the last of which may change `model`."""
+        return FIT_STEPS if self.correction is None else self.correction.num_steady
+
+    @property
     def has_model(self) -> bool:
         """Tell whether there is a model, in use or about to be."""
         return self._is_done

@@ -26,6 +26,7 @@ class Cost:
         self._spent_s += thread_time() - self._began
 
     def take(self) -> float:
-        """Return what was counted since the last call."""
-        spent, self._spent_s = self._spent_s, 0.0
+        """Return what was counted since the last call; our code is still in it."""
+        now = thread_time()
+        spent, self._spent_s, self._began = self._spent_s + now - self._began, 0.0, now
         return spent

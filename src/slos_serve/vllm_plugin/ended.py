@@ -1,0 +1,72 @@
+"""Steps that have ended: what the model, the rules of safety and the reports learn from them, several at a time.
+
+Code that runs once a step finds the caches cold, and takes many times as long as the same code run again at once. So
+what nobody needs before the model changes is kept until then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slos_serve.core.fit import STALL_FACTOR
+from slos_serve.vllm_plugin.report import Ring
+
+if TYPE_CHECKING:
+    from slos_serve.records.writer import StepRecorder
+    from slos_serve.vllm_plugin.learning.learner import Learner
+    from slos_serve.vllm_plugin.pipeline import InFlight
+    from slos_serve.vllm_plugin.safety.rules import StepDown
+    from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
+
+MOST = 16  # steps kept
+STALL_S = 0.1  # a step that took so much longer than predicted, and many times as long, is a stall
+
+
+class Ended:
+    """Take steps that have ended. `errors_s`: measured minus predicted seconds of those learnt from, not yet told."""
+
+    def __init__(self, learner: Learner, safety: StepDown, work_limit: WorkLimit, recorder: StepRecorder) -> None:
+        self.overheads, self.delays, self.clock_errors = Ring(), Ring(), Ring()
+        self.errors_s: list[float] = []
+        self._learner = learner
+        self._safety = safety
+        self._work_limit = work_limit
+        self._recorder = recorder
+        self._kept: list[tuple[InFlight, float, float, float]] = []
+
+    def add(
+        self, entry: InFlight, seconds: float, delay_s: float, clock_error_s: float, *, step: int, now_s: float
+    ) -> None:
+        """Take a step of so many `seconds`, before which the device waited for us for `delay_s`."""
+        self._kept.append((entry, seconds, delay_s, clock_error_s))
+        if self._recorder.is_open:
+            times = seconds, entry.planned_s, entry.predicted_s
+            self._recorder.add(step, now_s, entry.shape, *times, entry.plan_age)
+        if entry.predicted_s is not None and seconds > max(
+            STALL_FACTOR * entry.predicted_s, entry.predicted_s + STALL_S
+        ):
+            self._safety.add_stall(now_s)
+        if len(self._kept) >= min(MOST, self._learner.num_steady):
+            self.learn()
+
+    def learn(self) -> None:
+        """Learn from the steps that were kept."""
+        kept, self._kept = self._kept, []
+        learner, safety = self._learner, self._safety
+        for entry, seconds, delay_s, clock_error_s in kept:
+            learner.observe(entry.shape, seconds, entry.predicted_s)
+            self._work_limit.earn(seconds)
+            self.overheads.add(entry.cost_s)
+            self.delays.add(delay_s)
+            self.clock_errors.add(clock_error_s)
+            safety.add_clock_error(clock_error_s)
+            safety.add_step(seconds, delay_s)
+            self._work_limit.adapt(safety.time_share, safety.limits.max_time_share)
+            if entry.predicted_s is not None:
+                self.errors_s.append(round(seconds - entry.predicted_s, 7))
+        safety.set_coverage(learner.coverage, int(learner.num_errors))
+
+    def take_errors(self) -> list[float]:
+        """Return `errors_s`, which is empty then."""
+        taken, self.errors_s = self.errors_s, []
+        return taken
