@@ -30,7 +30,6 @@ import numpy as np
 from slos_serve.core.planning import admission, steady
 from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, Columns
 from slos_serve.core.planning.demand import (
-    CONTEXT,
     DEADLINE,
     DUE,
     EPS_S,
@@ -44,9 +43,10 @@ from slos_serve.core.planning.demand import (
     VALUE,
     VERIFY,
     Demand,
+    headroom,
     needed_each,
-    prefill_rate,
 )
+from slos_serve.core.planning.glance import glance
 from slos_serve.core.planning.step import Stepping
 from slos_serve.core.planning.trial import Trial, simulate
 from slos_serve.core.types import Plan, Verdict
@@ -99,7 +99,14 @@ class SloPlanner:
 
     def plan(self, state: ReplicaState) -> Plan:
         """Return the next batch and what has become known about promises."""
-        return _Planning(self, state).run()
+        plan = glance(
+            state,
+            batch_fixed_multiple=self.batch_fixed_multiple,
+            brief_share=self.brief_fixed_multiple / self.batch_fixed_multiple,
+            reserve=self.reserve,
+            most=MAX_CANDIDATES,
+        )
+        return plan or _Planning(self, state).run()
 
     def count_steps(self, state: ReplicaState, plan: Plan, ends_s: FloatArray) -> int:
         """Return how many of the steps that end at `ends_s` run this `plan` again, if nobody comes or leaves.
@@ -144,7 +151,7 @@ class _Planning(Stepping):
             verdicts=tuple(verdicts),
             at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
             work=self.effort.spent,
-            headroom_tokens_per_s=self.headroom(demand),
+            headroom_tokens_per_s=headroom(self.machine, demand, self.now),
         )
 
     def look(self, demand: Demand, *, parts: int) -> Trial:
@@ -261,20 +268,3 @@ class _Planning(Stepping):
                     predicted_ttft_s=done + self.state.now_s - float(self.rows["arrival_s"][row]),
                 )
             )
-
-    def headroom(self, demand: Demand) -> float:
-        """Return the prefill rate that the promised decodes leave, in tokens per second."""
-        machine = self.machine
-        periods = needed_each(demand, self.now)
-        per_s = 1.0 / periods
-        rate = prefill_rate(
-            machine.lines,
-            machine.margin_prefill,
-            machine.token_budget,
-            float(periods.min(initial=math.inf)),
-            float((per_s * demand[VERIFY]).sum()),
-            float(per_s.sum()),
-            float((per_s * demand[CONTEXT]).sum()),
-            float(demand[STEPS].max(initial=0.0)),
-        )
-        return max(0.0, float(rate))

@@ -140,3 +140,20 @@ def prefill_rate(lines, margin, budget, period, tokens, requests, read, steps): 
     if room <= 0.0:
         room = max_chunk_tokens(lines, length / margin, 0.0, count, read * length, steps, 0.0, 0.0) - load
     return min(room, budget - load) / length
+
+
+def headroom(machine: Machine, demand: Demand, now_s: float) -> float:
+    """Return the prefill rate that the promised decodes leave, in tokens per second."""
+    periods = needed_each(demand, now_s)
+    per_s = 1.0 / periods
+    rate = prefill_rate(
+        machine.lines,
+        machine.margin_prefill,
+        machine.token_budget,
+        float(periods.min(initial=math.inf)),
+        float((per_s * demand[VERIFY]).sum()),
+        float(per_s.sum()),
+        float((per_s * demand[CONTEXT]).sum()),
+        float(demand[STEPS].max(initial=0.0)),
+    )
+    return max(0.0, float(rate))

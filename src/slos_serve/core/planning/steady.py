@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from slos_serve.core.planning.columns import Columns
     from slos_serve.core.types import IntArray, Plan, ReplicaState, Rows
 
-PROMISED, BEST_EFFORT, RUNNING = int(Tier.PROMISED), int(Tier.BEST_EFFORT), int(Status.RUNNING)
+PENDING, PROMISED, BEST_EFFORT, RUNNING = (
+    int(Tier.PENDING),
+    int(Tier.PROMISED),
+    int(Tier.BEST_EFFORT),
+    int(Status.RUNNING),
+)
 
 
 class Foretold(NamedTuple):
@@ -94,7 +99,7 @@ def _foretell(
         produced, computed = rows["num_output_tokens"][i], rows["num_computed_tokens"][i]
         start = rows["num_cached_tokens"][i] if computed == 0 else computed
         last[k] = rows["num_prompt_tokens"][i] + produced - 1
-        if start + chunk != last[k] + 1:
+        if start + chunk != last[k] + 1 or rows["tier"][i] == PENDING:
             return starts_s[:0], blocks[:0]
         if chunk == 1 and produced > 0 and computed > 0:
             read += computed
