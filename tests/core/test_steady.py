@@ -134,15 +134,29 @@ def test_nothing_is_foretold_where_somebody_waits_for_a_verdict() -> None:
     assert foretell(state, plan, 32) is None
 
 
-def test_what_is_foretold_ends_with_the_first_who_may_say_no_more() -> None:
+def with_ends(*lefts):
     table = RequestTable()
-    for i, left in enumerate((5, 40)):
-        index = add_decode(table, f"r{i}", now_s=10.0, produced=20, ahead_s=0.05)
+    for i, left in enumerate(lefts):
+        index = add_decode(table, f"r{i}", now_s=10.2, produced=20, ahead_s=0.05)
         table.rows["max_output_tokens"][index] = 20 + left
-    state = make_state(table, now_s=10.0, model=CONTEXT)
+    return table
+
+
+def test_what_is_foretold_ends_with_the_first_who_may_say_no_more_where_somebody_waits() -> None:
+    table = with_ends(5, 40)
+    table.add(make_request("waits", arrival_s=10.0, prompt=7000))
+    state = make_state(table, now_s=10.2, model=CONTEXT, limits=make_limits(max_num_seqs=2))
     told = foretell(state, PLANNER.plan(state), 32)
     assert told is not None
     assert len(told.starts_s) == 5
+
+
+def test_where_nobody_waits_an_end_cuts_nothing_short_and_who_has_ended_is_nobody() -> None:
+    state = make_state(with_ends(5, 40, 0), now_s=10.2, model=CONTEXT)
+    told = foretell(state, PLANNER.plan(state), 32)
+    assert told is not None
+    assert told.is_alone
+    assert len(told.starts_s) == 32
 
 
 def test_a_request_whose_last_token_is_in_flight_is_not_planned_and_keeps_its_seat() -> None:

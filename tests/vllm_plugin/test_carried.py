@@ -62,6 +62,21 @@ def test_an_end_where_nobody_waits_needs_no_plan(engine) -> None:
     assert not engine.scheduler.slo.divergences
 
 
+def test_requests_that_come_and_end_cost_one_plan_each_at_the_most(engine) -> None:
+    for i in range(3):
+        add(engine, f"r{i}", max_tokens=200)
+    steps(engine, 12)
+    made = 0
+    for i in range(8):
+        add(engine, f"short{i}", max_tokens=3)
+        made += steps(engine, 8)
+    assert made <= 12  # 8 arrivals, and where a run is over
+    assert not engine.scheduler.slo.divergences
+    engine.run()
+    assert not engine.scheduler.slo.divergences
+    assert {len(engine.outputs[f"short{i}"]) for i in range(8)} == {3}
+
+
 def test_a_request_whose_last_token_is_in_flight_is_not_missed(engine) -> None:
     for i in range(3):
         add(engine, f"r{i}", args={**WIDE, "hidden_max_tokens": 400}, max_tokens=20 + 7 * i)

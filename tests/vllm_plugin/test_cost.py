@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import json
+
 import pytest
 
 from slos_serve.core.baselines import VllmPlanner
+from slos_serve.lines import LineFile
 from slos_serve.vllm_plugin import pipeline as pipeline_module
 from slos_serve.vllm_plugin import runtime
 from slos_serve.vllm_plugin.pipeline import Pipeline
 from slos_serve.vllm_plugin.safety import cost as cost_module
 from slos_serve.vllm_plugin.safety import work_limit as effort
 from slos_serve.vllm_plugin.safety.rules import SafetyLimits, StepDown
+from slos_serve.vllm_plugin.safety.stalls import Spent, Stalls
 from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
 from slos_serve.vllm_plugin.testing import Engine, make_request
@@ -202,3 +207,37 @@ def test_a_plan_gets_cheaper_in_steps_before_it_is_given_up_and_dearer_again_aft
 def test_a_device_with_an_unknown_time_for_what_is_in_flight_is_not_said_to_wait() -> None:
     pipeline = Pipeline()
     assert pipeline.waited_s(10.0) == float("inf")
+
+
+def test_what_held_up_a_step_is_told_the_longest_first() -> None:
+    assert Spent(0.2, 0.05, 0.0004).text() == "200 ms collecting garbage, 50 ms waiting for a CPU that others had"
+    assert "the device" in Spent(0.0, 0.0, 0.0).text()
+
+
+def test_a_collection_is_counted_until_the_next_mark() -> None:
+    stalls = Stalls()
+    try:
+        gc.collect()
+        assert stalls.since(0.0).collecting_s > 0
+        stalls.mark()
+        assert stalls.since(0.0).collecting_s == 0
+    finally:
+        stalls.close()
+    assert not [call for call in gc.callbacks if getattr(call, "__self__", None) is stalls]
+
+
+def test_a_stalled_step_says_in_log_and_record_what_held_it_up(serving, vllm_log, tmp_path) -> None:
+    engine = serving(SloScheduler)
+    slo = engine.scheduler.slo
+    path = tmp_path / "record.jsonl"
+    slo.recorder._file = LineFile(path, max_bytes=1 << 20)
+    engine.serve(100)
+    engine.machine.slowdown = 1000.0
+    engine.serve(1)
+    engine.machine.slowdown = 1.0
+    engine.serve(20)
+    slo.recorder.flush()
+    assert [record.message for record in vllm_log.records if "a step took" in record.message]
+    stalled = [line for line in map(json.loads, path.read_text().splitlines()) if "stall" in line]
+    assert [line["seconds"] > 1 for line in stalled] == [True]
+    assert set(stalled[0]["stall"]) == {"collecting_s", "waiting_s", "ours_s"}

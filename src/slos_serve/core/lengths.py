@@ -23,12 +23,13 @@ for many are spread as lengths are, some short and some long, and so are the tim
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from slos_serve.core.jit import jit
 
 if TYPE_CHECKING:
     from typing import Self
@@ -66,7 +67,6 @@ def _edges() -> FloatArray:
 
 
 _EDGES = _edges()
-_EDGE_LIST: list[float] = _EDGES.tolist()
 
 
 def _bucket(prompt_tokens: int) -> int:
@@ -75,7 +75,7 @@ def _bucket(prompt_tokens: int) -> int:
 
 def _log_normal(median: float, sigma: float) -> FloatArray:
     """Return the chance of each bin under a log-normal; what lies beyond is in the last bin."""
-    logs = [math.log(edge / median) / sigma if edge > 0 else -math.inf for edge in _EDGE_LIST[:-1]]
+    logs = [math.log(edge / median) / sigma if edge > 0 else -math.inf for edge in _EDGES[:-1].tolist()]
     below = [0.5 * math.erfc(-z / math.sqrt(2.0)) for z in logs]
     return np.diff(np.array([*below, 1.0]))
 
@@ -103,7 +103,7 @@ class LengthModel:
             self.hints[name] = float(hint)
         self._priors = {name: _log_normal(hint, PRIOR_SIGMA) for name, hint in self.hints.items()}
         self._counts: dict[str, FloatArray] = {}  # by class: row 0 the class, row 1 + b the bucket b
-        self._curves: dict[tuple[str, int], list[float]] = {}
+        self._curves: dict[tuple[str, int], FloatArray] = {}
 
     def observe(self, slo_class: str, prompt_tokens: int, output_tokens: int) -> None:
         """Learn from a request that ran to its end; cancelled and failed ones say nothing about length."""
@@ -113,10 +113,7 @@ class LengthModel:
         counts = self._counts.get(name)
         if counts is None:
             counts = self._counts[name] = np.zeros((1 + NUM_PROMPT_BUCKETS, NUM_BINS))
-        index = _bin(output_tokens)
-        for row in (0, 1 + _bucket(prompt_tokens)):
-            counts[row] *= 1.0 - 1.0 / WINDOW
-            counts[row, index] += 1.0
+        _count(counts, 1 + _bucket(prompt_tokens), _bin(output_tokens))
         if name:
             for bucket in range(NUM_PROMPT_BUCKETS):
                 self._curves.pop((name, bucket), None)
@@ -136,12 +133,7 @@ class LengthModel:
         curve = self._curves.get((slo_class, bucket))
         if curve is None:
             curve = self._curve(slo_class, bucket)
-        length = _invert(curve, quantile)
-        if produced > 0:
-            longer = 1.0 - _below(curve, produced)
-            # past the last thing known about the class, rounding is all that is left of F
-            conditional = _invert(curve, 1.0 - (1.0 - quantile) * longer) if longer > 1e-9 else math.inf
-            length = min(conditional, MAX_GROWTH * max(length, produced))
+        length = _length(curve, _EDGES, produced, _bin(produced), quantile)
         return min(max(length, produced + 1.0), float(max_output_tokens))
 
     def num_observations(self, slo_class: str) -> float:
@@ -181,35 +173,75 @@ class LengthModel:
             return slo_class
         return ""
 
-    def _curve(self, slo_class: str, bucket: int) -> list[float]:
+    def _curve(self, slo_class: str, bucket: int) -> FloatArray:
         """Return F at the upper edge of each bin, shape (NUM_BINS,); what is missing to 1 is at the limit."""
         # a limit is no length: the mass of "runs to its limit" is in no bin
-        chances = self._priors.get(slo_class, np.zeros(NUM_BINS))
-        name = self._known(slo_class)
-        counts = self._counts.get(name)
+        chances = self._priors.get(slo_class, _NOWHERE)
+        counts = self._counts.get(self._known(slo_class))
         if counts is not None:
-            for row, weight in ((counts[0], PRIOR_WEIGHT), (counts[1 + bucket], CLASS_WEIGHT)):
-                chances = (row + weight * chances) / (row.sum() + weight)
-        curve: list[float] = np.minimum(np.cumsum(chances), 1.0).tolist()
+            one = counts[1 + bucket]
+            chances = _shrunk(counts[0], float(counts[0].sum()), one, float(one.sum()), chances)
+        curve = _summed(chances)
         if len(self._curves) >= MAX_CLASSES * NUM_PROMPT_BUCKETS:
             self._curves.clear()
         self._curves[slo_class, bucket] = curve
         return curve
 
 
-def _below(curve: list[float], length: int) -> float:
-    """Return F(length), the share of outputs of at most that many tokens."""
-    index = _bin(length)
-    low = curve[index - 1] if index else 0.0
-    left, right = _EDGE_LIST[index], _EDGE_LIST[index + 1]
-    return low + (curve[index] - low) * min((length - left) / (right - left), 1.0)
+_NOWHERE = np.zeros(NUM_BINS)
 
 
-def _invert(curve: list[float], share: float) -> float:
+@jit
+def _count(counts: FloatArray, row: int, index: int) -> None:
+    """Add one observation to the histograms of a class and of one of its buckets; the old ones fade."""
+    for one in (0, row):
+        counts[one] *= 1.0 - 1.0 / WINDOW
+        counts[one, index] += 1.0
+
+
+@jit
+def _shrunk(
+    of_class: FloatArray, class_total: float, of_bucket: FloatArray, bucket_total: float, prior: FloatArray
+) -> FloatArray:
+    """Return the chance of each bin: the bucket's counts, shrunk to the class's, shrunk to the prior."""
+    chances = np.empty(len(prior))
+    for i in range(len(prior)):
+        broad = (of_class[i] + PRIOR_WEIGHT * prior[i]) / (class_total + PRIOR_WEIGHT)
+        chances[i] = (of_bucket[i] + CLASS_WEIGHT * broad) / (bucket_total + CLASS_WEIGHT)
+    return chances
+
+
+@jit
+def _summed(chances: FloatArray) -> FloatArray:
+    """Return the running sum of chances, at most 1."""
+    curve, total = np.empty(len(chances)), 0.0
+    for i in range(len(chances)):
+        total += chances[i]
+        curve[i] = min(total, 1.0)
+    return curve
+
+
+@jit
+def _length(curve: FloatArray, edges: FloatArray, produced: int, at: int, quantile: float) -> float:
+    """Return the `quantile` of the length of an output that has `produced` tokens, which are in bin `at`."""
+    length = _invert(curve, edges, quantile)
+    if produced > 0:
+        low = curve[at - 1] if at > 0 else 0.0
+        within = min((produced - edges[at]) / (edges[at + 1] - edges[at]), 1.0)
+        longer = 1.0 - (low + (curve[at] - low) * within)
+        # past the last thing known about the class, rounding is all that is left of F
+        conditional = _invert(curve, edges, 1.0 - (1.0 - quantile) * longer) if longer > 1e-9 else math.inf
+        length = min(conditional, MAX_GROWTH * max(length, produced))
+    return length
+
+
+@jit
+def _invert(curve: FloatArray, edges: FloatArray, share: float) -> float:
     """Return the length at which F reaches `share`; `inf` where it never does."""
-    index = bisect_left(curve, share)
-    if index == NUM_BINS:
+    index = np.searchsorted(curve, share)
+    if index == len(curve):
         return math.inf
-    low = curve[index - 1] if index else 0.0
-    left, right = _EDGE_LIST[index], _EDGE_LIST[index + 1]
-    return left + (right - left) * (share - low) / (curve[index] - low)
+    low = curve[index - 1] if index > 0 else 0.0
+    left, right = edges[index], edges[index + 1]
+    length: float = left + (right - left) * (share - low) / (curve[index] - low)
+    return length

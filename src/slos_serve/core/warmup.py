@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
+from slos_serve.core.lengths import LengthModel
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planning.steady import foretell
 from slos_serve.core.routing.routers import Arrival, SloRouter, snapshot_of
+from slos_serve.core.slo.grading import GRADE_DTYPE, feed_rows
 from slos_serve.core.types import Limits, Planner, ReplicaState, Request, RequestTable, Slo, Status, Tier
 
 _MODEL = PerfModel.from_terms(
@@ -29,6 +33,7 @@ def warm_up_router() -> None:
 
 def warm_up(planner: Planner, limits: Limits) -> None:
     """Plan a few made-up situations."""
+    _grade_and_predict()
     for num_candidates in (0, 2, 40):
         state = _situation(limits, num_candidates)
         foretell(replace(state, limits=replace(limits, max_draft_length=0)), planner.plan(state), 2)
@@ -36,6 +41,15 @@ def warm_up(planner: Planner, limits: Limits) -> None:
     # So little memory, and so much time, that sets are proposed which do not hold.
     small = replace(limits, max_num_seqs=8, max_model_len=1024, block_size=16, num_kv_blocks=500)
     planner.plan(_situation(small, 40, ttft_s=0.5))
+
+
+def _grade_and_predict() -> None:
+    """Grade one token of a stream that promises nothing, and learn from one length."""
+    grades, one = np.zeros(1, GRADE_DTYPE), np.ones(1, np.int64)
+    feed_rows(grades, np.zeros(1, np.int64), one, np.zeros(1, np.int64), 1.0)
+    lengths = LengthModel()
+    lengths.observe("", 100, 100)
+    lengths.predict("", 100, 200, produced=10)
 
 
 def _situation(limits: Limits, num_candidates: int, *, overloaded: bool = False, ttft_s: float = 0.2) -> ReplicaState:

@@ -93,10 +93,13 @@ class StepRecorder:
         planned_s: float | None,
         predicted_s: float | None,
         plan_age: int = 0,
+        *,
+        stall: Mapping[str, float] | None = None,
     ) -> None:
         """Keep one step; times in seconds, None where there was no plan or no model.
 
         `plan_age`: how many steps before, the plan was made that it went on with; such a step has no `plan` of its own.
+        `stall`: seconds by cause, of a step that took many times as long as predicted.
         """
         self._append(
             lambda: {
@@ -112,6 +115,7 @@ class StepRecorder:
                 "planned_s": None if planned_s is None else round(planned_s, 7),
                 "predicted_s": None if predicted_s is None else round(predicted_s, 7),
                 **({"plan_age": plan_age} if plan_age else {}),
+                **({} if stall is None else {"stall": {name: round(seconds, 6) for name, seconds in stall.items()}}),
             }
         )
 

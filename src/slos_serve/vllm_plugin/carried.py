@@ -25,6 +25,7 @@ class Carried:
     steering: Steering | None
     version: int
     modes: object
+    lasts: list[tuple[int, str]]  # for how many steps vLLM will still schedule whom, the longest first
     num_steps: int = 1  # that have run, the planned one included
 
     def goes_on(self, version: int, modes: object, starts_s: float, num_free: int) -> bool:
@@ -32,13 +33,22 @@ class Carried:
         k = self.num_steps
         self.num_steps += 1
         told = self.foretold
-        return (
+        is_good = (
             version == self.version
             and modes is self.modes
             and k < len(told.starts_s)
             and starts_s <= told.starts_s[k]
             and num_free >= told.blocks[k]
         )
+        if is_good and self.steering is not None and self.lasts and self.lasts[-1][0] <= k:
+            return self._let_go(k, self.steering)
+        return is_good
+
+    def _let_go(self, k: int, steering: Steering) -> bool:
+        """Leave out whose last token is in flight at step `k`; tell whether anybody is left."""
+        while self.lasts and self.lasts[-1][0] <= k:
+            steering.leave_out([self.lasts.pop()[1]])
+        return bool(steering.expected)
 
     def leave_out(self, request_ids: Iterable[str], version: int) -> bool:
         """Go on without requests that have ended; tell whether that is possible: where others wait they come in now."""

@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slos_serve.core.jit import why_not_kept
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
@@ -347,6 +349,7 @@ class SloRuntime:
     def shutdown(self) -> None:
         """Stop the thread, write what is buffered, close the channel."""
         self.house.stop()
+        self.ended.stalls.close()
         self.learnt.save()
         self.recorder.flush()
         self.outbox.close()
@@ -435,10 +438,16 @@ class SloRuntime:
             return  # what they need, or how a planner that cannot tell would go on, is seen by planning
         if steering is None and plan.batch.num_tokens.max(initial=1) > 1:
             return  # vLLM's own order may cut the prompts otherwise
-        left = tracker.left[state.requests.find(plan.batch.request_ids)]
-        foretold = foretell(state, plan, int(left.min(initial=self._work_limit.run_steps)))
-        if foretold is not None:
-            self._carried = Carried(foretold, steering, tracker.version, self.modes)
+        foretold = foretell(state, plan, self._work_limit.run_steps)
+        if foretold is None:
+            return
+        ids = plan.batch.request_ids
+        left = tracker.left[state.requests.find(ids)]
+        if not foretold.is_alone:  # an end lets others in
+            foretold = foretold.until(int(left.min()))
+        ending = np.flatnonzero(left < len(foretold.starts_s)).tolist()
+        lasts = sorted(((int(left[i]), ids[i]) for i in ending), reverse=True)
+        self._carried = Carried(foretold, steering, tracker.version, self.modes, lasts)
 
     def _steer(self, plan: Plan) -> Steering | None:
         tracker, batch = self.tracker, plan.batch

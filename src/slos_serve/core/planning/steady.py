@@ -51,12 +51,17 @@ class Foretold(NamedTuple):
     blocks: list[int]
     is_alone: bool
 
+    def until(self, num_steps: int) -> Foretold:
+        """Return the first steps alone."""
+        return Foretold(self.starts_s[:num_steps], self.blocks[:num_steps], self.is_alone)
+
 
 def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     """Return for how many steps, `most` at the most, the plan of this state is good; None for the planned one only.
 
-    It must bring each request of its batch to its next token: decodes by one token, prompts by all that is left of
-    them; from then on all decode, one token in each step, nobody held. Outside of it may wait best-effort work only.
+    Who of the batch ends meanwhile is left out by the host; where somebody waits outside, what is foretold ends there.
+    The plan must bring each request of its batch to its next token: decodes by one token, prompts by all that is left
+    of them; from then on all decode, one token in each step, nobody held. Outside of it may wait best-effort work only.
     That is served by the time of the second (see `step`): what is foretold ends where that changes.
     """
     batch, table = plan.batch, state.requests
@@ -64,15 +69,16 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     if not count or plan.at_risk or batch.preempted or state.limits.max_draft_length:
         return None
     index = table.find(batch.request_ids)
-    is_alone = count == len(table)
+    rows = table.rows
+    is_alone = count == int((rows["num_output_tokens"] < rows["max_output_tokens"]).sum())
     until_s = math.inf
-    if (table.rows["tier"] == BEST_EFFORT).any():
+    if (rows["tier"] == BEST_EFFORT).any():
         second = math.floor(state.now_s)
         until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
     model, limits = state.perf_model, state.limits
     starts_s, blocks = _foretell(
-        table.rows, index, batch.num_tokens, state.now_s, until_s, limits.guard_s, model.as_array(),
-        model.margin_prefill, model.margin_decode, limits.block_size, state.num_free_kv_blocks, most,
+        rows, index, batch.num_tokens, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_prefill,
+        model.margin_decode, limits.block_size, state.num_free_kv_blocks, is_alone, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
 
@@ -80,7 +86,7 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
 @jit
 def _foretell(
     rows: Rows, index: IntArray, num_tokens: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray,
-    margin_prefill: float, margin_decode: float, block_size: int, free: int, most: int,
+    margin_prefill: float, margin_decode: float, block_size: int, free: int, is_alone: bool, most: int,
 ) -> tuple[FloatArray, IntArray]:  # fmt: skip
     """Do what `foretell` says, for the rows of a batch.
 
@@ -110,7 +116,8 @@ def _foretell(
             blocks[0] += max(-(-(last[k] + 1) // block_size) - rows["num_kv_blocks"][i], 0)
         tokens += chunk
         context += last[k]
-        most = min(most, rows["max_output_tokens"][i] - produced)
+        if not is_alone:
+            most = min(most, rows["max_output_tokens"][i] - produced)
         if rows["tier"][i] == PROMISED and rows["missed"][i] == 0:
             pace = min(row_pace(rows, i, fixed_s), rows["max_gap_s"][i])
             if rows["is_thinking"][i] != 0:
@@ -118,7 +125,8 @@ def _foretell(
             tightest = min(tightest, pace)
             soonest = min(soonest, row_due(rows, i, fixed_s) - guard_s)
     for i in range(len(rows)):
-        if outside[i] and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
+        ended = rows["num_output_tokens"][i] >= rows["max_output_tokens"][i]  # its last token is in flight
+        if outside[i] and not ended and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
             return starts_s[:0], blocks[:0]
     margin = margin_prefill if num_prompts else margin_decode
     start_s = now_s

@@ -56,6 +56,8 @@ class Shapes:
     def _others(self, counts: Mapping[str, int], total: int, *, has_drafts: bool) -> Iterable[str]:
         """Return whom to look at; the others decode one token each, as in the batch before."""
         decodes = self._decodes
+        if total == len(decodes) and not has_drafts and counts.keys() == decodes.keys():
+            return ()
         for request_id in decodes.keys() - counts.keys():
             self._sum -= decodes.pop(request_id)
         new = counts.keys() - decodes.keys()
