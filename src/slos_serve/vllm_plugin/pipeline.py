@@ -64,6 +64,10 @@ class Pipeline:
         if self._is_idle:
             self._first, self._is_idle = entry, False
 
+    def pass_by(self) -> None:
+        """Note that a batch was scheduled that is not taken up."""
+        self._first, self._is_idle = None, False
+
     def rest(self) -> None:
         """Note that the engine has nothing left to do: how long it does nothing is no part of a step."""
         self._is_idle = True
@@ -92,7 +96,8 @@ class Pipeline:
         self._last_update = now
         entries = self._entries
         if not entries or not (entries[0].output is output or any(entry.output is output for entry in entries)):
-            return None  # an empty batch: the device was not asked
+            self._free_at_s = now_s
+            return None  # an empty batch, for which the device was not asked, or one that was not taken up
         while (entry := entries.popleft()).output is not output:
             pass
         self.clock_error_s = entry.starts_at_s - max(self._free_at_s, entry.added_s)

@@ -59,6 +59,7 @@ logger = logging.getLogger("vllm.slos_serve")
 
 SWITCH_S = 0.0005  # until a thread of the engine's process gives way to another
 STOCK_SHARE = 0.5  # of a step's fixed cost
+WATCHED_EVERY = 8  # steps, of which one is looked at where nobody asks for anything
 STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own order runs once
 
 
@@ -123,7 +124,7 @@ class SloRuntime:
         self._planned_modes = self.modes
         self._pipeline = Pipeline()
         self._done: tuple[InFlight, float] | None = None
-        self._is_updating = False
+        self._is_updating, self._is_watching = False, True
         self._freed: list[Request] = []
         self.planner = settings.make_planner()
         self._may_carry = hasattr(
@@ -236,7 +237,8 @@ class SloRuntime:
         """Bring the table up to date for a snapshot; on the scheduler's thread, at a time without a plan."""
         self.ended.learn()
         self.outbox.step_error_s += self.ended.take_errors()
-        self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
+        if self.tracker.is_wanted or self.settings.always_plan or self.settings.publish_replica:
+            self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
 
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
 
@@ -257,10 +259,14 @@ class SloRuntime:
 
     def before_schedule(self) -> dict[str, int] | None:
         """Plan the next step; return its caps, None where vLLM's own order is to run."""
-        self._cost.start()
-        self._began = time.perf_counter()
+        self.num_steps += 1
         self._steering = self._state = None
-        self._phase = "sync"
+        self._is_watching = self.num_steps % WATCHED_EVERY == 0 or not self._is_quiet()
+        if not self._is_watching:
+            self._carried = None
+            return None
+        self._cost.start()
+        self._phase, self._began = "sync", time.perf_counter()
         caps = None
         try:
             steering = self._next_steering()
@@ -310,6 +316,9 @@ class SloRuntime:
 
     def after_schedule(self, output: SchedulerOutput) -> None:
         """Note what was really scheduled."""
+        if not self._is_watching:
+            self._pipeline.pass_by()
+            return
         self._cost.start()
         try:
             self._note_scheduled(output)
@@ -336,7 +345,8 @@ class SloRuntime:
 
     def after_update(self, outputs: dict[int, Any] | None) -> None:
         """Grade the output, learn from the step, publish."""
-        self._cost.start()
+        if self._is_watching:
+            self._cost.start()
         try:
             self._note_update({} if outputs is None else outputs)
         except Exception as error:  # noqa: BLE001 - the engine must go on
@@ -344,7 +354,8 @@ class SloRuntime:
             self.faults.add("update", error)
         finally:
             self._is_updating = False
-            self._cost.stop()
+            if self._is_watching:
+                self._cost.stop()
 
     def shutdown(self) -> None:
         """Stop the thread, write what is buffered, close the channel."""
@@ -361,7 +372,6 @@ class SloRuntime:
 
     def _next_steering(self) -> Steering | None:
         """Return what carries out the next step: the plan that goes on, else a new one; None for vLLM's own order."""
-        self.num_steps += 1
         if self.learner.take_new():
             self._start_model()
         carried, now = self._carried, self.clock.now()
@@ -372,6 +382,18 @@ class SloRuntime:
                 return carried.steering
             self._carried = None
         return self._plan_step(now, starts_s)
+
+    def _is_quiet(self) -> bool:
+        """Tell whether nobody asks for anything, so that it is enough to look at a step now and then."""
+        settings = self.settings
+        return not (
+            self.tracker.is_wanted
+            or settings.always_plan
+            or self.recorder.is_open
+            or self.drafts is not None
+            or self._planned_modes is not self.modes
+            or not self.learner.is_settled
+        )
 
     def _is_changed(self) -> bool:
         """Tell whether plans are to be made for others, or carried out by others, than the last one was."""
@@ -387,7 +409,7 @@ class SloRuntime:
         model = self.learner.model
         if tracker.blocked:
             tracker.promote()
-        wanted = tracker.is_wanted or (self.settings.always_plan and len(tracker.table))
+        wanted = tracker.is_wanted or (self.settings.always_plan and (tracker.rowless or len(tracker.table)))
         if model is None or not wanted or self.safety.is_resting or self.pauses.kind:
             return None  # nothing is promised to anybody: vLLM's own order serves best
         tracker.sync(starts_s)
@@ -558,13 +580,19 @@ class SloRuntime:
             entry, seconds = self._done
             self._done = None
             self._learn(entry, seconds, entry.delay_s, now)
-        self.safety.add_clock_step(self.clock.take_step_back())
-        if self.safety.check(now):
-            if self.safety.is_down:
-                logger.error("ALERT: SLO scheduling stepped down to vLLM's own order: %s", self.safety.reason)
-            else:
-                logger.warning("SLO scheduling resumed")
+        if self._is_watching:
+            self._check(now)
         self.outbox.flush(now, is_idle=not tracker.live)
+
+    def _check(self, now: float) -> None:
+        """Step down or up where that is due."""
+        self.safety.add_clock_step(self.clock.take_step_back())
+        if not self.safety.check(now):
+            return
+        if self.safety.is_down:
+            logger.error("ALERT: SLO scheduling stepped down to vLLM's own order: %s", self.safety.reason)
+        else:
+            logger.warning("SLO scheduling resumed")
 
     def _finish_freed(self, now: float, outputs: dict[int, Any] | None) -> None:
         freed, self._freed = self._freed, []

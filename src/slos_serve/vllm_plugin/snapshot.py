@@ -24,6 +24,7 @@ def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
     table = runtime.tracker.table.copy()
     plan, drafts = runtime.last_plan, runtime.drafts
     headroom = plan.headroom_tokens_per_s if plan is not None else None
+    num_rowless = len(runtime.tracker.rowless)
     told = {
         "num_running": len(runtime.scheduler.running),
         "num_waiting": sum(len(queue) for queue in view.waiting_queues(runtime.scheduler)),
@@ -56,7 +57,7 @@ def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
             **facts(runtime),
             **told,
             "num_promised": int((tiers == Tier.PROMISED).sum()),
-            "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()),
+            "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()) + num_rowless,
             "num_pending": int((tiers == Tier.PENDING).sum()),
             "drain_s": backlog / headroom if headroom else 0.0,
             "plan_s": runtime.plan_times.quantiles(),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import OVERRIDES, SloConfig
 from slos_serve.core.slo.deadlines import StreamGrader
 from slos_serve.vllm_plugin.engine import view
 
 if TYPE_CHECKING:
+    from slos_serve.core.types import Slo
     from slos_serve.vllm_plugin.engine.live import Live
 
 PREFIX = "slo_"
+MAX_KNOWN = 256  # ways of asking, of which most servers see a few
 
 
 class ReferenceUnknownError(LookupError):
@@ -29,6 +31,8 @@ class Asked:
         self.num_invalid = 0
         self._live = live
         self._sets_aside = sets_aside
+        self._known: dict[Any, tuple[Slo, float, bool, str]] = {}
+        self._num_references = 0
 
     def resolve(self, live: Live) -> None:
         """Turn what was asked into promises; what makes no sense is best-effort, reason `invalid`."""
@@ -37,9 +41,7 @@ class Asked:
         overrides = {key: args[PREFIX + key] for key in (*OVERRIDES, "stage") if PREFIX + key in args}
         live.is_resolved = True
         try:
-            # asked first, so that a nonsensical value is never taken for one that waits for the profile
-            slo, weight, thinks = self.config.resolve(name, overrides, live.request.num_prompt_tokens, self._reference)
-            label = self.config.label(name, overrides)
+            slo, weight, thinks, label = self._resolved(name, overrides, live.request.num_prompt_tokens)
         except ReferenceUnknownError:
             live.is_resolved = False
             live.reason = "observe"
@@ -59,6 +61,20 @@ class Asked:
         if live.has_slo:
             live.grader = StreamGrader(live.arrival_s, slo, live.is_thinking)
 
+    def _resolved(self, name: Any, overrides: Mapping[str, Any], prompt_tokens: int) -> tuple[Slo, float, bool, str]:
+        """Return promises, weight, whether it thinks, and the label; what depends on no prompt is remembered."""
+        key = (name, *((one, type(value), value) for one, value in overrides.items()))
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        self._num_references = 0
+        # asked first, so that a nonsensical value is never taken for one that waits for the profile
+        resolved = self.config.resolve(name, overrides, prompt_tokens, self._reference)
+        known = (*resolved, self.config.label(name, overrides))
+        if not self._num_references and len(self._known) < MAX_KNOWN:
+            self._known[key] = known
+        return known
+
     def is_aside(self, live: Live) -> bool:
         """Tell whether a request is planned as best-effort work whatever it asks for."""
         return live.is_over_share or self._sets_aside(live.slo_class) or view.has_encoder_inputs(live.request)
@@ -72,6 +88,7 @@ class Asked:
         return sum(not one.planned_slo.is_empty and not one.missed for one in others) >= most
 
     def _reference(self, prompt_tokens: int) -> float:
+        self._num_references += 1
         if self.reference is None:
             raise ReferenceUnknownError
         return self.reference(prompt_tokens)

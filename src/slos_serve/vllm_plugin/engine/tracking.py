@@ -54,6 +54,7 @@ class Tracker:
         self.live: dict[str, Live] = {}
         self.blocked: dict[str, Live] = {}
         self.stock: dict[str, Request] = {}
+        self.rowless: dict[str, Live] = {}  # who asks for nothing, and came since the last sync
         self.num_with_slo = 0  # rows that ask for a promise
         self.lengths = LengthModel(
             {name: c.output_tokens_hint for name, c in config.classes.items() if c.output_tokens_hint}
@@ -104,8 +105,15 @@ class Tracker:
         elif view.is_blocked(request):
             self.blocked[request.request_id] = live
         else:
-            self._add_row(live)
+            self._admit(live)
         return live
+
+    def _admit(self, live: Live) -> None:
+        """Give a request its row, or let one that asks for nothing wait for it until a plan is made."""
+        if live.planned_slo.is_empty:
+            self.rowless[live.request_id] = live
+        else:
+            self._add_row(live)
 
     def _arrival(self, request: Request, args: Mapping[str, Any]) -> float:
         stamp = args.get("slo_arrival_s")
@@ -128,8 +136,14 @@ class Tracker:
             if live.has_row:
                 self.num_with_slo += not live.planned_slo.is_empty
                 self.table.set_promises(self._core_request(live))
+            self._readmit(live)
         self._unresolved.clear()
         return resolved
+
+    def _readmit(self, live: Live) -> None:
+        """Give a row to one that has none and now asks for a promise."""
+        if self.rowless.pop(live.request_id, None) is not None:
+            self._admit(live)
 
     def _core_request(self, live: Live) -> CoreRequest:
         request = live.request
@@ -181,6 +195,7 @@ class Tracker:
         live = self.live.pop(request_id, None)
         self.blocked.pop(request_id, None)
         self.stock.pop(request_id, None)
+        self.rowless.pop(request_id, None)
         if live is None:
             return None
         self.outputs.leave(live)
@@ -209,6 +224,7 @@ class Tracker:
             for request_id, request in known.items()
             if request_id not in self.stock
             and request_id not in self.blocked
+            and request_id not in self.rowless
             and not ((live := self.live.get(request_id)) and live.has_row)
         ]
         self.stock.update({request.request_id: request for request in lost})
@@ -230,6 +246,8 @@ class Tracker:
 
     def sync(self, ends_s: float) -> None:
         """Refresh the columns that vLLM moved; `ends_s`: when what is in flight is expected to end."""
+        while self.rowless:
+            self._add_row(self.rowless.pop(next(iter(self.rowless))))
         requests = self._rows_requests
         count = len(requests)
         if not count:
@@ -274,7 +292,8 @@ class Tracker:
                 view.promote(self.scheduler, live.request)
             if not view.is_blocked(live.request):
                 del self.blocked[request_id]
-                self._add_row(live)
+                self.version += 1
+                self._admit(live)
 
     def note_preempted(self, request_id: str) -> None:
         """Look a preempted request's prefix up again: its own blocks may still be cached."""
@@ -304,8 +323,9 @@ class Tracker:
             if live.has_row:
                 self.num_with_slo += before.is_empty - live.planned_slo.is_empty
                 self.table.set_promises(self._core_request(live))
-                if live.has_begun:  # it began without a promise
-                    self.table.rows["tier"][self.table.index(live.request_id)] = Tier.BEST_EFFORT
+            self._readmit(live)
+            if live.has_row and live.has_begun:  # it began without a promise
+                self.table.rows["tier"][self.table.index(live.request_id)] = Tier.BEST_EFFORT
 
     @property
     def is_wanted(self) -> bool:

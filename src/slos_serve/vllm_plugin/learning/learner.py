@@ -194,6 +194,11 @@ class Learner:
         return FIT_STEPS if self.correction is None else self.correction.num_steady
 
     @property
+    def is_settled(self) -> bool:
+        """Tell whether the model is in use, and none is about to be."""
+        return self.correction is not None and self._new is None
+
+    @property
     def has_model(self) -> bool:
         """Tell whether there is a model, in use or about to be."""
         return self._is_done
