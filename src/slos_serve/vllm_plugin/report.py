@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,18 +75,16 @@ class Ring:
     """The last measurements, for their quantiles."""
 
     def __init__(self, size: int = 1024) -> None:
-        self._values = np.zeros(size)
-        self._count = 0
+        self._values: deque[float] = deque(maxlen=size)
 
     def add(self, value: float) -> None:
         """Keep one value in place of the oldest."""
-        self._values[self._count % len(self._values)] = value
-        self._count += 1
+        self._values.append(value)
 
     def quantiles(self) -> dict[str, float | None]:
         """Return the median and the 99 % quantile, None before any value."""
-        kept = self._values[: min(self._count, len(self._values))]
-        if not len(kept):
+        kept = list(self._values)  # on a thread of its own: another one adds
+        if not kept:
             return {"p50": None, "p99": None}
         p50, p99 = np.quantile(kept, [0.5, 0.99]).tolist()
         return {"p50": p50, "p99": p99}

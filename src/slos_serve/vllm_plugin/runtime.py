@@ -463,11 +463,10 @@ class SloRuntime:
         foretold = foretell(state, plan, self._work_limit.run_steps)
         if foretold is None:
             return
-        ids = plan.batch.request_ids
-        left = tracker.left[state.requests.find(ids)]
+        left, ids = tracker.left, tracker.table.request_ids
         if not foretold.is_alone:  # an end lets others in
-            foretold = foretold.until(int(left.min()))
-        ending = np.flatnonzero(left < len(foretold.starts_s)).tolist()
+            foretold = foretold.until(int(left[left > 0].min(initial=1)))
+        ending = np.flatnonzero((left > 0) & (left < len(foretold.starts_s))).tolist()
         lasts = sorted(((int(left[i]), ids[i]) for i in ending), reverse=True)
         self._carried = Carried(foretold, steering, tracker.version, self.modes, lasts)
 

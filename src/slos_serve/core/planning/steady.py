@@ -68,17 +68,12 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     count = len(batch.request_ids)
     if not count or plan.at_risk or batch.preempted or state.limits.max_draft_length:
         return None
-    index = table.find(batch.request_ids)
-    rows = table.rows
-    is_alone = count == int((rows["num_output_tokens"] < rows["max_output_tokens"]).sum())
-    until_s = math.inf
-    if (rows["tier"] == BEST_EFFORT).any():
-        second = math.floor(state.now_s)
-        until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
+    second = math.floor(state.now_s)
+    until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
     model, limits = state.perf_model, state.limits
-    starts_s, blocks = _foretell(
-        rows, index, batch.num_tokens, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_prefill,
-        model.margin_decode, limits.block_size, state.num_free_kv_blocks, is_alone, most,
+    starts_s, blocks, is_alone = _foretell(
+        table.rows, table.find(batch.request_ids), batch.num_tokens, state.now_s, until_s, limits.guard_s,
+        model.as_array(), model.margin_prefill, model.margin_decode, limits.block_size, state.num_free_kv_blocks, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
 
@@ -86,48 +81,56 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
 @jit
 def _foretell(
     rows: Rows, index: IntArray, num_tokens: IntArray, now_s: float, until_s: float, guard_s: float, lines: FloatArray,
-    margin_prefill: float, margin_decode: float, block_size: int, free: int, is_alone: bool, most: int,
-) -> tuple[FloatArray, IntArray]:  # fmt: skip
+    margin_prefill: float, margin_decode: float, block_size: int, free: int, most: int,
+) -> tuple[FloatArray, IntArray, bool]:  # fmt: skip
     """Do what `foretell` says, for the rows of a batch.
 
     A token that is due when the planned step ends, or later, is followed by others a pace apart; so where the planned
     step ends in time and each one after it is no longer than the tightest pace, none is late.
     """
     starts_s, blocks = np.empty(most), np.zeros(most, np.int64)
-    count, tightest, soonest = len(index), np.inf, np.inf
+    none = starts_s[:0], blocks[:0], False
+    count, tightest, soonest, longest = len(index), np.inf, np.inf, most
     tokens, read, pairs, context, num_prompts = 0.0, 0.0, 0.0, 0.0, 0
     fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
-    outside = np.ones(len(rows), np.bool_)
-    last = np.empty(count, np.int64)  # the place of the last token that the planned step computes
+    outside, has_others = np.ones(len(rows), np.bool_), False
     for k in range(count):
         i, chunk = index[k], num_tokens[k]
         outside[i] = False
         produced, computed = rows["num_output_tokens"][i], rows["num_computed_tokens"][i]
         start = rows["num_cached_tokens"][i] if computed == 0 else computed
-        last[k] = rows["num_prompt_tokens"][i] + produced - 1
-        if start + chunk != last[k] + 1 or rows["tier"][i] == PENDING:
-            return starts_s[:0], blocks[:0]
+        last = rows["num_prompt_tokens"][i] + produced - 1  # the place of the last token that the planned step computes
+        if start + chunk != last + 1 or rows["tier"][i] == PENDING:
+            return none
         if chunk == 1 and produced > 0 and computed > 0:
             read += computed
             blocks[0] += computed % block_size == 0
         else:
             num_prompts += 1
             pairs += chunk * (start + 0.5 * chunk)
-            blocks[0] += max(-(-(last[k] + 1) // block_size) - rows["num_kv_blocks"][i], 0)
+            blocks[0] += max(-(-(last + 1) // block_size) - rows["num_kv_blocks"][i], 0)
+        for step in range(block_size - last % block_size, most, block_size):
+            blocks[step] += 1
         tokens += chunk
-        context += last[k]
-        if not is_alone:
-            most = min(most, rows["max_output_tokens"][i] - produced)
-        if rows["tier"][i] == PROMISED and rows["missed"][i] == 0:
+        context += last
+        longest = min(longest, rows["max_output_tokens"][i] - produced)
+        if rows["tier"][i] == BEST_EFFORT:
+            has_others = True
+        elif rows["missed"][i] == 0:
             pace = min(row_pace(rows, i, fixed_s), rows["max_gap_s"][i])
             if rows["is_thinking"][i] != 0:
                 pace = min(pace, rows["tpot_s"][i])  # when thinking ends is not known ahead
             tightest = min(tightest, pace)
             soonest = min(soonest, row_due(rows, i, fixed_s) - guard_s)
+    is_alone = True
     for i in range(len(rows)):
-        ended = rows["num_output_tokens"][i] >= rows["max_output_tokens"][i]  # its last token is in flight
-        if outside[i] and not ended and (rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING):
-            return starts_s[:0], blocks[:0]
+        if not outside[i] or rows["num_output_tokens"][i] >= rows["max_output_tokens"][i]:
+            continue  # the last token of one outside is in flight
+        if rows["tier"][i] != BEST_EFFORT or rows["status"][i] == RUNNING:
+            return none
+        is_alone, has_others = False, True
+    if not is_alone:
+        most = min(most, longest)
     margin = margin_prefill if num_prompts else margin_decode
     start_s = now_s
     for k in range(max(most, 0)):
@@ -135,17 +138,15 @@ def _foretell(
             seconds = margin * batch_seconds(lines, tokens, float(count), read, 0.0, pairs)
         else:
             seconds = margin_decode * batch_seconds(lines, float(count), float(count), context + k * count, 0.0, 0.0)
-            for one in last:
-                blocks[k] += (one + k) % block_size == 0
         free -= blocks[k]
         starts_s[k] = start_s
         start_s += seconds
         if k == 0 and start_s > soonest:
-            return starts_s[:0], blocks[:0]  # what is late or nearly so is looked at in every step
+            return none  # what is late or nearly so is looked at in every step
         # nearly without a block, who is to give way is decided in every step
-        if free < count or (k > 0 and seconds > tightest) or starts_s[k] >= until_s:
-            return starts_s[:k], blocks[:k]
-    return starts_s[: max(most, 0)], blocks[: max(most, 0)]
+        if free < count or (k > 0 and seconds > tightest) or (has_others and starts_s[k] >= until_s):
+            return starts_s[:k], blocks[:k], is_alone
+    return starts_s[: max(most, 0)], blocks[: max(most, 0)], is_alone
 
 
 def count_steps(columns: Columns, order: IntArray, ends_s: FloatArray, max_work: int) -> int:

@@ -168,6 +168,8 @@ class StepDown:
 
     def _judged(self) -> tuple[int, int]:
         """Return how many promises were broken, of how many; without the worst tenant where the others are enough."""
+        if not self._broken:
+            return 0, len(self._promises)
         broken, count = self._broken.total(), len(self._promises)
         for tenant, most in self._broken.most_common(1):
             if count - self._given[tenant] >= _OTHERS:
