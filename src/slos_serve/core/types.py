@@ -85,7 +85,7 @@ class Slo:
     @property
     def is_empty(self) -> bool:
         """Tell whether nothing is asked for: such a request is best-effort."""
-        return all(value is None for _, value in self.items())
+        return self.ttft_s is self.tpot_s is self.thinking_tpot_s is self.e2e_s is self.max_gap_s is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

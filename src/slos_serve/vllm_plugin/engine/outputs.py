@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.engine.live import Live
 
 NO_SPANS: Mapping[str, int] = {}
+_id_of, _tokens_of = attrgetter("request_id"), attrgetter("new_token_ids")
 
 
 class Outputs:
@@ -91,8 +93,8 @@ class Outputs:
             self._take_silent(outputs, now_s)
         if not self._rows:
             return
-        ids = [output.request_id for output in outputs]
-        lengths = [len(output.new_token_ids) for output in outputs]
+        ids = list(map(_id_of, outputs))
+        lengths = list(map(len, map(_tokens_of, outputs)))
         if ids != self._ids or lengths != self._lengths:
             self._lay_out(ids, lengths)
         thinking = np.array([spans.get(one, 0) for one in ids], np.int64) if spans else self._none

@@ -12,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,9 @@ HOOK = "_reserve_prefill_lookahead"
 # A template that switches thinking off closes the span so many tokens before the end of the prompt at most; one that
 # opens another turn puts more in between.
 CLOSING_TOKENS = 8
+
+_computed_of, _outputs_of = attrgetter("num_computed_tokens"), attrgetter("_output_token_ids")
+_placeholders_of = attrgetter("num_output_placeholders")
 
 # name -> parameters after self
 METHODS = {
@@ -271,17 +275,17 @@ def is_running(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:
 
 def computed_tokens(requests: Sequence[Request]) -> IntArray:
     """Return `num_computed_tokens`; under async scheduling it counts the steps in flight."""
-    return np.array([request.num_computed_tokens for request in requests], dtype=np.int64)
+    return np.array(list(map(_computed_of, requests)), dtype=np.int64)
 
 
 def output_tokens(requests: Sequence[Request]) -> IntArray:
     """Return the output tokens that are out, shape (len(requests),)."""
-    return np.array([len(request._output_token_ids) for request in requests], dtype=np.int64)
+    return np.array(list(map(len, map(_outputs_of, requests))), dtype=np.int64)
 
 
 def placeholders(requests: Sequence[Request]) -> IntArray:
     """Return how many output tokens the steps in flight may produce, drafts included, shape (len(requests),)."""
-    return np.array([request.num_output_placeholders for request in requests], dtype=np.int64)
+    return np.array(list(map(_placeholders_of, requests)), dtype=np.int64)
 
 
 def drop_stale_drafts(scheduler: Any, scheduled: Mapping[str, int]) -> list[str]:

@@ -65,7 +65,7 @@ class Outbox:
             self._snapshot, self._snapshot_at = functools.cache(self._capture()), now_s
         if not (is_due or self.verdicts or self.finished):
             return
-        told = {"verdicts": self.verdicts, "finished": self.finished}
+        told: dict[str, Any] = {"verdicts": self.verdicts, "finished": self.finished}
         told |= {"plan_s": self.plan_s, "step_error_s": self.step_error_s}
         self.verdicts, self.finished, self.plan_s, self.step_error_s = [], [], [], []
         self._sent_at = time.monotonic()
