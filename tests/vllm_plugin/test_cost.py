@@ -6,6 +6,7 @@ import gc
 import json
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.lines import LineFile
@@ -174,6 +175,28 @@ def test_one_step_of_the_device_that_stalls_is_no_reason_and_breaks_no_promise_o
     assert not [kept for kept, _ in safety._promises].count(False)
     safety.add_promise(kept=False, arrival_s=engine.machine.now)
     assert [kept for kept, _ in safety._promises].count(False) == 1
+
+
+@pytest.mark.parametrize("cls", [SloScheduler, AsyncSloScheduler])
+def test_a_pause_by_the_operator_is_no_reason(serving, cls) -> None:
+    engine = serving(cls)
+    engine.serve(300)
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    engine.machine.now += 30.0
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert not engine.serve(600, lambda: engine.scheduler.slo.safety.is_down)
+    assert engine.scheduler.slo.safety.time_share < 0.01
+
+
+def test_an_engine_that_can_hardly_afford_plans_makes_them_cheaper_and_steers_on(serving) -> None:
+    engine = serving(SloScheduler)
+    slo = engine.scheduler.slo
+    engine.machine.cpu_s = 0.042 * STEP_S
+    assert not engine.serve(400, lambda: slo.safety.is_down)
+    assert slo._work_limit.thrift == effort.MAX_THRIFT
+    engine.machine.cpu_s = 0.0
+    assert engine.serve(4000, lambda: slo._work_limit.thrift == 0)
+    assert slo.effective_mode == "enforce"
 
 
 def test_stalls_that_are_not_rare_excuse_nothing() -> None:

@@ -378,7 +378,8 @@ class SloRuntime:
         starts_s = self._pipeline.starts_at(now)
         if carried is not None:
             free = view.free_units(self.scheduler, self.per_unit)
-            if carried.goes_on(self.tracker.version, self._planned_modes, starts_s, free) and not self._is_changed():
+            is_good = carried.goes_on(self.tracker.version, self._planned_modes, starts_s, free)
+            if is_good and not self._is_changed():
                 return carried.steering
             self._carried = None
         return self._plan_step(now, starts_s)
@@ -398,7 +399,8 @@ class SloRuntime:
     def _is_changed(self) -> bool:
         """Tell whether plans are to be made for others, or carried out by others, than the last one was."""
         is_mode_new = self._planned_modes is not self.modes or self._was_enforcing is not self.is_enforcing
-        return is_mode_new or bool(self.pauses.kind)
+        is_lost = len(self.scheduler.requests) != len(self.tracker.live)  # somebody came or went unnoticed
+        return is_mode_new or is_lost or bool(self.pauses.kind)
 
     def _plan_step(self, now: float, starts_s: float) -> Steering | None:
         self.last_plan = None

@@ -113,7 +113,13 @@ class Tracker:
         if live.planned_slo.is_empty:
             self.rowless[live.request_id] = live
         else:
+            self._add_rows()
             self._add_row(live)
+
+    def _add_rows(self) -> None:
+        """Give a row to all that wait for one, in the order in which they came."""
+        while self.rowless:
+            self._add_row(self.rowless.pop(next(iter(self.rowless))))
 
     def _arrival(self, request: Request, args: Mapping[str, Any]) -> float:
         stamp = args.get("slo_arrival_s")
@@ -246,8 +252,7 @@ class Tracker:
 
     def sync(self, ends_s: float) -> None:
         """Refresh the columns that vLLM moved; `ends_s`: when what is in flight is expected to end."""
-        while self.rowless:
-            self._add_row(self.rowless.pop(next(iter(self.rowless))))
+        self._add_rows()
         requests = self._rows_requests
         count = len(requests)
         if not count:
