@@ -30,6 +30,7 @@ WHERE = "args"
 SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 ROUTER = "slos_serve.ray_serve.router.SloRequestRouter"
 POLICY = "slos_serve.ray_serve.autoscaling:HeadroomPolicy"
+TRACES = "otlp_traces_endpoint"  # vLLM's setting of where spans go
 RAYS_OWN = "ray"  # the router that Ray uses by itself
 PATIENCE_S = 300.0
 DEPLOYMENT = {
@@ -64,6 +65,7 @@ def build_openai_app(args: dict[str, Any]) -> Any:
         lora_paths={one.model_id: one.lora_config.dynamic_lora_loading_path for one in configs if one.lora_config},
         slo={key: slo[key] for key in ("config", "mode", "class_modes", "profile") if key in slo},
         digests={one.model_id: digest_of(one.model_id, slo_settings(one)) for one in configs},
+        traces_to=next(filter(None, (one.engine_kwargs.get(TRACES) for one in configs)), None),
     )
 
 
