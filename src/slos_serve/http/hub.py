@@ -171,6 +171,7 @@ class Hub:
             return
         whole = self._snapshots.take(engine, snapshot)
         self.metrics.show(whole)
+        self.metrics.heard.set(self._snapshots.heard_s)
         if self._client == 0:
             self.metrics.count(snapshot, engine)
 
