@@ -1,6 +1,7 @@
 """`serve --emulate`: what reaches vLLM, and bad input, told in one line before anything starts."""
 
 import argparse
+import importlib.metadata
 import json
 
 import pytest
@@ -123,3 +124,8 @@ def test_a_model_without_a_tokenizer_is_told(capsys, model, free_port):
 def test_more_seats_than_the_files_memory_are_told_with_the_most(capsys, model, free_port):
     arguments = (model, "--port", free_port, "--emulate", NAME, "--max-num-seqs", "50000")
     assert "at most 28125" in fail(capsys, *arguments)
+
+
+def test_an_installation_in_which_vllm_does_not_find_the_device_is_told(capsys, model, free_port, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    assert "installed anew" in fail(capsys, model, "--port", free_port, "--emulate", NAME)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 
 VARIABLE = "SLOS_SERVE_EMULATE"
+ENTRY_POINT = "slos_serve.emulated:platform_class"  # as pyproject.toml has it
 PLATFORM = "slos_serve.emulated.platform.EmulatedPlatform"
 
 

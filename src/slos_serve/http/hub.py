@@ -19,6 +19,7 @@ from typing import Any
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.core.words import Outcome, Reason, Said
 from slos_serve.http.metrics import OTHER, SloMetrics
+from slos_serve.http.notices import Notices
 from slos_serve.http.records import Record, Records
 from slos_serve.http.slo import Operator
 from slos_serve.http.snapshots import Snapshots
@@ -49,6 +50,7 @@ class Hub:
 
     def __init__(self, metrics: SloMetrics, *, max_records: int = MAX_RECORDS) -> None:
         self.metrics = metrics
+        self.notices = Notices()
         self.operator = Operator(SloConfig())
         self.settings: Mapping[str, Any] = {}
         self.model: str | None = None
@@ -148,6 +150,8 @@ class Hub:
             _wake(waiter)
         if not self._is_own(item):
             return
+        if record is not None:
+            self.notices.tell(record)
         self.metrics.count_outcome(label, tenant, outcome)
         if item.get("promised"):
             self.metrics.count_promise(label, outcome)
@@ -167,6 +171,7 @@ class Hub:
             return
         whole = self._snapshots.take(engine, snapshot)
         self.metrics.show(whole)
+        self.metrics.heard.set(self._snapshots.heard_s)
         if self._client == 0:
             self.metrics.count(snapshot, engine)
 
@@ -270,6 +275,7 @@ class Hub:
             record = self._records.make(slo_id, label, tenant)
             record.update(verdict=Said.REJECTED, reason=reason, outcome=Outcome.REJECTED)
             is_news = not record["_parts"]
+        self.notices.tell(record)
         if is_news:  # the engine has said nothing that was counted
             self.metrics.count_verdict(label, Said.REJECTED, reason, None)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slos_serve.emulated import VARIABLE
+from slos_serve.emulated import ENTRY_POINT, VARIABLE
 from slos_serve.emulated.emulation import Emulation
 from slos_serve.errors import ConfigError
 from slos_serve.serving.arguments import EngineArguments
@@ -133,6 +133,9 @@ def check_emulation(engine: Engine, arguments: EngineArguments, environ: Mapping
         return
     if not engine.is_cpu:
         expected = f"vLLM's build for CPUs; {engine.package} {engine.version} is for a GPU, and would serve on it"
+        raise ConfigError(where="arguments", key="--emulate", value=emulation.text, expected=expected)
+    if ENTRY_POINT not in {point.value for point in importlib.metadata.entry_points(group="vllm.platform_plugins")}:
+        expected = "slos-serve installed anew (pip install .): vLLM finds the device by an entry point that is missing"
         raise ConfigError(where="arguments", key="--emulate", value=emulation.text, expected=expected)
     folder = Path(model).expanduser()
     has_tokenizer = not folder.is_dir() or any(any(folder.glob(name)) for name in TOKENIZERS)

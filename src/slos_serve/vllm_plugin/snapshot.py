@@ -81,7 +81,7 @@ def _capture_replica(runtime: SloRuntime, table: RequestTable) -> Callable[[], d
     model, plan = runtime.learner.next_model, runtime.last_plan
     if model is None:
         return lambda: None
-    drafts, live, mode = runtime.drafts, runtime.tracker.live, runtime.effective_mode
+    drafts, live, mode, planner = runtime.drafts, runtime.tracker.live, runtime.effective_mode, runtime.planner
     state = ReplicaState(
         now_s=runtime.clock.peek(),
         requests=table,
@@ -94,7 +94,9 @@ def _capture_replica(runtime: SloRuntime, table: RequestTable) -> Callable[[], d
     step_s = plan.batch.predicted_s if plan is not None and len(table) else 0.0  # idle: no step is under way
 
     def make() -> dict[str, Any]:
-        summary = snapshot_of(state, replica_id="-", headroom_tokens_per_s=headroom, step_s=step_s, mode=mode)
+        summary = snapshot_of(
+            state, replica_id="-", headroom_tokens_per_s=headroom, step_s=step_s, planner=planner, mode=mode
+        )
         document = summary.to_json()
         for row in document["prefills"]:
             one = live.get(row[0])

@@ -120,23 +120,11 @@ def _in_order(rows: Rows, index: IntArray, deadline: FloatArray) -> IntArray:
 
 
 @jit
-def _alone_s(lines: FloatArray, left: float, context: float) -> tuple[float, float]:
-    """Return how long an idle engine takes for the rest of a prompt, and for a decode of that context."""
-    prompt_s = decode_s = 0.0
-    for k in range(lines.shape[0]):
-        token_s, request_s, read_s = lines[k, 0], lines[k, 1], lines[k, 2]
-        prompt_s = max(
-            prompt_s, token_s * left + lines[k, 4] * (left * (context + 0.5 * left)) + request_s + lines[k, 5]
-        )
-        decode_s = max(decode_s, token_s + request_s + read_s * context + lines[k, 5])
-    return prompt_s, decode_s
-
-
-@jit
 def _is_hopeless(table, i, machine, num_blocks):  # type: ignore[no-untyped-def]
     """Tell whether not even an idle engine could serve candidate `i` in time."""
-    alone_s, token_s = _alone_s(machine.lines, table[LEFT, i], table[CONTEXT, i])
-    deadline = table[DEADLINE, i]
+    left, context, deadline = table[LEFT, i], table[CONTEXT, i], table[DEADLINE, i]
+    alone_s = batch_seconds(machine.lines, left, 1.0, 0.0, 0.0, left * (context + 0.5 * left))
+    token_s = batch_seconds(machine.lines, 1.0, 1.0, context, 0.0, 0.0)
     too_fast = needed_s(table, i, 0.0) < token_s - EPS_S
     return table[START, i] > num_blocks or deadline <= 0.0 or too_fast or alone_s > deadline + EPS_S
 

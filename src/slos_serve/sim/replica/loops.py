@@ -1,7 +1,7 @@
 """The inner loops of a simulated step, compiled: how batches start, what comes out of them, how it is graded.
 
 All work on the request table and on `LIVE_DTYPE`, one record for each of its rows: the truth that no planner
-sees, and the state of the request's `StreamGrader`, which `core.slo.grading` moves.
+sees, and the fields of the request's grader (`core.slo.deadlines`).
 
 They decide nothing. A batch that does not simply fit (new requests, too little memory, too many tokens) is
 left to the engine, which cuts it by vLLM's rules. Where a plan repeats, `foresee` works out when each of its
@@ -16,14 +16,15 @@ import numpy.typing as npt
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.columns import foretold
-from slos_serve.core.slo.grading import GRADER, feed_row
+from slos_serve.core.slo.deadlines import GRADER, feed_stream
 from slos_serve.core.types import Status
 
 Rows = npt.NDArray[np.void]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-LIVE_DTYPE = np.dtype([*GRADER, ("true_output_tokens", np.int64), ("true_thinking_tokens", np.int64)])
+TRUTH = (("true_output_tokens", np.int64), ("true_thinking_tokens", np.int64))
+LIVE_DTYPE = np.dtype((np.record, [*GRADER, *TRUTH]))  # a row's fields are attributes, as the grader's are
 
 RUNNING = int(Status.RUNNING)
 START, TOKENS, DRAFTS, EMITS, IS_DECODE, BEFORE = range(6)  # rows of a batch, one column for each request
@@ -186,7 +187,7 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
     rows["num_thinking_tokens"][row] = thinking
     rows["is_thinking"][row] = after < true_thinking
     had_missed = live["missed"][row]
-    feed_row(live, row, now_s, after - before, thinking - min(before, true_thinking))
+    feed_stream(live[row], now_s, after - before, thinking - min(before, true_thinking))
     if live["missed"][row] and not had_missed:  # once: a host may plan on for what has missed
         rows["missed"][row] = 1
     if after >= true_output:
