@@ -149,8 +149,8 @@ class PerfModel:
         return cls(lines=tuple(tuple(float(line.get(term, 0.0)) for term in TERMS) for line in lines))
 
     def as_array(self) -> FloatArray:
-        """Return the lines as an array of shape (L, 6), columns `TERMS`: always the same one, copy to change."""
-        return self._array
+        """Return the lines as an array of shape (L, 6), columns `TERMS`."""
+        return self._array.copy()
 
     def seconds(
         self,

@@ -25,7 +25,7 @@ def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
     plan, drafts = runtime.last_plan, runtime.drafts
     headroom = plan.headroom_tokens_per_s if plan is not None else None
     num_rowless = len(runtime.tracker.rowless)
-    told = {
+    told: dict[str, Any] = {
         "num_running": len(runtime.scheduler.running),
         "num_waiting": sum(len(queue) for queue in view.waiting_queues(runtime.scheduler)),
         "free_kv_blocks": view.free_units(runtime.scheduler, runtime.per_unit),
