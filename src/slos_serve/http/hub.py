@@ -18,6 +18,7 @@ from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.core.words import Outcome, Reason, Said
+from slos_serve.http.delivery import Delivery
 from slos_serve.http.metrics import OTHER, SloMetrics
 from slos_serve.http.records import Record, Records
 from slos_serve.http.slo import Operator
@@ -27,6 +28,7 @@ MAX_RECORDS = 4096
 FRESH_S = 2.0
 SILENT_S = 5.0
 RETRY_AFTER_S = (1, 30)
+GUARD_MS = 10.0  # of an engine that was told none
 VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms", "asked")
 FINISHED_KEYS = (
     "outcome",
@@ -54,6 +56,7 @@ class Hub:
         self.model: str | None = None
         self.controls: list[Callable[[dict[str, Any]], Mapping[str, Any]]] = []
         self.num_malformed = 0
+        self.delivery = Delivery()
         self._client = 0
         self._lock = threading.Lock()
         self._records = Records(max_records)
@@ -156,6 +159,9 @@ class Hub:
     def _end(self, record: Record, item: Mapping[str, Any]) -> None:
         """Write into a record how a request, or a part of it, ended."""
         record["_ended"][item.get("request_id")] = item["outcome"]
+        handed_s, ttft_ms = record.get("_handed_s"), item.get("ttft_ms")
+        if handed_s is not None and ttft_ms is not None and len(record["_parts"]) == 1:
+            self.delivery.note(handed_s - record["_stamped_s"] - ttft_ms / 1000, time.monotonic())
         record.update({key: item.get(key) for key in FINISHED_KEYS})
         record["outcome"] = min(record["_ended"].values(), key=WORST_FIRST.index)
         record["finished_s"] = time.time()
@@ -312,6 +318,15 @@ class Hub:
         if rejects and headroom is not None and headroom <= 0:
             return "compute"
         return None
+
+    @property
+    def delivery_lead_s(self) -> float:
+        """By how much earlier than it came a request is stamped, for what tokens take from the engine to the client.
+
+        What nearly all of them take, beyond the engine's own guard.
+        """
+        guard_s = float(self.settings.get("guard_ms", GUARD_MS)) / 1000
+        return max(0.0, self.delivery.expected_s(time.monotonic()) - guard_s)
 
     @property
     def retry_after_s(self) -> int:

@@ -163,6 +163,7 @@ class _Exchange:
         self._is_background = False
         self._start: Message | None = None
         self._is_started = False
+        self._was_handed = False  # the first chunk of a stream, by the server inside
         self._reply: Response | None = None  # in place of what the server inside answers
         self._is_answered = False
         self._refused = asyncio.Event()
@@ -265,7 +266,8 @@ class _Exchange:
             changed = {**kept, **session}
             return raw if changed == own else self._route.written(raw, document, changed)
         slo_id = uuid.uuid4().hex
-        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": self._arrival_s}
+        stamped_s = self._arrival_s - self._hub.delivery_lead_s
+        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": stamped_s}
         if request.asked:
             self._slo_id = slo_id
             self._hub.open(
@@ -278,6 +280,7 @@ class _Exchange:
                 shown_tenant=request.shown_tenant,
                 client_id=_client_id(self._scope["headers"], document),
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
+                _stamped_s=stamped_s,
             )
             self._num_choices = routes.num_parts(document)
             self._may_stop_early = bool(document.get("stop"))
@@ -333,6 +336,9 @@ class _Exchange:
             data = write_into(b"".join(self._document), self._extra())
             await self._begin(content_length=len(data))
         elif self._tail is not None:
+            if not self._was_handed:
+                self._was_handed = True
+                self._hub.annotate(self._slo_id, _handed_s=time.time())
             ended = self._tail.ends_in(data)
             if ended or (self._request.rejects and not self._is_started):
                 await self._settle(ended=ended)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -140,6 +141,7 @@ def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
         "class_modes": (snapshot or hub.settings).get("class_modes") or {},
         "effective_mode": (snapshot or {}).get("effective_mode"),
         "profiling": hub.is_profiling,
+        "delivery_ms": round(1000 * hub.delivery.expected_s(time.monotonic()), 1),
         "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,
