@@ -2,6 +2,8 @@
 #   docker build -f deploy/docker/cpu.Dockerfile -t slos-serve:cpu .
 #   docker run --rm -p 8000:8000 --read-only --tmpfs /tmp --shm-size 1g -v slos-serve:/home/slos slos-serve:cpu Qwen/Qwen3-0.6B --enforce-eager
 FROM python:3.11-slim-bookworm
+# Versions are those of the base image's Debian.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*

@@ -198,18 +198,28 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             title="Best-effort preemptions",
             queries=((rate("slos_serve_best_effort_preemptions_total", "instance", CHOSEN), "{{instance}}"),),
             text="Best-effort requests that had to give way, a second.",
+            width=6,
         ),
         Panel(
             title="Hops by what the replica did",
             queries=((rate("slos_serve_router_hops_total", "outcome", CHOSEN), "{{outcome}}"),),
             text="On a cluster: requests sent to a replica, a second.",
             unit="reqps",
+            width=6,
         ),
         Panel(
             title="Emulated device",
             queries=((each("slos_serve_emulated_device"), "{{instance}}"),),
             text="1 where no model runs and answers are made up.",
             kind="stat",
+            width=6,
+        ),
+        Panel(
+            title="Since the engine was heard",
+            queries=(("time() - " + each("slos_serve_engine_heard_timestamp_seconds"), "{{instance}}"),),
+            text="A few seconds at most; after 15 it is taken for silent.",
+            unit="s",
+            width=6,
         ),
     ),
 }

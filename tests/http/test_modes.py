@@ -63,7 +63,7 @@ def test_one_class_is_switched_and_shown_as_what_differs(client, engine, registr
     assert registry.get_sample_value("slos_serve_mode") == 2
     assert registry.get_sample_value("slos_serve_class_mode", {"class": "chat"}) == 1
     client.post(PATH, json={"mode": "enforce"})
-    assert registry.get_sample_value("slos_serve_class_mode", {"class": "chat"}) is None
+    assert registry.get_sample_value("slos_serve_class_mode", {"class": "chat"}) == 2
 
 
 def test_a_class_can_go_back_to_what_the_engine_does(client, engine):

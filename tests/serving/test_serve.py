@@ -16,9 +16,9 @@ import pytest
 from slos_serve import cli
 from slos_serve.commands import serve
 from slos_serve.core.perf import PerfModel
+from slos_serve.records.profile import SCHEMA
 from slos_serve.serving import prepare, single
 from slos_serve.serving.platforms import Engine
-from slos_serve.serving.profiles import SCHEMA
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -103,7 +103,7 @@ def test_promises_that_are_broken_step_down_and_are_tried_again_after_a_while(bu
     for i in range(5):
         scheduler.add_request(make_request(f"late{i}", max_tokens=2, args={"slo_ttft_ms": 1e6, "slo_e2e_ms": 1e6}))
         promises_of = scheduler.slo.tracker.live[f"late{i}"]
-        promises_of.grader._ttft_s = 0.0  # what was promised in good faith comes late
+        promises_of.grader.ttft_s = 0.0  # what was promised in good faith comes late
     assert traffic.falls("promises kept 0.0% of 5")
     assert promises.tally.classes["custom"].outcomes["missed"] == 5
     assert traffic.rises()

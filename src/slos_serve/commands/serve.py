@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from slos_serve.errors import ConfigError
+from slos_serve.logs import use_json
 from slos_serve.serving import launch, single
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import check_emulation
-from slos_serve.serving.prepare import check_engine, check_model, find_engine, prepare, remove_scratch, say
+from slos_serve.serving.prepare import check_engine, check_model, find_engine, logger, prepare, remove_scratch, say
 from slos_serve.serving.profiles import read_profile
 
 HELP = "Start an OpenAI-compatible server on vLLM that keeps latency promises."
@@ -48,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", metavar="NAME", help="how replicas are chosen (default: slo)")
     parser.add_argument("--emulate", metavar="NAME|FILE", help=EMULATE_HELP)
     parser.add_argument("--no-slo", action="store_true", help="vLLM alone, for comparison")
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: log one JSON object a line"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document when ready; logs go to stderr")
 
 
@@ -55,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until told to end; return vLLM's own exit status."""
     engine = find_engine(args.emulate)
     check(args)
+    if args.log_format == "json":
+        use_json(logger)
     if not args.no_slo:
         check_engine(engine)
     check_emulation(engine, EngineArguments(args.extra), os.environ, args.model)

@@ -70,6 +70,9 @@ class StepSample(NamedTuple):
     seconds: float
 
 
+TOKENS, REQUESTS, CONTEXT, DRAFTS, PAIRS, HAS_PREFILL, SECONDS = range(7)  # columns of a table of them
+
+
 def from_records(records: Iterable[Mapping[str, Any]]) -> list[StepSample]:
     """Read step records (dicts with the names of `StepSample`); what is missing or no number becomes nan.
 
@@ -126,7 +129,9 @@ def fit_perf_model(
     if num_lines not in {1, 2}:
         raise ValueError(f"num_lines = {num_lines!r}: expected 1 or 2")
     table = np.array(list(samples), dtype=np.float64).reshape(-1, len(StepSample._fields))
-    usable = np.isfinite(table).all(axis=1) & (table >= 0).all(axis=1) & (table[:, 6] > 0) & (table[:, 0] > 0)
+    usable = (
+        np.isfinite(table).all(axis=1) & (table >= 0).all(axis=1) & (table[:, SECONDS] > 0) & (table[:, TOKENS] > 0)
+    )
     num_bad = len(table) - int(usable.sum())
     table = table[usable]
     first = _first_sights(table)
@@ -176,10 +181,10 @@ class _Steps:
 
     @classmethod
     def of(cls, table: FloatArray) -> Self:
-        terms = np.hstack([table[:, :5], np.ones((len(table), 1))])
-        group = _groups(table[:, [0, 1, 2, 3, 4, 5]])
+        terms = np.hstack([table[:, :HAS_PREFILL], np.ones((len(table), 1))])
+        group = _groups(table[:, :SECONDS])
         weight = 1.0 / np.sqrt(np.bincount(group)[group]) if len(table) else np.zeros(0)
-        return cls(terms, table[:, 6], table[:, 5] > 0, group, weight)
+        return cls(terms, table[:, SECONDS], table[:, HAS_PREFILL] > 0, group, weight)
 
     def take(self, rows: BoolArray) -> _Steps:
         return _Steps(self.terms[rows], self.seconds[rows], self.has_prefill[rows], self.group[rows], self.weight[rows])
@@ -199,7 +204,8 @@ def _first_sights(table: FloatArray) -> BoolArray:
     """Mark the first step of each shape (tokens, requests, drafts, kind) that comes again at least twice."""
     first = np.zeros(len(table), dtype=np.bool_)
     if len(table):
-        _, index, counts = np.unique(_groups(table[:, [0, 1, 3, 5]]), return_index=True, return_counts=True)
+        shapes = _groups(table[:, [TOKENS, REQUESTS, DRAFTS, HAS_PREFILL]])
+        _, index, counts = np.unique(shapes, return_index=True, return_counts=True)
         first[index[counts >= 3]] = True
     return first
 

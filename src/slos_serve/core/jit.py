@@ -44,16 +44,21 @@ if TYPE_CHECKING:
 
     def jit(function: F) -> F: ...
 
+    def jitable(function: F) -> F: ...
+
 else:
     try:
         import numba
         from numba.core import codegen
         from numba.core.caching import FunctionCache
+        from numba.extending import register_jitable as jitable  # plain Python where it is not called by a loop
     except ImportError:
         HAS_NUMBA = False
 
         def jit(function):
             return function
+
+        jitable = jit
 
     else:
         HAS_NUMBA = True

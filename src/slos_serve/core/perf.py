@@ -31,6 +31,23 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 
 TERMS = ("per_token_s", "per_request_s", "per_context_token_s", "per_draft_step_s", "per_pair_s", "fixed_s")
+PER_TOKEN, PER_REQUEST, PER_CONTEXT, PER_DRAFT, PER_PAIR, FIXED = range(6)  # the columns of an array of lines
+
+
+@jit
+def line_seconds(
+    lines: FloatArray, i: int, num_tokens: float, num_requests: float, context: float, draft_steps: float, pairs: float
+) -> float:
+    """Return the time of a batch by line `i` alone, in seconds."""
+    seconds: float = (
+        lines[i, PER_TOKEN] * num_tokens
+        + lines[i, PER_REQUEST] * num_requests
+        + lines[i, PER_CONTEXT] * context
+        + lines[i, PER_DRAFT] * draft_steps
+        + lines[i, PER_PAIR] * pairs
+        + lines[i, FIXED]
+    )
+    return seconds
 
 
 @jit
@@ -40,16 +57,23 @@ def batch_seconds(
     """Return the time of a batch without margin, in seconds. `lines` has shape (L, 6), columns `TERMS`."""
     longest = 0.0
     for i in range(lines.shape[0]):
-        seconds = (
-            lines[i, 0] * num_tokens
-            + lines[i, 1] * num_requests
-            + lines[i, 2] * context
-            + lines[i, 3] * draft_steps
-            + lines[i, 4] * pairs
-            + lines[i, 5]
-        )
-        longest = max(longest, seconds)
+        longest = max(longest, line_seconds(lines, i, num_tokens, num_requests, context, draft_steps, pairs))
     return longest
+
+
+def each_batch_seconds(
+    lines: FloatArray,
+    num_tokens: FloatArray | float,
+    num_requests: FloatArray | float = 1.0,
+    context: FloatArray | float = 0.0,
+    draft_steps: FloatArray | float = 0.0,
+    pairs: FloatArray | float = 0.0,
+) -> FloatArray:
+    """Return `batch_seconds` of many batches; arguments are arrays of shape (batches,), or one number for all."""
+    token_s, request_s, context_s, draft_s, pair_s, fixed_s = lines.T[:, :, None]
+    work = token_s * num_tokens + request_s * num_requests + context_s * context
+    seconds: FloatArray = (work + draft_s * draft_steps + pair_s * pairs + fixed_s).max(axis=0)
+    return seconds
 
 
 @jit
@@ -70,19 +94,11 @@ def max_chunk_tokens(
     """
     most = 1e18
     for i in range(lines.shape[0]):
-        base = (
-            lines[i, 0] * num_tokens
-            + lines[i, 1] * num_requests
-            + lines[i, 2] * context
-            + lines[i, 3] * draft_steps
-            + lines[i, 4] * pairs
-            + lines[i, 5]
-        )
-        room = seconds - base
+        room = seconds - line_seconds(lines, i, num_tokens, num_requests, context, draft_steps, pairs)
         if room <= 0.0:
             return 0.0 if room == 0.0 else -1.0
-        slope = lines[i, 0] + lines[i, 4] * chunk_context
-        half = 0.5 * lines[i, 4]
+        slope = lines[i, PER_TOKEN] + lines[i, PER_PAIR] * chunk_context
+        half = 0.5 * lines[i, PER_PAIR]
         if half > 0.0:
             # half*x^2 + slope*x = room, in the form that does not cancel
             x = 2.0 * room / (slope + math.sqrt(slope * slope + 4.0 * half * room))

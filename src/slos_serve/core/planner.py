@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from slos_serve.core.perf import each_batch_seconds
 from slos_serve.core.planning import admission, steady
 from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, Columns
 from slos_serve.core.planning.demand import (
@@ -187,13 +188,9 @@ class _Planning(Stepping):
         index = self.candidates
         if not index.size:
             return index
-        lines, left = self.machine.lines, self.left[index]
-        alone = (
-            lines[:, 0:1] * left
-            + lines[:, 4:5] * (left * (self.context[index] + 0.5 * left))
-            + lines[:, 1:2]
-            + lines[:, 5:6]
-        ).max(axis=0)
+        left = self.left[index]
+        pairs = left * (self.context[index] + 0.5 * left)
+        alone = each_batch_seconds(self.machine.lines, left, pairs=pairs)
         too_big = self.start[index] > self.state.limits.num_kv_blocks
         past = self.deadline[index] <= self.now
         too_fast = needed_each(self.demand(index, self.held), self.now) < self.token_seconds(index) - EPS_S

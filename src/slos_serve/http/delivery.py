@@ -1,10 +1,9 @@
 """How long tokens are on their way from a step's end to their client's stream, learnt from first tokens.
 
 The engine plans to the end of a step, a client's clock stops later: outputs cross a socket, become text, and with many
-streams each waits for the others of its step. The edge knows when it was handed a stream's first chunk, the engine
-tells afterwards when the token was there, both counted from the same stamped arrival. What the slowest few take more
-than the engine's own guard (`guard_ms`) is taken off a new request's time: its arrival is stamped so much earlier.
-What a client does not read in time is not in it, so no client can make another's promises tighter.
+streams each waits for the others of its step. The edge knows when it wrote a stream's first chunk, the engine tells
+afterwards when the token was there, both counted from the same stamped arrival. What nearly all take is taken off a new
+request's time: its arrival is stamped so much earlier. The engine's guard (`guard_ms`) is for the rest of the way.
 """
 
 from __future__ import annotations

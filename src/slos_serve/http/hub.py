@@ -20,6 +20,7 @@ from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.core.words import Outcome, Reason, Said
 from slos_serve.http.delivery import Delivery
 from slos_serve.http.metrics import OTHER, SloMetrics
+from slos_serve.http.notices import Notices
 from slos_serve.http.records import Record, Records
 from slos_serve.http.slo import Operator
 from slos_serve.http.snapshots import Snapshots
@@ -28,7 +29,7 @@ MAX_RECORDS = 4096
 FRESH_S = 2.0
 SILENT_S = 5.0
 RETRY_AFTER_S = (1, 30)
-GUARD_MS = 10.0  # of an engine that was told none
+GUARD_MS = 10.0  # of an engine that was told none: the network and the client
 VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms", "asked")
 FINISHED_KEYS = (
     "outcome",
@@ -51,6 +52,7 @@ class Hub:
 
     def __init__(self, metrics: SloMetrics, *, max_records: int = MAX_RECORDS) -> None:
         self.metrics = metrics
+        self.notices = Notices()
         self.operator = Operator(SloConfig())
         self.settings: Mapping[str, Any] = {}
         self.model: str | None = None
@@ -151,6 +153,8 @@ class Hub:
             _wake(waiter)
         if not self._is_own(item):
             return
+        if record is not None:
+            self.notices.tell(record)
         self.metrics.count_outcome(label, tenant, outcome)
         if item.get("promised"):
             self.metrics.count_promise(label, outcome)
@@ -159,9 +163,9 @@ class Hub:
     def _end(self, record: Record, item: Mapping[str, Any]) -> None:
         """Write into a record how a request, or a part of it, ended."""
         record["_ended"][item.get("request_id")] = item["outcome"]
-        handed_s, ttft_ms = record.get("_handed_s"), item.get("ttft_ms")
-        if handed_s is not None and ttft_ms is not None and len(record["_parts"]) == 1:
-            self.delivery.note(handed_s - record["_stamped_s"] - ttft_ms / 1000, time.monotonic())
+        sent_s, ttft_ms = record.get("_sent_s"), item.get("ttft_ms")
+        if sent_s is not None and ttft_ms is not None and len(record["_parts"]) == 1:
+            self.delivery.note(sent_s - record["_stamped_s"] - ttft_ms / 1000, time.monotonic())
         record.update({key: item.get(key) for key in FINISHED_KEYS})
         record["outcome"] = min(record["_ended"].values(), key=WORST_FIRST.index)
         record["finished_s"] = time.time()
@@ -173,6 +177,7 @@ class Hub:
             return
         whole = self._snapshots.take(engine, snapshot)
         self.metrics.show(whole)
+        self.metrics.heard.set(self._snapshots.heard_s)
         if self._client == 0:
             self.metrics.count(snapshot, engine)
 
@@ -276,6 +281,7 @@ class Hub:
             record = self._records.make(slo_id, label, tenant)
             record.update(verdict=Said.REJECTED, reason=reason, outcome=Outcome.REJECTED)
             is_news = not record["_parts"]
+        self.notices.tell(record)
         if is_news:  # the engine has said nothing that was counted
             self.metrics.count_verdict(label, Said.REJECTED, reason, None)
 
@@ -323,10 +329,11 @@ class Hub:
     def delivery_lead_s(self) -> float:
         """By how much earlier than it came a request is stamped, for what tokens take from the engine to the client.
 
-        What nearly all of them take, beyond the engine's own guard.
+        What nearly all of them take up to here; the engine's guard covers the rest of the way, and where the operator
+        set a longer one, what it has more than the usual.
         """
-        guard_s = float(self.settings.get("guard_ms", GUARD_MS)) / 1000
-        return max(0.0, self.delivery.expected_s(time.monotonic()) - guard_s)
+        known_s = (float(self.settings.get("guard_ms", GUARD_MS)) - GUARD_MS) / 1000
+        return max(0.0, self.delivery.expected_s(time.monotonic()) - max(0.0, known_s))
 
     @property
     def retry_after_s(self) -> int:

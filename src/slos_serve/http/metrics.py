@@ -90,13 +90,18 @@ class SloMetrics:
         )
         self.mode = gauge("slos_serve_mode", "What steers the engine: 0 its own order, 1 observing, 2 enforcing.")
         self.class_mode = gauge(
-            "slos_serve_class_mode", "The mode of a class that differs: as slos_serve_mode.", "class"
+            "slos_serve_class_mode", "The mode of a class that differs, or did: as slos_serve_mode.", "class"
+        )
+        self.heard = gauge(
+            "slos_serve_engine_heard_timestamp_seconds",
+            "When the engine was last heard, as Unix time; of several engines the one that has been silent longest.",
         )
         self.draft_length = gauge("slos_serve_draft_length", "Draft tokens per step.", "class")
         self.emulated = gauge("slos_serve_emulated_device", "1 where no model runs: the device is emulated.")
         self.clock_error = gauge(
             "slos_serve_clock_error_seconds", "When batches were expected to start minus when they did: the median."
         )
+        self._differing: set[str] = set()  # classes with a mode of their own, now or before
         self._configured = frozenset({""})
         self._tenants: set[str] = set()
         self._seen: dict[tuple[object, str], float] = {}
@@ -176,8 +181,10 @@ class SloMetrics:
             self.clock_error.set(clock_error)
         for slo_class, length in (snapshot.get("draft_lengths") or {}).items():
             self.draft_length.labels(slo_class).set(length)
-        self.class_mode.clear()
-        for slo_class, mode in (snapshot.get("class_modes") or {}).items():
+        modes = snapshot.get("class_modes") or {}
+        self._differing |= modes.keys()
+        for slo_class in self._differing:  # several processes share one /metrics, from which no series can be taken
+            mode = modes.get(slo_class, snapshot.get("effective_mode"))
             self.class_mode.labels(slo_class).set(MODES.get(str(mode), 0))
 
     def count(self, snapshot: Mapping[str, Any], engine: object = 0) -> None:

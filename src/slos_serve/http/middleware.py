@@ -38,6 +38,7 @@ from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
 from slos_serve.http.slo import SloRequest
 from slos_serve.http.stream import EventTail, StreamTail, write_into
+from slos_serve.http.tracing import RequestSpan, process_tracer
 
 RESPONSES, OPENAPI = "/v1/responses", "/openapi.json"
 MODE_PATH = replies.SLO_PREFIX + "mode"
@@ -53,11 +54,15 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class SloMiddleware:
-    """Pure ASGI middleware; everything that is not about SLOs goes straight to `app`."""
+    """Pure ASGI middleware; everything that is not about SLOs goes straight to `app`.
 
-    def __init__(self, app: ASGIApp, hub: Hub = HUB) -> None:
+    `tracer` makes the spans of requests: OpenTelemetry's, by default that of the process.
+    """
+
+    def __init__(self, app: ASGIApp, hub: Hub = HUB, tracer: Any = None) -> None:
         self.app = app
         self.hub = hub
+        self.tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -65,7 +70,7 @@ class SloMiddleware:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             method = scope["method"]
             if method == "POST" and path in ROUTES:
-                await _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path]).run()
+                await self._exchange(path, scope, receive, send)
                 return
             if (path.startswith(replies.SLO_PREFIX) or path.rstrip("/") == LIVE) and (
                 method in {"GET", "HEAD"} or (method, path) == ("POST", MODE_PATH)
@@ -83,6 +88,18 @@ class SloMiddleware:
                 await replies.profiling()(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    async def _exchange(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        tracer = self.tracer or process_tracer()
+        span = None if tracer is None else RequestSpan(tracer, scope, path)
+        if span is not None:
+            scope, send = {**scope, "headers": span.passed_on(scope["headers"])}, span.watching(send)
+        exchange = _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path])
+        try:
+            await exchange.run()
+        finally:
+            if span is not None:
+                span.end(self.hub, exchange.slo_id, exchange.num_choices)
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
@@ -156,14 +173,14 @@ class _Exchange:
         self._received_s = self._arrival_s = time.time()
         self._entered_s = time.monotonic()
         self._body_was_read = False
-        self._slo_id = ""
+        self.slo_id = ""
         self._request = SloRequest(slo_class="")
-        self._num_choices = 1
+        self.num_choices = 1
         self._may_stop_early = False
         self._is_background = False
         self._start: Message | None = None
         self._is_started = False
-        self._was_handed = False  # the first chunk of a stream, by the server inside
+        self._was_sent = False  # the first chunk of a stream
         self._reply: Response | None = None  # in place of what the server inside answers
         self._is_answered = False
         self._refused = asyncio.Event()
@@ -269,7 +286,7 @@ class _Exchange:
         stamped_s = self._arrival_s - self._hub.delivery_lead_s
         xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": stamped_s}
         if request.asked:
-            self._slo_id = slo_id
+            self.slo_id = slo_id
             self._hub.open(
                 slo_id,
                 slo_class=request.slo_class,
@@ -282,7 +299,7 @@ class _Exchange:
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
                 _stamped_s=stamped_s,
             )
-            self._num_choices = routes.num_parts(document)
+            self.num_choices = routes.num_parts(document)
             self._may_stop_early = bool(document.get("stop"))
             self._is_background = bool(document.get("background"))
             if request.rejects:
@@ -297,7 +314,7 @@ class _Exchange:
                 await self._reply_with(message["headers"])
             elif self._start is not None and self._scope.get("asgi", {}).get("spec_version", "2.0") >= "2.4":
                 raise OSError("the request was refused")  # how such servers say that the client has left
-        elif not self._slo_id:
+        elif not self.slo_id:
             await self._client_send(message)
         elif message["type"] == "http.response.start":
             await self._take_start(message)
@@ -312,12 +329,12 @@ class _Exchange:
         kind = headers.get(b"content-type", b"")
         if message["status"] != 200 or b"content-encoding" in headers:
             self._is_started = True
-            named = [(b"x-slo-id", self._slo_id.encode())]  # an answer that is none can be asked about all the same
+            named = [(b"x-slo-id", self.slo_id.encode())]  # an answer that is none can be asked about all the same
             await self._client_send({**message, "headers": _exposed([*message["headers"], *named])})
             return
         self._start = message
         if kind.startswith(b"text/event-stream"):
-            self._tail = self._route.tail(self._extra, self._num_choices)
+            self._tail = self._route.tail(self._extra, self.num_choices)
             if self._watch is None or self._watch.done():
                 self._watch = asyncio.create_task(self._await_verdict())
         elif kind.startswith(b"application/json"):
@@ -336,9 +353,6 @@ class _Exchange:
             data = write_into(b"".join(self._document), self._extra())
             await self._begin(content_length=len(data))
         elif self._tail is not None:
-            if not self._was_handed:
-                self._was_handed = True
-                self._hub.annotate(self._slo_id, _handed_s=time.time())
             ended = self._tail.ends_in(data)
             if ended or (self._request.rejects and not self._is_started):
                 await self._settle(ended=ended)
@@ -354,14 +368,17 @@ class _Exchange:
             await self._begin()
         if self._reply is None:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
+            if self._tail is not None and not self._was_sent:
+                self._was_sent = True
+                self._hub.annotate(self._slo_id, _sent_s=time.time())
 
     async def _was_sent_away(self) -> bool:
         """Refuse a request that the engine ended because it had waited too long; tell whether it did."""
         ttl_s = self._request.ttl_s
         if ttl_s is None or self._is_started or self._reply or time.time() - self._arrival_s < ttl_s:
             return False
-        await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
-        if not self._hub.was_sent_away(self._slo_id):
+        await self._hub.wait_end(self.slo_id, self.num_choices, LAST_WAIT_S)
+        if not self._hub.was_sent_away(self.slo_id):
             return False
         await self._answer(replies.refusal(Reason.TTL_EXPIRED, self._hub.retry_after_s))
         return True
@@ -375,12 +392,12 @@ class _Exchange:
         if not self._hub.is_heard:
             return
         if ended and not self._may_stop_early:
-            await self._hub.wait_end(self._slo_id, self._num_choices, LAST_WAIT_S)
+            await self._hub.wait_end(self.slo_id, self.num_choices, LAST_WAIT_S)
             return
         if self._watch is not None and not self._watch.done():
             await asyncio.wait((self._watch,), timeout=LAST_WAIT_S)
         else:
-            await self._hub.wait_verdict(self._slo_id, LAST_WAIT_S)
+            await self._hub.wait_verdict(self.slo_id, LAST_WAIT_S)
 
     async def _begin(self, content_length: int | None = None) -> None:
         """Send the response's start with what is known by now, once."""
@@ -398,7 +415,7 @@ class _Exchange:
 
     async def _await_verdict(self) -> None:
         left_s = self._request.hold_s - (time.monotonic() - self._entered_s)
-        verdict = await self._hub.wait_verdict(self._slo_id, left_s)
+        verdict = await self._hub.wait_verdict(self.slo_id, left_s)
         with contextlib.suppress(OSError):  # the client has left
             if self._request.rejects and verdict is not None and _is_no(verdict):
                 async with self._starting:
@@ -410,7 +427,7 @@ class _Exchange:
     async def _refuse(self, reason: str) -> bytes:
         request = self._request
         slo_class = request.slo_class or self._hub.config.default_class
-        slo_id = self._slo_id or uuid.uuid4().hex
+        self.slo_id = slo_id = self.slo_id or uuid.uuid4().hex
         is_retry = replies.is_retry(
             dict(self._scope["headers"]).get(replies.RETRIES_HEADER.encode(), b"").decode("latin-1")
         )
@@ -435,8 +452,8 @@ class _Exchange:
         await self._reply(self._scope, self._client_receive, self._client_send)
 
     def _record(self) -> Record:
-        unknown = {"id": self._slo_id, "class": self._request.slo_class, "verdict": "pending", "reason": ""}
-        return self._hub.find(self._slo_id) or unknown
+        unknown = {"id": self.slo_id, "class": self._request.slo_class, "verdict": "pending", "reason": ""}
+        return self._hub.find(self.slo_id) or unknown
 
     def _extra(self) -> Mapping[str, Any]:
         return answers.annotation(self._record(), tier=self._request.tier, has_tier=self._route.has_tier)

@@ -22,10 +22,12 @@ class Snapshots:
         self.by_engine: dict[object, Snapshot] = {}
         self._whole: Snapshot | None = None
         self._taken_s = self._worked_s = -math.inf
+        self._heard_s: dict[object, float] = {}
 
     def take(self, engine: object, snapshot: Snapshot) -> Snapshot:
         """Keep an engine's newest snapshot; return the whole."""
         now, before = time.monotonic(), self.by_engine.get(engine) or {}
+        self._heard_s[engine] = time.time()
         steps = snapshot.get("steps")
         if steps is None or steps != before.get("steps"):
             self._worked_s = now
@@ -45,6 +47,11 @@ class Snapshots:
     def whole(self) -> Snapshot | None:
         """The last snapshot, however old."""
         return self._whole
+
+    @property
+    def heard_s(self) -> float:
+        """When the engine was last heard that has been silent longest, as Unix time; of at least one."""
+        return min(self._heard_s.values())
 
     @property
     def age_s(self) -> float:

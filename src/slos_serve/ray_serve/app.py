@@ -12,7 +12,6 @@ the application, so that other machines need none of them.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,17 @@ import yaml
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from slos_serve.config import load_slo_config
-from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.named import check_router
 from slos_serve.ray_serve import ingress, names
 from slos_serve.ray_serve.server import SloServer, digest_of, slo_settings
+from slos_serve.records.profile import Profile
 
 WHERE = "args"
 SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 ROUTER = "slos_serve.ray_serve.router.SloRequestRouter"
 POLICY = "slos_serve.ray_serve.autoscaling:HeadroomPolicy"
+TRACES = "otlp_traces_endpoint"  # vLLM's setting of where spans go
 RAYS_OWN = "ray"  # the router that Ray uses by itself
 PATIENCE_S = 300.0
 DEPLOYMENT = {
@@ -65,6 +65,7 @@ def build_openai_app(args: dict[str, Any]) -> Any:
         lora_paths={one.model_id: one.lora_config.dynamic_lora_loading_path for one in configs if one.lora_config},
         slo={key: slo[key] for key in ("config", "mode", "class_modes", "profile") if key in slo},
         digests={one.model_id: digest_of(one.model_id, slo_settings(one)) for one in configs},
+        traces_to=next(filter(None, (one.engine_kwargs.get(TRACES) for one in configs)), None),
     )
 
 
@@ -98,12 +99,11 @@ def read_slo(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str,
 def read_profile(given: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return a profile document, from a file if it is a path."""
     try:
-        profile = given if isinstance(given, Mapping) else json.loads(Path(given).read_text(encoding="utf-8"))
-        PerfModel.from_json(profile["perf_model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = Profile.from_json(given, where=WHERE) if isinstance(given, Mapping) else Profile.load(Path(given))
+    except ValueError as error:
         expected = f"a profile made by slos-serve profile ({error})"
         raise ConfigError(where=WHERE, key="slo.profile", value=str(given)[:100], expected=expected) from error
-    return dict(profile)
+    return dict(found.document)
 
 
 def _as_mapping(given: Mapping[str, Any] | str | LLMConfig) -> dict[str, Any]:

@@ -38,7 +38,10 @@ ENGINE_FAULTS = ("EngineDeadError", "EngineLostError")  # vLLM's EngineGenerateE
 
 
 class SloIngress(OpenAiIngress):
-    """See the module's text. `slo`: classes and pinned profile; `digests`: by model, see `server.digest_of`."""
+    """See the module's text.
+
+    `slo`: classes and pinned profile; `digests`: by model, see `server.digest_of`; `traces_to`: an OTLP endpoint.
+    """
 
     def __init__(
         self,
@@ -47,9 +50,12 @@ class SloIngress(OpenAiIngress):
         *,
         slo: Mapping[str, Any] | None = None,
         digests: Mapping[str, str] | None = None,
+        traces_to: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(llm_deployments, model_cards, **options)
+        if traces_to:
+            names.start_tracing(traces_to)
         warm_up_router()  # before anybody waits for it
         slo = dict(slo or {})
         profile = slo.pop("profile", None)

@@ -38,6 +38,7 @@ __all__ = [
     "request_id",
     "sanitize_chat",
     "session_id_from_headers",
+    "start_tracing",
     "to_model_metadata",
     "usage_stats_enabled",
 ]
@@ -48,6 +49,13 @@ STARTED_TOO_LATE = "timed out during startup"  # what `ray.init` says where its 
 def read_environment_again() -> None:
     """Let this process's Ray read its `RAY_*` settings anew: it keeps those of the moment when it was imported."""
     Config.initialize("")
+
+
+def start_tracing(endpoint: str) -> None:
+    """Export this process's spans to an OTLP endpoint, as vLLM does in the processes of its engines."""
+    from vllm.tracing import init_tracer  # noqa: PLC0415 - only where spans are wanted
+
+    init_tracer("slos_serve.ingress", endpoint)
 
 
 def request_id() -> str:

@@ -46,6 +46,7 @@ class SloServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc] # Ray awaits it
         check_installed()
+        HUB.notices.is_silent = True  # the ingress, which knows the hops, tells of the same requests
         seal.prepare()  # before the engine's process inherits the environment
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         _prepare(llm_config, self._replica_id)

@@ -49,14 +49,20 @@ class Profile:
         return cls(perf_model=model, max_num_batched_tokens=budget, document=document)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a profile file; `ConfigError` where it is none."""
+    def load(cls, path: Path, *, remedy: str = "made by `slos-serve profile`") -> Self:
+        """Read a profile file; `ConfigError` where it is none, and `remedy` says whence one comes."""
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            expected = f"a file made by `slos-serve profile` ({error})"
+            expected = f"a file {remedy} ({error})"
             raise ConfigError(where="arguments", key="--profile", value=str(path), expected=expected) from error
         return cls.from_json(document, where=str(path))
+
+    @property
+    def key(self) -> str:
+        """What the profile is valid for, as one text: as it stands there, or its JSON with sorted keys."""
+        found = self.document.get("key")
+        return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
     def reference_s(self, prompt_tokens: int) -> float:
         """Return the unloaded, uncached prefill time of a prompt, in seconds."""
@@ -82,8 +88,10 @@ class Profile:
         return low
 
 
-def profile_document(report: FitReport, *, key: Mapping[str, Any] | str, max_num_batched_tokens: int) -> dict[str, Any]:
-    """Return the profile of a fit as a JSON document."""
+def profile_document(
+    report: FitReport, *, key: Mapping[str, Any] | str, max_num_batched_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the profile of a fit as a JSON document; `max_num_batched_tokens` None: of an engine that is not told."""
     return {
         "schema": SCHEMA,
         "key": dict(key) if isinstance(key, Mapping) else key,

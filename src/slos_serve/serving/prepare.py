@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from slos_serve.cache import cache_folder, why_not_usual
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.logs import CONFIG as JSON_LOGS
 from slos_serve.places import socket_root
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
@@ -38,9 +40,12 @@ from slos_serve.serving.platforms import (
 from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
 from slos_serve.serving.verification import why_not_verified
 
+logger = logging.getLogger("slos_serve")
+
 SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 VLLM_SERVE = "slos_serve.serving.vllm_command"
+LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -138,6 +143,16 @@ def platform_settings(
     return cpu_settings(arguments, environ, cores=cores, memory=memory, compiler=has_compiler(environ))
 
 
+def logging_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment in which vLLM writes its logs as `--log-format` says."""
+    if args.log_format != "json":
+        return {}
+    if environ.get(LOGGING):
+        expected = f"no {LOGGING} in the environment beside it, which configures logging too"
+        raise ConfigError(where="arguments", key="--log-format", value=args.log_format, expected=expected)
+    return {LOGGING: str(JSON_LOGS)}
+
+
 def engine_key(
     model: str, engine: Engine, arguments: Sequence[str], environ: Mapping[str, str], *, share: int = 1
 ) -> dict[str, Any]:
@@ -159,6 +174,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     if engine.emulation is not None:
         notes.append(f"the device is EMULATED: {engine.emulation.text}: {LEAVES_OUT}")
     env, flags = platform_settings(engine, arguments, environ, share=share)
+    env = {**env, **logging_settings(args, environ)}
     model = local_name(args.model)
     tls = arguments.has("ssl-certfile", "ssl-keyfile")
     command = [model, "--port", str(args.port), *(["--host", args.host] if args.host else [])]
@@ -269,5 +285,8 @@ def _show_progress(share: float) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the user on standard error."""
-    print(f"slos-serve: {text}", file=sys.stderr, flush=True)
+    """Tell the user on standard error; as a JSON line where `--log-format json` was given."""
+    if logger.handlers:
+        logger.info("%s", text)
+    else:
+        print(f"slos-serve: {text}", file=sys.stderr, flush=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.cache import cache_path
-from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
+from slos_serve.records.profile import Profile
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, hardware_name
 
-SCHEMA = "slos-serve-profile/1"
 # Flags that do not bear on how long a step takes.
 NOT_SPEED = frozenset(
     {
@@ -80,17 +79,4 @@ def set_aside(path: Path) -> Iterator[None]:
 
 def read_profile(path: Path) -> dict[str, Any]:
     """Return a profile document; `ConfigError` where the file is none."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        schema = document["schema"]
-        PerfModel.from_json(document["perf_model"])
-    except FileNotFoundError:
-        expected = "a file that exists (--reprofile measures and writes it)"
-        raise ConfigError(where="arguments", key="--profile", value=str(path), expected=expected) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            where="arguments", key="--profile", value=str(path), expected=f"{SCHEMA} ({error})"
-        ) from error
-    if schema != SCHEMA:
-        raise ConfigError(where=str(path), key="schema", value=schema, expected=SCHEMA)
-    return dict(document)
+    return dict(Profile.load(path, remedy="that --reprofile measures and writes").document)

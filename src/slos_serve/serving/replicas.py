@@ -15,7 +15,7 @@ from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
 from slos_serve.serving.platforms import Engine, num_cores
-from slos_serve.serving.prepare import Launch, measure, prepare, remove_scratch, say
+from slos_serve.serving.prepare import Launch, logging_settings, measure, prepare, remove_scratch, say
 from slos_serve.serving.profiles import SPEED_ENVIRONMENT, set_aside
 from slos_serve.terminal.signals import ending_by_signal
 
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
     if args.ray_address is not None:
         check_address(args.ray_address)
     plan = prepare(args, engine, os.environ, share=1 if args.ray_address else num_replicas)
+    os.environ.update(logging_settings(args, os.environ))  # for the ingress, whose Ray inherits this process's
     try:
         with quiet_stdout(args.json):
             build_openai_app, Cluster = _import()  # noqa: N806
@@ -83,6 +84,9 @@ def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
         from slos_serve.named import check_router  # noqa: PLC0415
 
         check_router(args.router, where="arguments", key="--router", more=("ray",))
+    if args.ray_address is not None and args.log_format != "text":
+        expected = "text with --ray-address: how a cluster's processes log is for its own environment to say"
+        raise ConfigError(where="arguments", key="--log-format", value=args.log_format, expected=expected)
     arguments = EngineArguments(args.extra)
     for name in REFUSED:
         if arguments.has(name):

@@ -23,10 +23,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from slos_serve.core.perf import PerfModel
+from slos_serve.core.perf import PER_DRAFT, PerfModel
 from slos_serve.core.types import Limits
 from slos_serve.errors import ConfigError, unknown_name
 from slos_serve.records.profile import SCHEMA as PROFILE_SCHEMA
+from slos_serve.records.profile import Profile
 
 SCHEMA = "slos-serve-hardware/1"
 DRAFTER_SHARE = 0.125  # of a decode step: OPT-125M beside OPT-6.7B in the SLOs-Serve paper's constants
@@ -127,10 +128,7 @@ def load_hardware(name_or_file: str) -> Hardware:
 
 def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -> dict[str, Any]:
     """Return a profile as a hardware document. `ConfigError` names the key that does not fit."""
-    try:
-        model = PerfModel.from_json(document["perf_model"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(where=where, key="perf_model", value=str(error), expected="lines of named terms") from error
+    profile = Profile.from_json(document, where=where)
     key = document.get("key")
     key = key if isinstance(key, Mapping) else {}
     texts = [flag.partition("=") for flag in key.get("flags", ()) if isinstance(flag, str)]
@@ -146,10 +144,11 @@ def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -
     if kv_tokens is None and isinstance(longest, int) and isinstance(seats, int):
         kv_tokens = longest * seats
         provenance["kv_tokens"] = {"kind": "derived", "source": "room for every seat at full length: not measured"}
+    model = profile.perf_model
     lines = model.lines
-    if not any(line[3] for line in lines):
+    if not any(line[PER_DRAFT] for line in lines):
         step_s = DRAFTER_SHARE * model.seconds(1, 1)
-        lines = tuple((*line[:3], step_s, *line[4:]) for line in lines)
+        lines = tuple((*line[:PER_DRAFT], step_s, *line[PER_DRAFT + 1 :]) for line in lines)
         source = f"no drafter was measured: {DRAFTER_SHARE:g} of a decode step, as OPT-125M beside OPT-6.7B"
         provenance["drafter"] = {"kind": "derived", "source": source}
     return {
@@ -160,7 +159,7 @@ def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -
         "kv_tokens": kv_tokens,
         "max_model_len": longest,
         "max_num_seqs": seats,
-        "max_num_batched_tokens": document.get("max_num_batched_tokens") or 2048,
+        "max_num_batched_tokens": profile.max_num_batched_tokens,
         "provenance": provenance,
     }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.fit import STALL_FACTOR
 from slos_serve.core.jit import why_not_kept
+from slos_serve.core.perf import PER_TOKEN
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.planning.steady import foretell
 from slos_serve.core.tight import is_too_tight
@@ -467,14 +468,15 @@ class SloRuntime:
         model = self.learner.model
         if model is None or not len(plan.batch.request_ids) or not (tiers == Tier.PROMISED).any():
             return self.limits.max_num_batched_tokens
-        return int(STOCK_SHARE * model.seconds(1.0) / max(line[0] for line in model.as_array().tolist()))
+        return int(STOCK_SHARE * model.seconds(1.0) / max(line[PER_TOKEN] for line in model.lines))
 
     def _start_model(self) -> None:
         """Pin the reference and let slowdown SLOs mean something."""
         reference = self.learner.reference
         assert reference is not None
         # graders read the same document: the budget it was measured with defines the reference
-        budget = int((self.learner.profile or {}).get("max_num_batched_tokens") or self.limits.max_num_batched_tokens)
+        known = {} if self.learner.profile is None else self.learner.profile.document
+        budget = int(known.get("max_num_batched_tokens") or self.limits.max_num_batched_tokens)
         for live in self.tracker.set_reference(lambda tokens: reference.prefill_seconds(tokens, budget)):
             live.verdict = ""
         self.learnt.restore()

@@ -75,6 +75,7 @@ def replica(runtime: SloRuntime) -> dict[str, Any] | None:
         replica_id="-",
         headroom_tokens_per_s=(plan.headroom_tokens_per_s if plan is not None else None) or 0.0,
         step_s=plan.batch.predicted_s if plan is not None and len(table) else 0.0,  # idle: no step is under way
+        planner=runtime.planner,
         mode=runtime.effective_mode,
     ).to_json()
     for row in document["prefills"]:

@@ -336,7 +336,7 @@ def test_a_grader_needs_no_more_memory_for_a_longer_stream():
         grader = StreamGrader(ARRIVAL, Slo(ttft_s=1, tpot_s=0.1, max_gap_s=1.0), thinks=True)
         tokens(grader, ARRIVAL, 0.01, count)
         values = [getattr(grader, name) for name in grader.__slots__]
-        return sum(sys.getsizeof(value) for value in values if isinstance(value, list)), len(grader._ring)
+        return sum(sys.getsizeof(value) for value in values if isinstance(value, list)), len(grader.ring)
 
     assert size(20) == size(20_000)
 

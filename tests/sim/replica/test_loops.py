@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.sim.worlds import sim
 
-from slos_serve.core.slo.deadlines import StreamGrader
+from slos_serve.core.jit import jit
+from slos_serve.core.slo.deadlines import StreamGrader, feed_stream
 from slos_serve.core.types import BatchPlan, Limits, Slo, Status
 from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.engine import Engine
@@ -70,6 +71,11 @@ def state_of(row):
     return tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in row.item()[:-2])
 
 
+@jit
+def feed_row(live, row, time_s, num_tokens, num_thinking):
+    feed_stream(live[row], time_s, num_tokens, num_thinking)
+
+
 promises = st.one_of(st.none(), st.floats(0.01, 2.0))
 
 
@@ -90,7 +96,7 @@ def test_a_row_is_graded_as_its_stream(slo, thinks, thinking, chunks):
         new_thinking = min(produced + tokens, thinking) - min(produced, thinking)
         produced += tokens
         grader.feed(at_s, tokens, new_thinking)
-        loops.feed_row(live, 1, at_s, tokens, new_thinking)
+        feed_row(live, 1, at_s, tokens, new_thinking)
         assert state_of(live[1]) == grader.state
     copy = StreamGrader(5.0, slo, thinks)
     copy.state = state_of(live[1])

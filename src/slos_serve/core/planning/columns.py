@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.jit import jit
-from slos_serve.core.perf import FloatArray, batch_seconds
+from slos_serve.core.perf import FloatArray, batch_seconds, each_batch_seconds
 from slos_serve.core.planning import draft
 from slos_serve.core.planning.demand import (
     CONTEXT,
@@ -51,7 +51,8 @@ BATCH_FIXED_MULTIPLE = 8.0  # a batch lasts at most so many times the fixed cost
 
 # rows of the flags
 IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE, IS_ENDED = range(9)
-NUM_FLAGS = 9
+HAS_SLO = 9
+NUM_FLAGS = 10
 OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks of the others, context of live decodes
 
 
@@ -85,19 +86,17 @@ def planned_rests(rows: Rows) -> FloatArray:
 
 
 @jit
-def derive(
-    rows: Rows, now_s: float, guard_s: float, fixed_s: float, block_size: int, lines: FloatArray, margin_decode: float
-) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
-    """Return what a plan reads of every row: its demand, its flags, the KV blocks granted to it, and sums.
+def read_rows(
+    rows: Rows, now_s: float, origin_s: float, guard_s: float, fixed_s: float, block_size: int
+) -> tuple[Demand, BoolArray, FloatArray]:
+    """Return what every row owes, holds and may take: its demand, its flags, and the KV blocks granted to it.
 
-    Times are relative to `now_s`, without the guard. Nobody drafts yet; `HELD` is what is held. Who has ended, its last
-    token being in flight, keeps seat and blocks for this step and wants nothing.
+    Times are counted from `origin_s`, without the guard; `fixed_s`: the least time of a step. Nobody drafts yet; `HELD`
+    is what is held. Who has ended, its last token being in flight, keeps seat and blocks for this step and wants
+    nothing. Shapes (`NUM_COLUMNS`, rows), (`NUM_FLAGS`, rows), (rows,); `IS_DECLINED` is left to `derive`.
     """
     count = len(rows)
-    table, flags = np.empty((NUM_COLUMNS, count)), np.zeros((NUM_FLAGS, count), np.bool_)
-    granted, sums = np.empty(count), np.zeros(3)
-    num_promised = num_late = 0
-    late_read = 0.0
+    table, flags, granted = np.empty((NUM_COLUMNS, count)), np.zeros((NUM_FLAGS, count), np.bool_), np.empty(count)
     rests = planned_rests(rows)
     for i in range(count):
         computed, produced, tier = rows["num_computed_tokens"][i], rows["num_output_tokens"][i], rows["tier"][i]
@@ -107,16 +106,15 @@ def derive(
         remaining = max(1, total - done)
         decoding = produced > 0 and remaining == 1 and computed > 0
         held, start = float(rows["num_kv_blocks"][i]), math.ceil((total + 1) / block_size)
-        scheduled = row_scheduled(rows, i, fixed_s) - now_s - guard_s
-        silence_ends = row_silence_ends(rows, i) - now_s - guard_s
+        scheduled = row_scheduled(rows, i, fixed_s) - origin_s - guard_s
+        silence_ends = row_silence_ends(rows, i) - origin_s - guard_s
         due = min(scheduled, silence_ends)
         tpot, gap = max(row_pace(rows, i, fixed_s), MIN_TPOT_S), rows["max_gap_s"][i]
         has_slo = math.isfinite(due) or math.isfinite(tpot) or math.isfinite(gap)
         ended = produced >= rows["max_output_tokens"][i]
         alive = has_slo and not ended and not is_late(rows, i, now_s)
         promised = alive and tier == PROMISED
-        candidate = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and due > 0.0))
-        live = decoding and promised
+        in_time = due > now_s - origin_s
         # Blocks that promised prefills under way have been granted, though they do not hold them yet.
         granted[i] = 0.0 if not running else held if decoding else max(held, float(start))
         table[LEFT, i] = 0 if decoding else remaining
@@ -133,24 +131,41 @@ def derive(
         table[START, i] = start
         table[VALUE, i] = rows["weight"][i]
         table[REQUIRED, i] = promised
+        flags[HAS_SLO, i] = has_slo
         flags[IS_RUNNING, i] = running
         flags[IS_ENDED, i] = ended
         flags[IS_PENDING, i] = tier == PENDING and not ended
         flags[IS_PROMISED, i] = promised
         flags[IS_BROKEN, i] = tier == PROMISED and not alive and not ended
-        flags[IS_DECLINED, i] = tier == BEST_EFFORT and has_slo and _is_possible(rows, i, tpot, fixed_s, lines)
-        flags[IS_CANDIDATE, i] = candidate
-        flags[IS_LIVE, i] = live
+        flags[IS_CANDIDATE, i] = alive and produced == 0 and (tier == PENDING or (tier == BEST_EFFORT and in_time))
+        flags[IS_LIVE, i] = decoding and promised
+    return table, flags, granted
+
+
+@jit
+def derive(
+    rows: Rows, now_s: float, guard_s: float, fixed_s: float, block_size: int, lines: FloatArray, margin_decode: float
+) -> tuple[Demand, BoolArray, FloatArray, FloatArray]:
+    """Return what a plan reads of every row, and sums: `read_rows` from now on, and what the engine's speed adds."""
+    table, flags, granted = read_rows(rows, now_s, now_s, guard_s, fixed_s, block_size)
+    count, sums = len(rows), np.zeros(3)
+    num_promised = num_late = 0
+    late_read = 0.0
+    for i in range(count):
+        held, done = table[HELD, i], table[CONTEXT, i]
+        declined = rows["tier"][i] == BEST_EFFORT and flags[HAS_SLO, i]
+        flags[IS_DECLINED, i] = declined and _is_possible(rows, i, table[TPOT, i], fixed_s, lines)
         # Beside promised work, the last token of a prompt waits for a promise: after it none can be given.
-        flags[IS_UNDECIDED, i] = candidate and tier == PENDING and math.isfinite(due)
-        if promised:
+        undecided = flags[IS_CANDIDATE, i] and flags[IS_PENDING, i]
+        flags[IS_UNDECIDED, i] = undecided and math.isfinite(table[DEADLINE, i])
+        if flags[IS_PROMISED, i]:
             num_promised += 1
             sums[OWED] += granted[i] - held
-        elif running and not ended:
+        elif flags[IS_RUNNING, i] and not flags[IS_ENDED, i]:
             sums[RECLAIMABLE] += held
-        if live:
+        if flags[IS_LIVE, i]:
             sums[READ] += done
-            if due < _alone_s(lines, margin_decode, done) - EPS_S:
+            if table[DUE, i] < _alone_s(lines, margin_decode, done) - EPS_S:
                 num_late += 1
                 late_read += done
     if num_promised == 0:
@@ -175,10 +190,7 @@ def _is_possible(rows: Rows, i: int, tpot: float, fixed_s: float, lines: FloatAr
 @jit
 def _alone_s(lines: FloatArray, margin: float, context: float) -> float:
     """Return the time of a batch of one decode, margin included."""
-    longest = 0.0
-    for k in range(lines.shape[0]):
-        longest = max(longest, margin * (lines[k, 0] + lines[k, 1] + lines[k, 2] * context + lines[k, 5]))
-    return longest
+    return margin * batch_seconds(lines, 1.0, 1.0, context, 0.0, 0.0)
 
 
 @jit
@@ -248,10 +260,8 @@ class Columns:
 
     def token_seconds(self, index: IntArray) -> FloatArray:
         """Return how long an idle engine takes for a decode of each of the rows at `index`."""
-        token_s, request_s, read_s, draft_s, _, fixed_s = self.machine.lines.T[:, :, None]
-        work = token_s * self.verify[index] + request_s + read_s * self.context[index]
-        seconds: FloatArray = (work + draft_s * (self.verify[index] - 1.0) + fixed_s).max(axis=0)
-        return seconds
+        verify = self.verify[index]
+        return each_batch_seconds(self.machine.lines, verify, context=self.context[index], draft_steps=verify - 1.0)
 
     def decode_seconds(self, mask: BoolArray) -> float:
         """Return the time of one batch of the masked decodes, margin included."""

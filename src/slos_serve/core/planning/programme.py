@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.jit import jit
-from slos_serve.core.perf import FloatArray, batch_seconds
+from slos_serve.core.perf import FIXED, PER_DRAFT, PER_REQUEST, PER_TOKEN, FloatArray, batch_seconds
 from slos_serve.core.planning.demand import (
     CONTEXT,
     DEADLINE,
@@ -450,8 +450,8 @@ def reduced(machine: Machine, everyone: Demand, now_s: float) -> Reduced:
         required=required,
         periods=tiers,
         rates=rates,
-        slope=np.maximum(margin * lines[:, 0], 1e-12),
-        fixed=margin * (lines[:, 1] + lines[:, 3] * steps + lines[:, 5]),
+        slope=np.maximum(margin * lines[:, PER_TOKEN], 1e-12),
+        fixed=margin * (lines[:, PER_REQUEST] + lines[:, PER_DRAFT] * steps + lines[:, FIXED]),
         longest=min(machine.max_batch_s, margin * batch_seconds(lines, machine.token_budget, 1.0, 0.0, steps, 0.0)),
         first_due=first_due,
         free_blocks=machine.free_blocks,

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from slos_serve.core.perf import FloatArray, PerfModel, batch_seconds
-from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, planned_rests
+from slos_serve.core.perf import FIXED, PER_REQUEST, FloatArray, PerfModel, batch_seconds
+from slos_serve.core.planning import columns, demand
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, read_rows
 from slos_serve.core.planning.demand import Demand, Machine
 from slos_serve.core.planning.programme import tiers_of
-from slos_serve.core.slo.due import late, next_due_s, pace_s, scheduled_s
-from slos_serve.core.types import Limits, Status, Tier
+from slos_serve.core.types import Limits
 
 if TYPE_CHECKING:
     from typing import Self
@@ -38,6 +37,8 @@ MAX_PREFILLS = 64  # rows beyond it are merged into the last one
 MAX_SESSIONS = 256
 # Decodes of one TPOT are told apart by how many periods ahead of schedule they are.
 AHEAD_PERIODS = (1.0, 2.0, 4.0, 8.0, 16.0)
+FINITE = ("time_s", "free_kv_blocks", "best_effort_tokens", "headroom_tokens_per_s", "step_s", "batch_fixed_multiple")
+PREFILL_COLUMNS = (demand.LEFT, demand.CONTEXT, demand.DEADLINE, demand.TPOT, demand.OUTPUT_LEFT)
 
 
 class PrefillRow(NamedTuple):
@@ -78,7 +79,8 @@ class ReplicaSnapshot:
 
     `free_kv_blocks`: free, plus what best-effort work would give back, less what promised prefills under
     way have been granted (may be negative). `sessions`: (session id, cached tokens) of prefixes that the
-    cache holds, newest last. `step_s`: how long the step that starts now is predicted to take. `mode`:
+    cache holds, newest last. `step_s`: how long the step that starts now is predicted to take.
+    `batch_fixed_multiple`: its planner's bound on a batch, in fixed costs of a step. `mode`:
     `observe` makes no promises. Raises `ValueError` for unusable values.
     """
 
@@ -96,6 +98,7 @@ class ReplicaSnapshot:
     best_effort_tokens: float = 0.0
     headroom_tokens_per_s: float = 0.0
     step_s: float = 0.0
+    batch_fixed_multiple: float = BATCH_FIXED_MULTIPLE
     sessions: tuple[tuple[str, int], ...] = ()
     mode: str = "enforce"
     healthy: bool = True
@@ -106,9 +109,9 @@ class ReplicaSnapshot:
             raise ValueError(f"ReplicaSnapshot.replica_id = {self.replica_id!r}: expected a name")
         if self.mode not in MODES:
             raise ValueError(f"ReplicaSnapshot.mode = {self.mode!r}: expected one of {MODES}")
-        for name in ("time_s", "free_kv_blocks", "best_effort_tokens", "headroom_tokens_per_s", "step_s"):
+        for name in FINITE:
             _finite(name, getattr(self, name))
-        for name in ("num_running", "num_waiting", "num_best_effort"):
+        for name in ("num_running", "num_waiting", "num_best_effort", "batch_fixed_multiple"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ReplicaSnapshot.{name} = {getattr(self, name)!r}: expected 0 or more")
 
@@ -180,70 +183,51 @@ def snapshot_of(
     replica_id: str,
     headroom_tokens_per_s: float = 0.0,
     step_s: float = 0.0,
+    planner: object = None,
     sessions: Sequence[tuple[str, int]] = (),
     mode: str = "enforce",
     healthy: bool = True,
     draining: bool = False,
 ) -> ReplicaSnapshot:
-    """Summarise the planner's input; `headroom_tokens_per_s` is the last plan's, `step_s` its batch's seconds."""
+    """Summarise the planner's input.
+
+    `headroom_tokens_per_s` is the last plan's, `step_s` its batch's seconds. `planner` says how long its batches may
+    be, so that routers test what it would plan.
+    """
     rows, limits, model = state.requests.rows, state.limits, state.perf_model
     fixed_s = max(model.seconds(1.0), MIN_TPOT_S)
-    computed, produced = rows["num_computed_tokens"], rows["num_output_tokens"]
-    running = rows["status"] == Status.RUNNING
-    total = rows["num_prompt_tokens"] + produced
-    done = np.where(computed == 0, rows["num_cached_tokens"], computed)
-    remaining = np.maximum(1, total - done)
-    decoding = (produced > 0) & (remaining == 1) & (computed > 0)
-    held = rows["num_kv_blocks"].astype(np.float64)
-    start = np.ceil((total + 1) / limits.block_size)
-    due = next_due_s(rows, fixed_s) - limits.guard_s
-    tpot = np.maximum(pace_s(rows, fixed_s), MIN_TPOT_S)
-    has_slo = np.isfinite(due) | np.isfinite(tpot) | np.isfinite(rows["max_gap_s"])
-    alive = has_slo & ~late(rows, state.now_s)
-    promised = alive & (rows["tier"] == Tier.PROMISED)
-    undecided = alive & (rows["tier"] == Tier.PENDING) & (produced == 0)
-    granted = np.where(running & ~decoding, np.maximum(held, start), held)
-    output_left = planned_rests(rows)
+    table, flags, granted = read_rows(rows, state.now_s, 0.0, limits.guard_s, fixed_s, limits.block_size)
+    running, promised, held = flags[columns.IS_RUNNING], flags[columns.IS_PROMISED], table[demand.HELD]
+    undecided = flags[columns.IS_CANDIDATE] & flags[columns.IS_PENDING]
+    wants = ~flags[columns.IS_ENDED]
+    rest = wants & ~promised & ~undecided
     by_class = np.array([state.acceptance.get(name, 0.0) for name in state.requests.classes] or [0.0])
-    acceptance = np.clip(by_class, 0.0, 0.99)[rows["class_index"]]
-
-    prefills = np.flatnonzero((promised | undecided) & ~decoding)
-    prefills = prefills[np.lexsort((rows["seq"][prefills], due[prefills]))]
+    acceptance = np.clip(by_class, 0.0, columns.MAX_ACCEPTANCE)[rows["class_index"]]
+    prefills = np.flatnonzero((promised | undecided) & (table[demand.LEFT] > 0))
+    prefills = prefills[np.lexsort((rows["seq"][prefills], table[demand.DEADLINE, prefills]))]
+    values = [*table[list(PREFILL_COLUMNS)], granted * promised, table[demand.START], acceptance]
     listed = [
-        PrefillRow._make([state.requests.request_ids[i], *values, bool(promised[i])])
-        for i, values in zip(
-            prefills.tolist(),
-            np.stack([remaining, done, due, tpot, output_left, granted * promised, start, acceptance])
-            .T[prefills]
-            .tolist(),
-            strict=True,
-        )
+        PrefillRow._make([state.requests.request_ids[i], *row, bool(promised[i])])
+        for i, row in zip(prefills.tolist(), np.stack(values).T[prefills].tolist(), strict=True)
     ]
-    rest = ~promised & ~undecided
+    live = np.flatnonzero(flags[columns.IS_LIVE])
     owed = float((granted - held)[promised].sum())
-    live = np.flatnonzero(decoding & promised)
-    decodes = _empty(len(live))
-    decodes[columns.TPOT], decodes[columns.DUE], decodes[columns.GAP] = tpot[live], due[live], rows["max_gap_s"][live]
-    decodes[columns.CONTEXT], decodes[columns.HELD] = rows["num_computed_tokens"][live], held[live]
-    decodes[columns.OUTPUT_LEFT] = output_left[live]
-    scheduled = scheduled_s(rows, fixed_s)[live] - limits.guard_s
-    ahead = scheduled > due[live]  # a silence ends before: from then on one token each time
-    decodes[columns.LEAD, ahead] = scheduled[ahead] - due[live][ahead]
     return ReplicaSnapshot(
         replica_id=replica_id,
         time_s=state.now_s,
         perf_model=model,
         limits=limits,
-        free_kv_blocks=state.num_free_kv_blocks + float(held[running & ~promised].sum()) - owed,
+        free_kv_blocks=state.num_free_kv_blocks + float(held[running & wants & ~promised].sum()) - owed,
         prefills=_merged(listed),
-        decodes=_grouped(decodes, acceptance[live], state.now_s),
+        decodes=_grouped(table[:, live], acceptance[live], state.now_s),
         acceptance={name: float(state.acceptance.get(name, 0.0)) for name in state.requests.classes},
         num_running=int(running.sum()),
         num_waiting=len(rows) - int(running.sum()),
         num_best_effort=int(rest.sum()),
-        best_effort_tokens=float((remaining + output_left)[rest].sum()),
+        best_effort_tokens=float((np.maximum(table[demand.LEFT], 1.0) + table[demand.OUTPUT_LEFT])[rest].sum()),
         headroom_tokens_per_s=headroom_tokens_per_s,
         step_s=step_s,
+        batch_fixed_multiple=getattr(planner, "batch_fixed_multiple", BATCH_FIXED_MULTIPLE),
         sessions=tuple(sessions[-MAX_SESSIONS:]),
         mode=mode,
         healthy=healthy,
@@ -267,9 +251,9 @@ def _merged(rows: list[PrefillRow]) -> tuple[PrefillRow, ...]:
 
 def _grouped(decodes: Demand, acceptance: FloatArray, now_s: float) -> tuple[DecodeGroup, ...]:
     """Group decodes by how often they need a batch, and by urgency."""
-    needed = columns.needed_each(decodes, now_s)
-    tpot = np.where(decodes[columns.LEAD] > 0.0, needed, decodes[columns.TPOT])
-    due = decodes[columns.DUE]
+    needed = demand.needed_each(decodes, now_s)
+    tpot = np.where(decodes[demand.LEAD] > 0.0, needed, decodes[demand.TPOT])
+    due = decodes[demand.DUE]
     paced = np.isfinite(tpot)
     _, tier = tiers_of(np.where(paced, needed, math.inf))
     with np.errstate(invalid="ignore"):
@@ -279,7 +263,7 @@ def _grouped(decodes: Demand, acceptance: FloatArray, now_s: float) -> tuple[Dec
     for one in np.unique(key).tolist():
         of, part = key == one, decodes[:, key == one]
         tpot_s, due_s = float(tpot[of].min()), float(due[of].min())
-        context, output_left, blocks = part[[columns.CONTEXT, columns.OUTPUT_LEFT, columns.HELD]].sum(axis=1).tolist()
+        context, output_left, blocks = part[[demand.CONTEXT, demand.OUTPUT_LEFT, demand.HELD]].sum(axis=1).tolist()
         mean = float(acceptance[of].mean())
         groups.append(DecodeGroup(tpot_s, float(part.shape[1]), context, due_s, output_left, blocks, mean))
     return tuple(groups)
@@ -295,7 +279,7 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
     lines = model.as_array()
     fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), MIN_TPOT_S)
     hidden = sum(group.size for group in snapshot.decodes) - len(snapshot.decodes)
-    lines[:, 5] += lines[:, 1] * hidden
+    lines[:, FIXED] += lines[:, PER_REQUEST] * hidden
     return Machine(
         lines=lines,
         margin_prefill=model.margin_prefill,
@@ -304,39 +288,39 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
         max_seqs=max(1.0, float(limits.max_num_seqs) - hidden),
         block_size=float(limits.block_size),
         free_blocks=snapshot.free_kv_blocks,
-        max_batch_s=BATCH_FIXED_MULTIPLE * fixed_s,
+        max_batch_s=snapshot.batch_fixed_multiple * fixed_s,
     )
 
 
 def prefill_demand(rows: Sequence[PrefillRow]) -> Demand:
     """Return a demand of prefill rows, one column each, without drafts."""
-    demand = _empty(len(rows))
+    table = _empty(len(rows))
     if rows:
         values = np.array([row[1:] for row in rows], np.float64).T
-        demand[columns.LEFT], demand[columns.CONTEXT], demand[columns.DEADLINE] = values[:3]
-        demand[columns.TPOT], demand[columns.OUTPUT_LEFT] = values[3:5]
-        demand[columns.HELD], demand[columns.START] = values[5:7]
-        demand[columns.DUE] = math.inf
-        demand[columns.REQUIRED] = values[8]
-    return demand
+        table[demand.LEFT], table[demand.CONTEXT], table[demand.DEADLINE] = values[:3]
+        table[demand.TPOT], table[demand.OUTPUT_LEFT] = values[3:5]
+        table[demand.HELD], table[demand.START] = values[5:7]
+        table[demand.DUE] = math.inf
+        table[demand.REQUIRED] = values[8]
+    return table
 
 
 def group_demand(groups: Sequence[DecodeGroup]) -> Demand:
     """Return a demand of decode groups: so many requests of one TPOT yield as many tokens per TPOT."""
-    demand = _empty(len(groups))
+    table = _empty(len(groups))
     if groups:
         tpot, size, context, due, output_left, held, _ = np.array(groups, np.float64).T
-        demand[columns.CONTEXT], demand[columns.DUE], demand[columns.HELD] = context, due, held
-        demand[columns.TPOT] = tpot / size
-        demand[columns.VERIFY] = demand[columns.GAIN] = size
-        demand[columns.OUTPUT_LEFT] = output_left
-        demand[columns.DEADLINE] = -math.inf
-        demand[columns.REQUIRED] = 1.0
-    return demand
+        table[demand.CONTEXT], table[demand.DUE], table[demand.HELD] = context, due, held
+        table[demand.TPOT] = tpot / size
+        table[demand.VERIFY] = table[demand.GAIN] = size
+        table[demand.OUTPUT_LEFT] = output_left
+        table[demand.DEADLINE] = -math.inf
+        table[demand.REQUIRED] = 1.0
+    return table
 
 
 def _empty(num_requests: int) -> Demand:
-    demand = np.zeros((columns.NUM_COLUMNS, num_requests))
-    demand[columns.GAP] = math.inf
-    demand[columns.VERIFY] = demand[columns.GAIN] = demand[columns.VALUE] = 1.0
-    return demand
+    table = np.zeros((demand.NUM_COLUMNS, num_requests))
+    table[demand.GAP] = math.inf
+    table[demand.VERIFY] = table[demand.GAIN] = table[demand.VALUE] = 1.0
+    return table

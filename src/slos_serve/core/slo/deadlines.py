@@ -21,6 +21,9 @@ Two secondary rules are reported beside it. They differ only in how TPOT is judg
 Times that differ by less than `TOLERANCE_S` are equal: a wall-clock time in a double resolves no finer.
 
 For planning, `due` gives the same deadlines over the rows of a `RequestTable`.
+
+There is one grader. Its functions take whatever has the fields of `GRADER` as attributes: a `StreamGrader`, or, called
+from compiled loops, the row of an array of many streams.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slos_serve.core.jit import jitable
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Slo
@@ -39,6 +46,36 @@ STAGES = ("prefill", "thinking", "answer")
 OUTCOMES = ("met", "missed", "declined", "rejected", "failed", "cancelled", "none")
 
 
+# What the grade of a stream rests on. All times but `arrival_s` are seconds since arrival; limits that are only
+# compared hold the tolerance. `ring`: t(n) at n % CHECK_EVERY, the last ten tokens.
+GRADER = (
+    ("arrival_s", np.float64),
+    ("ttft_s", np.float64),
+    ("tpot_s", np.float64),
+    ("thinking_tpot_s", np.float64),
+    ("e2e_s", np.float64),
+    ("gap_s", np.float64),
+    ("window_s", np.float64),
+    ("paced", np.bool_),
+    ("still_thinking", np.bool_),
+    ("num_thinking", np.int64),
+    ("first", np.float64),
+    ("last", np.float64),
+    ("granted_start", np.float64),
+    ("next_check", np.int64),
+    ("ring", np.float64, (CHECK_EVERY,)),
+    ("prefill_late", np.bool_),
+    ("thinking_late", np.bool_),
+    ("answer_late", np.bool_),
+    ("e2e_late", np.bool_),
+    ("gap_late", np.bool_),
+    ("window_late", np.bool_),
+    ("missed", np.bool_),
+    ("num_output_tokens", np.int64),
+)
+
+
+@jitable
 def granted_s(n: int, num_thinking_tokens: int, thinking_tpot_s: float, tpot_s: float) -> float:
     """Return the seconds that TPOT grants tokens 2..n; `inf` where a token among them has no TPOT."""
     if n - 1 <= num_thinking_tokens:
@@ -81,6 +118,89 @@ class Grade:
     stages: Mapping[str, str]
 
 
+@jitable
+def feed_stream(stream: StreamGrader, time_s: float, num_new_tokens: int, num_new_thinking_tokens: int = 0) -> None:
+    """Grade one chunk of output that arrived at `time_s`, thinking tokens first."""
+    if num_new_tokens <= 0:
+        return
+    t = time_s - stream.arrival_s
+    before = stream.num_output_tokens
+    after = stream.num_output_tokens = before + num_new_tokens
+    if stream.still_thinking:
+        stream.num_thinking += min(max(num_new_thinking_tokens, 0), num_new_tokens)
+        stream.still_thinking = stream.num_thinking == after
+    if before:
+        if t - stream.last > stream.gap_s:
+            stream.gap_late = True
+            _mark(stream, before + 1)
+    else:
+        _start(stream, t)
+    stream.last = t
+    if t > stream.e2e_s:
+        stream.e2e_late = stream.missed = True
+    if stream.paced:
+        if after >= stream.next_check:
+            _check(stream, t, after)
+        if not stream.window_late:
+            # The most frequent case, one answer token after ten others, is kept out of a call.
+            if num_new_tokens == 1 and before - stream.num_thinking >= CHECK_EVERY:
+                slot = after % CHECK_EVERY
+                stream.window_late = t - stream.ring[slot] > stream.window_s
+                stream.ring[slot] = t
+            else:
+                _slide(stream, t, before, after)
+
+
+@jitable
+def _start(stream: StreamGrader, t: float) -> None:
+    """Take the first token: grade the prefill and start the clock of TPOT."""
+    stream.first = t
+    if t > stream.ttft_s + TOLERANCE_S:
+        stream.prefill_late = stream.missed = True
+    stream.granted_start = t if stream.ttft_s == math.inf else max(t, stream.ttft_s)
+
+
+@jitable
+def _check(stream: StreamGrader, t: float, after: int) -> None:
+    """Check the multiples of ten that a chunk ending in token `after` contains.
+
+    All came at `t` and due(n) rises, so the first one of each span decides for its span.
+    """
+    first = stream.next_check
+    stream.next_check = after - after % CHECK_EVERY + CHECK_EVERY
+    limit = t - stream.granted_start - TOLERANCE_S
+    if limit > granted_s(first, stream.num_thinking, stream.thinking_tpot_s, stream.tpot_s):
+        _mark(stream, first)
+        answer = (stream.num_thinking // CHECK_EVERY + 1) * CHECK_EVERY
+        granted = granted_s(answer, stream.num_thinking, stream.thinking_tpot_s, stream.tpot_s)
+        if first < answer <= after and limit > granted:
+            _mark(stream, answer)
+
+
+@jitable
+def _mark(stream: StreamGrader, n: int) -> None:
+    """Note that token `n` was late, on the account of its span."""
+    stream.missed = True
+    if n <= stream.num_thinking:
+        stream.thinking_late = True
+    else:
+        stream.answer_late = True
+
+
+@jitable
+def _slide(stream: StreamGrader, t: float, before: int, after: int) -> None:
+    """Check the windows that end in tokens before+1..after; windows inside one chunk take no time."""
+    ring, thinking = stream.ring, stream.num_thinking
+    for n in range(before + 1, min(after, before + CHECK_EVERY) + 1):
+        slot = n % CHECK_EVERY
+        if n > CHECK_EVERY:
+            # of the ten gaps up to token n, those that end by token N + 1 are paced as thinking
+            fast = min(max(thinking + CHECK_EVERY + 1 - n, 0), CHECK_EVERY)
+            granted = granted_s(CHECK_EVERY + 1, fast, stream.thinking_tpot_s, stream.tpot_s)
+            stream.window_late = stream.window_late or t - ring[slot] > granted + TOLERANCE_S
+        ring[slot] = t
+
+
 class StreamGrader:
     """Grade one stream while it runs, in constant memory.
 
@@ -89,67 +209,42 @@ class StreamGrader:
     `num_output_tokens`. Times are seconds on the clock of `arrival_s` and must not fall.
     """
 
-    __slots__ = (
-        "_answer_late",
-        "_arrival_s",
-        "_e2e_late",
-        "_e2e_s",
-        "_first",
-        "_gap_late",
-        "_gap_s",
-        "_granted_start",
-        "_last",
-        "_next_check",
-        "_num_thinking",
-        "_paced",
-        "_prefill_late",
-        "_ring",
-        "_still_thinking",
-        "_thinking_late",
-        "_thinking_tpot_s",
-        "_tpot_s",
-        "_ttft_s",
-        "_window_late",
-        "_window_s",
-        "missed",
-        "num_output_tokens",
-    )
+    __slots__ = tuple(name for name, *_ in GRADER)
 
     def __init__(self, arrival_s: float, slo: Slo, thinks: bool = False) -> None:
-        self._arrival_s = arrival_s
-        # Limits relative to arrival, with the tolerance inside where they are only compared.
-        self._ttft_s = math.inf if slo.ttft_s is None else slo.ttft_s
-        self._tpot_s = math.inf if slo.tpot_s is None else slo.tpot_s
-        self._thinking_tpot_s = self._tpot_s if slo.thinking_tpot_s is None else slo.thinking_tpot_s
-        self._e2e_s = math.inf if slo.e2e_s is None else slo.e2e_s + TOLERANCE_S
-        self._gap_s = math.inf if slo.max_gap_s is None else slo.max_gap_s + TOLERANCE_S
-        self._paced = math.isfinite(self._tpot_s) or (thinks and math.isfinite(self._thinking_tpot_s))
-        self._window_s = CHECK_EVERY * self._tpot_s + TOLERANCE_S
-        self._still_thinking = thinks
-        self._num_thinking = 0
-        self._first = math.inf
-        self._last = -math.inf
-        self._granted_start = math.inf
-        self._next_check = CHECK_EVERY
-        self._ring = [0.0] * CHECK_EVERY  # t(n) at n % CHECK_EVERY, the last ten tokens
-        self._prefill_late = self._thinking_late = self._answer_late = False
-        self._e2e_late = self._gap_late = self._window_late = False
+        self.arrival_s = arrival_s
+        self.ttft_s = math.inf if slo.ttft_s is None else slo.ttft_s
+        self.tpot_s = math.inf if slo.tpot_s is None else slo.tpot_s
+        self.thinking_tpot_s = self.tpot_s if slo.thinking_tpot_s is None else slo.thinking_tpot_s
+        self.e2e_s = math.inf if slo.e2e_s is None else slo.e2e_s + TOLERANCE_S
+        self.gap_s = math.inf if slo.max_gap_s is None else slo.max_gap_s + TOLERANCE_S
+        self.paced = math.isfinite(self.tpot_s) or (thinks and math.isfinite(self.thinking_tpot_s))
+        self.window_s = CHECK_EVERY * self.tpot_s + TOLERANCE_S
+        self.still_thinking = thinks
+        self.num_thinking = 0
+        self.first = math.inf
+        self.last = -math.inf
+        self.granted_start = math.inf
+        self.next_check = CHECK_EVERY
+        self.ring = [0.0] * CHECK_EVERY
+        self.prefill_late = self.thinking_late = self.answer_late = False
+        self.e2e_late = self.gap_late = self.window_late = False
         self.missed = False
         self.num_output_tokens = 0
 
     @property
     def first_token_s(self) -> float:
         """When the first token came; `inf` before it."""
-        return self._arrival_s + self._first
+        return self.arrival_s + self.first
 
     @property
     def last_token_s(self) -> float:
         """When the newest token came; `inf` before the first."""
-        return self._arrival_s + self._last if self.num_output_tokens else math.inf
+        return self.arrival_s + self.last if self.num_output_tokens else math.inf
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Everything that `feed` moves or reads: the attributes in the order of `__slots__`."""
+        """All that the grade rests on, in the order of `GRADER`."""
         return tuple(getattr(self, name) for name in self.__slots__)
 
     @state.setter
@@ -159,120 +254,48 @@ class StreamGrader:
 
     def delay(self, seconds: float) -> None:
         """Move all deadlines, and what has been, so far back."""
-        self._arrival_s += seconds
+        self.arrival_s += seconds
 
-    def feed(self, time_s: float, num_new_tokens: int, num_new_thinking_tokens: int = 0) -> None:
-        """Take one chunk of output that arrived at `time_s`, thinking tokens first."""
-        if num_new_tokens <= 0:
-            return
-        t = time_s - self._arrival_s
-        before = self.num_output_tokens
-        after = self.num_output_tokens = before + num_new_tokens
-        if self._still_thinking:
-            self._num_thinking += min(max(num_new_thinking_tokens, 0), num_new_tokens)
-            self._still_thinking = self._num_thinking == after
-        if before:
-            if t - self._last > self._gap_s:
-                self._gap_late = True
-                self._mark(before + 1)
-        else:
-            self._start(t)
-        self._last = t
-        if t > self._e2e_s:
-            self._e2e_late = self.missed = True
-        if self._paced:
-            if after >= self._next_check:
-                self._check(t, after)
-            if not self._window_late:
-                # The most frequent case, one answer token after ten others, is kept out of a call.
-                if num_new_tokens == 1 and before - self._num_thinking >= CHECK_EVERY:
-                    slot = after % CHECK_EVERY
-                    self._window_late = t - self._ring[slot] > self._window_s
-                    self._ring[slot] = t
-                else:
-                    self._slide(t, before, after)
+    feed = feed_stream
 
     def finish(self, time_s: float) -> Grade:
         """Check the last token and return the grade of the stream that ended at `time_s`."""
         n = self.num_output_tokens
         if n == 0:
-            return self._finish_silent(time_s - self._arrival_s)
-        granted = granted_s(n, self._num_thinking, self._thinking_tpot_s, self._tpot_s)
-        if n > 1 and self._last > self._granted_start + granted + TOLERANCE_S:
-            self._mark(n)
-        span = self._last - self._first
+            return self._finish_silent(time_s - self.arrival_s)
+        granted = granted_s(n, self.num_thinking, self.thinking_tpot_s, self.tpot_s)
+        if n > 1 and self.last > self.granted_start + granted + TOLERANCE_S:
+            _mark(self, n)
+        span = self.last - self.first
         mean_late = span > granted + TOLERANCE_S
-        window_late = mean_late if n <= CHECK_EVERY else self._window_late
-        other_late = self._prefill_late or self._e2e_late or self._gap_late
+        window_late = mean_late if n <= CHECK_EVERY else self.window_late
+        other_late = self.prefill_late or self.e2e_late or self.gap_late
         return Grade(
             met=not self.missed,
             met_mean_tpot=not (other_late or mean_late),
             met_window=not (other_late or window_late),
-            ttft_s=self._first,
+            ttft_s=self.first,
             tpot_s=span / (n - 1) if n > 1 else 0.0,
-            e2e_s=self._last,
+            e2e_s=self.last,
             num_output_tokens=n,
             stages=self._stages(),
         )
 
-    def _start(self, t: float) -> None:
-        """Take the first token: grade the prefill and start the clock of TPOT."""
-        self._first = t
-        if t > self._ttft_s + TOLERANCE_S:
-            self._prefill_late = self.missed = True
-        self._granted_start = t if self._ttft_s == math.inf else max(t, self._ttft_s)
-
-    def _check(self, t: float, after: int) -> None:
-        """Check the multiples of ten that a chunk ending in token `after` contains.
-
-        All came at `t` and due(n) rises, so the first one of each span decides for its span.
-        """
-        first = self._next_check
-        self._next_check = after - after % CHECK_EVERY + CHECK_EVERY
-        limit = t - self._granted_start - TOLERANCE_S
-        if limit > granted_s(first, self._num_thinking, self._thinking_tpot_s, self._tpot_s):
-            self._mark(first)
-            answer = (self._num_thinking // CHECK_EVERY + 1) * CHECK_EVERY
-            if first < answer <= after and limit > granted_s(
-                answer, self._num_thinking, self._thinking_tpot_s, self._tpot_s
-            ):
-                self._mark(answer)
-
-    def _mark(self, n: int) -> None:
-        """Note that token `n` was late, on the account of its span."""
-        self.missed = True
-        if n <= self._num_thinking:
-            self._thinking_late = True
-        else:
-            self._answer_late = True
-
-    def _slide(self, t: float, before: int, after: int) -> None:
-        """Check the windows that end in tokens before+1..after; windows inside one chunk take no time."""
-        ring, thinking = self._ring, self._num_thinking
-        for n in range(before + 1, min(after, before + CHECK_EVERY) + 1):
-            slot = n % CHECK_EVERY
-            if n > CHECK_EVERY:
-                # of the ten gaps up to token n, those that end by token N + 1 are paced as thinking
-                fast = min(max(thinking + CHECK_EVERY + 1 - n, 0), CHECK_EVERY)
-                granted = granted_s(CHECK_EVERY + 1, fast, self._thinking_tpot_s, self._tpot_s)
-                self._window_late = self._window_late or t - ring[slot] > granted + TOLERANCE_S
-            ring[slot] = t
-
     def _stages(self) -> dict[str, str]:
         """Return met, missed or "" for each of `STAGES`."""
-        gapped = self._gap_s < math.inf
-        thinking = self._num_thinking > 0 and (gapped or self._thinking_tpot_s < math.inf)
-        answer = self.num_output_tokens > self._num_thinking and (gapped or self._tpot_s < math.inf)
+        gapped = self.gap_s < math.inf
+        thinking = self.num_thinking > 0 and (gapped or self.thinking_tpot_s < math.inf)
+        answer = self.num_output_tokens > self.num_thinking and (gapped or self.tpot_s < math.inf)
         return {
-            "prefill": _stage(self._ttft_s < math.inf, self._prefill_late),
-            "thinking": _stage(thinking, self._thinking_late),
-            "answer": _stage(answer, self._answer_late),
+            "prefill": _stage(self.ttft_s < math.inf, self.prefill_late),
+            "thinking": _stage(thinking, self.thinking_late),
+            "answer": _stage(answer, self.answer_late),
         }
 
     def _finish_silent(self, t: float) -> Grade:
         """Grade a stream that ended without a token, `t` seconds after its arrival."""
-        prefill_late = t > self._ttft_s + TOLERANCE_S
-        met = not prefill_late and t <= self._e2e_s
+        prefill_late = t > self.ttft_s + TOLERANCE_S
+        met = not prefill_late and t <= self.e2e_s
         return Grade(
             met=met,
             met_mean_tpot=met,

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.jit import jit
+from slos_serve.core.slo.deadlines import granted_s
 from slos_serve.core.types import Tier
 
 if TYPE_CHECKING:
     from slos_serve.core.perf import FloatArray
-    from slos_serve.core.types import BoolArray, Rows
+    from slos_serve.core.types import Rows
 
 PROMISED = int(Tier.PROMISED)
 
@@ -75,11 +76,9 @@ def row_scheduled(rows: Rows, i: int, min_token_s: float) -> float:
     deadline = float(rows["ttft_deadline_s"][i])
     due = deadline
     if produced > 0:
-        # inf * 0 would be nan: a span without tokens grants nothing
-        due = _thinking_tpot(rows, i) * thinking if thinking > 0 else 0.0
-        due += rows["tpot_s"][i] * (produced - thinking) if produced > thinking else 0.0
         first = float(rows["first_token_s"][i])
-        due += max(deadline, first) if math.isfinite(deadline) else first
+        due = max(deadline, first) if math.isfinite(deadline) else first
+        due += granted_s(produced + 1, thinking, _thinking_tpot(rows, i), float(rows["tpot_s"][i]))
     e2e = float(rows["e2e_deadline_s"][i])
     if math.isfinite(e2e):
         after_next = max(rows["predicted_output_tokens"][i] - produced - 1.0, 0.0)
@@ -113,15 +112,6 @@ def next_due_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
 
 
 @jit
-def scheduled_s(rows: Rows, min_token_s: float = 0.0) -> FloatArray:
-    """Return when the next output token of each row is due by its paces alone. Shape (len(rows),)."""
-    scheduled = np.empty(len(rows))
-    for i in range(len(rows)):
-        scheduled[i] = row_scheduled(rows, i, min_token_s)
-    return scheduled
-
-
-@jit
 def is_late(rows: Rows, i: int, now_s: float) -> bool:
     """Tell whether the SLO of row `i` can no longer be met: a token was late, or the promised first one is."""
     if rows["missed"][i] != 0:
@@ -129,12 +119,3 @@ def is_late(rows: Rows, i: int, now_s: float) -> bool:
     # No token has told the grader yet. What has no promise is told "deadline-passed" instead.
     waits = rows["tier"][i] == PROMISED and rows["num_output_tokens"][i] == 0
     return bool(waits and rows["ttft_deadline_s"][i] < now_s)
-
-
-@jit
-def late(rows: Rows, now_s: float) -> BoolArray:
-    """Tell of each row whether its SLO can no longer be met. Shape (len(rows),)."""
-    out = np.empty(len(rows), np.bool_)
-    for i in range(len(rows)):
-        out[i] = is_late(rows, i, now_s)
-    return out

@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slos_serve.core.perf import batch_seconds
-from slos_serve.core.slo.deadlines import CHECK_EVERY
+from slos_serve.core.perf import FIXED, PER_CONTEXT, PER_DRAFT, PER_TOKEN, batch_seconds
+from slos_serve.core.slo.deadlines import CHECK_EVERY, granted_s
 from slos_serve.errors import MissingExtraError, SlosServeError
 
 if TYPE_CHECKING:
@@ -112,15 +112,15 @@ class _Programme:
         self._tokens_rows, self._read_rows, self._steps_rows, self._drafts_rows = (
             [self.rows.new() for _ in range(self.num_coarse)] for _ in range(4)
         )
-        self._per_token_s = lines[:, 0].tolist()
+        self._per_token_s = lines[:, PER_TOKEN].tolist()
         for w in range(self.num_fine):
             coarse, steps = self.coarse_of[w], self.steps(w)
             drafts, tokens, read = steps + 1, steps + 2, steps + 3
             for row, line in zip(self._time_rows, lines.tolist(), strict=True):
-                self.rows.add(row[w], tokens, line[0])
-                self.rows.add(row[w], read, line[2])
-                self.rows.add(row[w], drafts, line[3])
-                self.rows.add(row[w], steps, line[5])
+                self.rows.add(row[w], tokens, line[PER_TOKEN])
+                self.rows.add(row[w], read, line[PER_CONTEXT])
+                self.rows.add(row[w], drafts, line[PER_DRAFT])
+                self.rows.add(row[w], steps, line[FIXED])
             self.rows.add(self._budget_rows[w], tokens, 1.0)
             self.rows.add(self._budget_rows[w], steps, -float(hardware.max_num_batched_tokens))
             self.rows.add(self._memory_rows[w], read, 1.0)
@@ -255,8 +255,7 @@ def _granted_s(sim: SimRequest, n: int) -> float:
     slo = sim.request.slo
     tpot = slo.tpot_s or 0.0
     thinking_tpot = tpot if slo.thinking_tpot_s is None else slo.thinking_tpot_s
-    thinking = min(n - 1, sim.num_thinking_tokens)
-    return thinking * thinking_tpot + (n - 1 - thinking) * tpot
+    return granted_s(n, sim.num_thinking_tokens, thinking_tpot, tpot)
 
 
 def clairvoyant_attainment(

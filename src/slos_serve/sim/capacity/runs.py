@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slos_serve import named
+from slos_serve.core.perf import PER_TOKEN
 from slos_serve.core.slo.summary import drain_seconds
 from slos_serve.sim.capacity.bounds import clairvoyant_attainment
 from slos_serve.sim.capacity.search import Outcome
@@ -161,7 +162,7 @@ def bound(cell: Cell) -> Outcome:
 def work_rate(workload: Workload, hardware: Hardware, *, share: float = 0.5) -> float:
     """Return `share` of the requests per second that a GPU could serve if it were never idle: a first guess."""
     sims = [*workload.arrivals, *(sim for _, sim in workload.following.values())]
-    per_token_s = max(line[0] for line in hardware.perf_model.lines)
+    per_token_s = max(line[PER_TOKEN] for line in hardware.perf_model.lines)
     per_step_s = hardware.perf_model.seconds(1, 1)
     busy_s = 0.0
     for sim in sims:

@@ -305,6 +305,7 @@ class Cluster:
             replica_id=replica.name,
             headroom_tokens_per_s=plan.headroom_tokens_per_s if plan else 0.0,
             step_s=plan.batch.predicted_s if plan else 0.0,
+            planner=replica.planner,
             sessions=replica.engine.pool.sessions(MAX_SESSIONS),
             mode="enforce" if self._makes_promises else "observe",
         )

@@ -1,7 +1,7 @@
 """The inner loops of a simulated step, compiled: how batches start, what comes out of them, how it is graded.
 
 All work on the request table and on `LIVE_DTYPE`, one record for each of its rows: the truth that no planner
-sees, and the state of the request's `StreamGrader`, which `feed_row` moves as `StreamGrader.feed` does.
+sees, and the fields of the request's grader (`core.slo.deadlines`).
 
 They decide nothing. A batch that does not simply fit (new requests, too little memory, too many tokens) is
 left to the engine, which cuts it by vLLM's rules. Where a plan repeats, `foresee` works out when each of its
@@ -16,41 +16,16 @@ import numpy.typing as npt
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.columns import foretold
-from slos_serve.core.slo.deadlines import CHECK_EVERY, TOLERANCE_S, granted_s
+from slos_serve.core.slo.deadlines import GRADER, feed_stream
 from slos_serve.core.types import Status
 
 Rows = npt.NDArray[np.void]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-GRADER = [  # the fields of `StreamGrader`, in the order of its state
-    ("answer_late", np.bool_),
-    ("arrival_s", np.float64),
-    ("e2e_late", np.bool_),
-    ("e2e_s", np.float64),
-    ("first", np.float64),
-    ("gap_late", np.bool_),
-    ("gap_s", np.float64),
-    ("granted_start", np.float64),
-    ("last", np.float64),
-    ("next_check", np.int64),
-    ("num_thinking", np.int64),
-    ("paced", np.bool_),
-    ("prefill_late", np.bool_),
-    ("ring", np.float64, (CHECK_EVERY,)),
-    ("still_thinking", np.bool_),
-    ("thinking_late", np.bool_),
-    ("thinking_tpot_s", np.float64),
-    ("tpot_s", np.float64),
-    ("ttft_s", np.float64),
-    ("window_late", np.bool_),
-    ("window_s", np.float64),
-    ("missed", np.bool_),
-    ("num_output_tokens", np.int64),
-]
-LIVE_DTYPE = np.dtype([*GRADER, ("true_output_tokens", np.int64), ("true_thinking_tokens", np.int64)])
+TRUTH = (("true_output_tokens", np.int64), ("true_thinking_tokens", np.int64))
+LIVE_DTYPE = np.dtype((np.record, [*GRADER, *TRUTH]))  # a row's fields are attributes, as the grader's are
 
-_granted_s = jit(granted_s)
 RUNNING = int(Status.RUNNING)
 START, TOKENS, DRAFTS, EMITS, IS_DECODE, BEFORE = range(6)  # rows of a batch, one column for each request
 SUM_TOKENS, SUM_CONTEXT, MOST_DRAFTS, SUM_PAIRS, NUM_PREFILL, NUM_NEW, SUM_BLOCKS = range(7)  # of its totals
@@ -212,78 +187,9 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
     rows["num_thinking_tokens"][row] = thinking
     rows["is_thinking"][row] = after < true_thinking
     had_missed = live["missed"][row]
-    feed_row(live, row, now_s, after - before, thinking - min(before, true_thinking))
+    feed_stream(live[row], now_s, after - before, thinking - min(before, true_thinking))
     if live["missed"][row] and not had_missed:  # once: a host may plan on for what has missed
         rows["missed"][row] = 1
     if after >= true_output:
         return FINISHED
     return OUTRUN if after >= foretold(rows, row) else 0
-
-
-@jit
-def feed_row(live: Rows, row: int, time_s: float, num_new_tokens: int, num_new_thinking_tokens: int) -> None:
-    """Do to a row what `StreamGrader.feed` does."""
-    t = time_s - live["arrival_s"][row]
-    before = live["num_output_tokens"][row]
-    after = before + num_new_tokens
-    live["num_output_tokens"][row] = after
-    if live["still_thinking"][row]:
-        live["num_thinking"][row] += min(max(num_new_thinking_tokens, 0), num_new_tokens)
-        live["still_thinking"][row] = live["num_thinking"][row] == after
-    if before == 0:
-        ttft_s = live["ttft_s"][row]
-        live["first"][row] = t
-        if t > ttft_s + TOLERANCE_S:
-            live["prefill_late"][row] = live["missed"][row] = True
-        live["granted_start"][row] = t if ttft_s == np.inf else max(t, ttft_s)
-    elif t - live["last"][row] > live["gap_s"][row]:
-        live["gap_late"][row] = True
-        _mark(live, row, before + 1)
-    live["last"][row] = t
-    if t > live["e2e_s"][row]:
-        live["e2e_late"][row] = live["missed"][row] = True
-    if live["paced"][row]:
-        if after >= live["next_check"][row]:
-            _check(live, row, t, after)
-        if not live["window_late"][row]:
-            _slide(live, row, t, before, after)
-
-
-@jit
-def _mark(live: Rows, row: int, n: int) -> None:
-    live["missed"][row] = True
-    if n <= live["num_thinking"][row]:
-        live["thinking_late"][row] = True
-    else:
-        live["answer_late"][row] = True
-
-
-@jit
-def _check(live: Rows, row: int, t: float, after: int) -> None:
-    first, thinking = live["next_check"][row], live["num_thinking"][row]
-    thinking_tpot_s, tpot_s = live["thinking_tpot_s"][row], live["tpot_s"][row]
-    live["next_check"][row] = after - after % CHECK_EVERY + CHECK_EVERY
-    limit = t - live["granted_start"][row] - TOLERANCE_S
-    if limit > _granted_s(first, thinking, thinking_tpot_s, tpot_s):
-        _mark(live, row, first)
-        answer = (thinking // CHECK_EVERY + 1) * CHECK_EVERY
-        if first < answer <= after and limit > _granted_s(answer, thinking, thinking_tpot_s, tpot_s):
-            _mark(live, row, answer)
-
-
-@jit
-def _slide(live: Rows, row: int, t: float, before: int, after: int) -> None:
-    ring, thinking = live["ring"], live["num_thinking"][row]
-    thinking_tpot_s, tpot_s = live["thinking_tpot_s"][row], live["tpot_s"][row]
-    if after == before + 1 and before - thinking >= CHECK_EVERY:
-        slot = after % CHECK_EVERY
-        live["window_late"][row] = t - ring[row, slot] > live["window_s"][row]
-        ring[row, slot] = t
-        return
-    for n in range(before + 1, min(after, before + CHECK_EVERY) + 1):
-        slot = n % CHECK_EVERY
-        if n > CHECK_EVERY:
-            fast = min(max(thinking + CHECK_EVERY + 1 - n, 0), CHECK_EVERY)
-            granted = _granted_s(CHECK_EVERY + 1, fast, thinking_tpot_s, tpot_s)
-            live["window_late"][row] = live["window_late"][row] or t - ring[row, slot] > granted + TOLERANCE_S
-        ring[row, slot] = t

@@ -30,7 +30,7 @@ import numpy as np
 
 from slos_serve.core.baselines import VllmPlanner
 from slos_serve.core.fit import OnlineCorrection, StepSample
-from slos_serve.core.perf import batch_seconds
+from slos_serve.core.perf import PER_DRAFT, batch_seconds
 from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.types import PlannerTraits, ReplicaState, Tier
 from slos_serve.errors import ConfigError
@@ -128,7 +128,7 @@ class Replica:
         self._noise_rng, draft_rng = rng.spawn(2)
         self.streams = Streams(self.table, lengths, draft_rng, self.options)
         self.lines = true_model.as_array()
-        self.lines[:, 3] += self.options.drafter_step_s
+        self.lines[:, PER_DRAFT] += self.options.drafter_step_s
         self.coasting = Coasting(self)
         # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
         is_unread = self.coasting.is_possible and self.traits.ignores_times

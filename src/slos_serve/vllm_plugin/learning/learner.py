@@ -7,12 +7,9 @@ reference under a slow online correction, with margins that follow the evidence.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import numpy as np
 
 from slos_serve.core.fit import OnlineCorrection, StepSample, fit_perf_model
 from slos_serve.core.perf import PerfModel
-from slos_serve.records.profile import SCHEMA
+from slos_serve.records.profile import Profile, profile_document
 from slos_serve.records.writer import BatchShape
 
 logger = logging.getLogger("vllm.slos_serve")
@@ -29,24 +26,12 @@ FIT_STEPS = 200
 KEPT_STEPS = 4000
 
 
-def read_profile(path: Path, key: str) -> tuple[dict[str, Any], PerfModel]:
-    """Read a profile file; `ValueError` says why it cannot be used, `OSError` that it is not there."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
-        raise ValueError(f"schema: expected {SCHEMA!r}")
-    found = document.get("key")
-    if key and key != profile_key(found):
-        raise ValueError(f"it was made for {profile_key(found)!r}, this engine is {key!r}")
-    try:
-        model = PerfModel.from_json(document["perf_model"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"perf_model: {error!r}") from error
-    return dict(document), model
-
-
-def profile_key(key: Any) -> str:
-    """Return a profile's key as one text: itself, or its JSON with sorted keys."""
-    return key if isinstance(key, str) else json.dumps(key, sort_keys=True)
+def read_profile(path: Path, key: str) -> Profile:
+    """Read a profile file; `ValueError` says why it cannot be used by the engine of `key` ("": by any)."""
+    profile = Profile.load(path)
+    if key and key != profile.key:
+        raise ValueError(f"it was made for {profile.key!r}, this engine is {key!r}")
+    return profile
 
 
 class Learner:
@@ -59,7 +44,7 @@ class Learner:
     def __init__(self, *, path: Path | None, key: str) -> None:
         self.path = path
         self.key = key
-        self.profile: dict[str, Any] | None = None
+        self.profile: Profile | None = None
         self.reference: PerfModel | None = None
         self.correction: OnlineCorrection | None = None
         self.num_steps = 0
@@ -67,7 +52,7 @@ class Learner:
         self.num_errors = 0.0
         self._samples: deque[StepSample] = deque(maxlen=KEPT_STEPS)
         self._lock = threading.Lock()
-        self._new: tuple[dict[str, Any], PerfModel] | None = None
+        self._new: Profile | None = None
         self._is_done = False
         self._tried: tuple[int, int] | None = None
         self._fit_at = FIT_STEPS
@@ -75,7 +60,7 @@ class Learner:
     @property
     def full_key(self) -> str:
         """What a profile in use is valid for, as text."""
-        return self.key or profile_key((self.profile or {}).get("key"))
+        return self.key or (self.profile.key if self.profile is not None else "null")
 
     def poll(self) -> None:
         """Load the profile if it has come, or fit live steps if there are enough and no file is awaited."""
@@ -86,7 +71,7 @@ class Learner:
             with self._lock:
                 self._new, self._is_done = found, True
 
-    def _load(self) -> tuple[dict[str, Any], PerfModel] | None:
+    def _load(self) -> Profile | None:
         assert self.path is not None
         try:
             status = self.path.stat()
@@ -101,7 +86,7 @@ class Learner:
             logger.warning("slos-serve: profile %s is ignored: %s", self.path, error)
             return None
 
-    def _fit(self) -> tuple[dict[str, Any], PerfModel] | None:
+    def _fit(self) -> Profile | None:
         with self._lock:
             if len(self._samples) < self._fit_at:
                 return None
@@ -112,18 +97,7 @@ class Learner:
         except ValueError as error:
             logger.info("slos-serve: %d live steps do not make a performance model yet: %s", len(samples), error)
             return None
-        document = {
-            "schema": SCHEMA,
-            "key": "live",
-            "perf_model": report.model.to_json(),
-            "r2": report.r2,
-            "mape_heldout": report.mape_heldout,
-            "margin_coverage": report.margin_coverage,
-            "num_steps": report.num_steps,
-            "terms": report.terms,
-            "created": time.time(),
-        }
-        return document, report.model
+        return Profile.from_json(profile_document(report, key="live"), where="live steps")
 
     def take_new(self) -> bool:
         """Start to use a model that `poll` found; tell whether there was one."""
@@ -132,7 +106,7 @@ class Learner:
         with self._lock:
             found, self._new = self._new, None
         assert found is not None
-        self.profile, self.reference = found
+        self.profile, self.reference = found, found.perf_model
         self.correction = OnlineCorrection(self.reference)
         return True
 
@@ -145,7 +119,7 @@ class Learner:
     def next_model(self) -> PerfModel | None:
         """The model that the next plan will be made with; an idle engine has not taken up what `poll` found."""
         new = self._new
-        return self.model if new is None else new[1]
+        return self.model if new is None else new.perf_model
 
     def predict(self, shape: BatchShape) -> float | None:
         """Return the expected time of a batch, in seconds, None without a model."""
@@ -197,11 +171,11 @@ class Learner:
     def summary(self) -> dict[str, Any] | None:
         """Return what is known about the profile, without its coefficients; None before there is one."""
         new = self._new
-        document = self.profile if new is None else new[0]
-        if document is None:
+        profile = self.profile if new is None else new
+        if profile is None:
             return None
         names = ("key", "r2", "mape_heldout", "margin_coverage", "num_steps", "created", "max_num_batched_tokens")
-        return {name: document.get(name) for name in names}
+        return {name: profile.document.get(name) for name in names}
 
     @property
     def mape(self) -> float | None:
