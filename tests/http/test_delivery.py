@@ -12,7 +12,7 @@ CHAT = "/v1/chat/completions"
 
 
 def ask(client, vllm, hub, say, ttft_ms=0.0):
-    """Send one streamed request and let the engine say when its first token was there; return by how much its stamp is early."""
+    """Send one streamed request, let the engine say when its first token was there; return how early its stamp is."""
     body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "slo": {"class": "chat"}, "stream": True}
     assert client.post(CHAT, json=body).status_code == 200
     told = vllm.seen[-1]["vllm_xargs"]

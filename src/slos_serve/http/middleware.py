@@ -370,7 +370,7 @@ class _Exchange:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
             if self._tail is not None and not self._was_sent:
                 self._was_sent = True
-                self._hub.annotate(self._slo_id, _sent_s=time.time())
+                self._hub.annotate(self.slo_id, _sent_s=time.time())
 
     async def _was_sent_away(self) -> bool:
         """Refuse a request that the engine ended because it had waited too long; tell whether it did."""
