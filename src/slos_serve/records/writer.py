@@ -51,6 +51,7 @@ class BatchShape:
     draft_steps: int
     attention_pairs: float
     has_prefill: bool
+    num_prompt_tokens: int = 0
 
 
 class StepRecorder:
