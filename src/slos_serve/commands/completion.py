@@ -37,7 +37,9 @@ ZSH = "autoload -U +X compinit && compinit -u\nautoload -U +X bashcompinit && ba
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `completion`."""
-    parser.epilog = "\n".join(["examples, putting it where the shell looks:", *(f"  {line}" for line in WHERE.values())])
+    parser.epilog = "\n".join(
+        ["examples, putting it where the shell looks:", *(f"  {line}" for line in WHERE.values())]
+    )
     parser.add_argument("shell", choices=sorted(WHERE), help="the shell that is to complete")
 
 
