@@ -38,7 +38,8 @@ class Explanation:
     `tier` is what it held before the plan; `is_promised` what holds after it; `let_go`: it was promised and no plan
     can keep it. `slack_s`: planned time to spare before the first token is due, or, once tokens come, until the next
     one is; negative where it is late. `binding` is one of `CONSTRAINTS`, "" for a promise. What would have made it
-    possible: a first token due `later_s` later, or any one of `without` not there. `alone_s`: time to the first token
+    possible: a first token due `later_s` later, a replica with nothing else to do (`fits_alone`: one more of them), or
+    any one of `without` not there. `alone_s`: time to the first token
     on an idle engine from now; `is_late`: a token of it has been late.
     """
 
@@ -53,6 +54,7 @@ class Explanation:
     predicted_ttft_s: float | None = None
     alone_s: float | None = None
     later_s: float | None = None
+    fits_alone: bool = False
     without: tuple[str, ...] = ()
     num_output_tokens: int = 0
     is_late: bool = False
@@ -115,6 +117,7 @@ def _explain_no(
         binding=found.binding or _binding(helps, found.request_id),
         slack_s=slack_s,
         later_s=later_s,
+        fits_alone=helps(lambda s: _without(s, set(s.requests.request_ids) - {found.request_id})),
         without=_whose_absence_helps(helps, asked, found.request_id),
     )
 

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slos_serve.config import short
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers, modes, openapi, replies, routes, seal
+from slos_serve.http.broadcast import Broadcast
 from slos_serve.http.hub import HUB, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.live import LIVE
@@ -63,6 +64,7 @@ class SloMiddleware:
         self.app = app
         self.hub = hub
         self.tracer = tracer
+        self.broadcast = Broadcast(hub)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -103,19 +105,19 @@ class SloMiddleware:
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
-        replaced = False
+        replaced: list[Message] = []
 
         async def send_page(message: Message) -> None:
-            nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] == HTTPStatus.NOT_FOUND:
-                replaced = True
-                response = await self._answer(path, scope, receive)
-                _dress(response, message["headers"])
-                await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
+                replaced.append(message)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_page)
+        if replaced:  # the server inside is done: a stream of ours is no long request of its
+            response = await self._answer(path, scope, receive)
+            _dress(response, replaced[0]["headers"])
+            await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Response:
         try:
@@ -125,7 +127,9 @@ class SloMiddleware:
         if scope["method"] == "POST":
             refused = modes.refusal(self.hub, caller, scope["headers"])
             return refused or await modes.switch(self.hub, await _read(receive))
-        return replies.page(self.hub, path, caller)
+        if scope["method"] == "HEAD" and path == replies.EVENTS:
+            return Response(media_type=replies.EVENT_STREAM)
+        return await replies.page(self.hub, self.broadcast, path, caller)
 
     async def _rewritten(self, scope: Scope, receive: Receive, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
         """Let the server inside answer, and change its JSON."""

@@ -29,12 +29,14 @@ from slos_serve.vllm_plugin.engine.expiry import Expiry
 from slos_serve.vllm_plugin.engine.shape import Shapes
 from slos_serve.vllm_plugin.engine.steer import Steering, expire
 from slos_serve.vllm_plugin.engine.tracking import Tracker
+from slos_serve.vllm_plugin.explaining import Explainer
 from slos_serve.vllm_plugin.housekeeping import Housekeeper
 from slos_serve.vllm_plugin.learning.drafting import DraftWatch
 from slos_serve.vllm_plugin.learning.learner import Learner
 from slos_serve.vllm_plugin.learning.learnt import Learnt
 from slos_serve.vllm_plugin.pauses import Pauses
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
+from slos_serve.vllm_plugin.progress import Progress, step_row
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
 from slos_serve.vllm_plugin.report import Ring
@@ -94,7 +96,10 @@ class SloRuntime:
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
         self._seat = self._take_seat(str(config.instance_id), index)
         self.outbox = Outbox(self._publisher(), index, self.snapshot, lambda: facts(self), self._refresh)
-        self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
+        self.progress, self.explainer = Progress(), Explainer(settings.make_planner)
+        self.promises = Promises(
+            self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight, progress=self.progress
+        )
         self.pauses = Pauses()
         self.expiry = Expiry()
         self.ageing = Ageing(self.limits)
@@ -112,8 +117,7 @@ class SloRuntime:
         self._cost = Cost()
         self._carried: Carried | None = None
         self._shapes = Shapes(scheduler)
-        self._num_empty = 0
-        self._was_enforcing = False
+        self._num_empty, self._was_enforcing = 0, False
         self._planned_modes = self.modes
         self._pipeline = Pipeline()
         self._done: tuple[InFlight, float] | None = None
@@ -228,7 +232,9 @@ class SloRuntime:
 
     def _refresh(self) -> None:
         """Bring the table up to date for a snapshot; on the scheduler's thread, at a time without a plan."""
-        self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
+        now = self.clock.now()
+        self.tracker.sync(self._pipeline.starts_at(now))
+        self.progress.note(self.tracker.live.values(), now)
 
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
 
@@ -418,6 +424,7 @@ class SloRuntime:
         self.outbox.plan_s.append(round(took, 7))
         self._work_limit.spend(plan.work, took)
         self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
+        self.explainer.keep(state, plan)
         self._phase = "apply"
         self.last_plan = plan
         return plan
@@ -587,7 +594,7 @@ class SloRuntime:
         safety.add_step(seconds, delay)
         self._work_limit.adapt(safety.time_share, limits.max_time_share)
         safety.set_coverage(self.learner.coverage, int(self.learner.num_errors))
-        if entry.predicted_s is not None:
-            if seconds > STALL_FACTOR * entry.predicted_s and seconds > entry.predicted_s + STALL_S:
-                safety.add_stall(now)
-            self.outbox.step_error_s.append(round(seconds - entry.predicted_s, 7))
+        predicted_s = entry.predicted_s
+        if predicted_s is not None and seconds > max(STALL_FACTOR * predicted_s, predicted_s + STALL_S):
+            safety.add_stall(now)
+        self.outbox.steps.append(step_row(entry, seconds))

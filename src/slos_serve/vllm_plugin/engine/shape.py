@@ -39,7 +39,7 @@ def _measure(requests: Any, output: SchedulerOutput) -> BatchShape:
     A request decodes where exactly one token was left to compute (drafts beside it do not change that);
     everything else is a prefill chunk.
     """
-    context = num_prefills = 0
+    context = num_prefills = num_prompt_tokens = 0
     pairs, drafts = 0.0, output.scheduled_spec_decode_tokens
     for request_id, count in output.num_scheduled_tokens.items():
         start, is_decode = view.was_before(requests[request_id], count, len(drafts.get(request_id, ())))
@@ -47,6 +47,7 @@ def _measure(requests: Any, output: SchedulerOutput) -> BatchShape:
             context += start
         else:
             num_prefills += 1
+            num_prompt_tokens += count
             pairs += count * (start + count / 2)
     return BatchShape(
         num_tokens=int(output.total_num_scheduled_tokens),
@@ -55,4 +56,5 @@ def _measure(requests: Any, output: SchedulerOutput) -> BatchShape:
         draft_steps=0 if getattr(output, "skip_drafts", False) else int(output.num_spec_tokens_to_schedule),
         attention_pairs=pairs,
         has_prefill=num_prefills > 0,
+        num_prompt_tokens=num_prompt_tokens,
     )

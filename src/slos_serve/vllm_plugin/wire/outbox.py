@@ -33,7 +33,7 @@ class Outbox:
         self.verdicts: list[dict[str, Any]] = []
         self.finished: list[dict[str, Any]] = []
         self.plan_s: list[float] = []
-        self.step_error_s: list[float] = []
+        self.steps: list[tuple[Any, ...]] = []  # see `http.history.Step`
         self._engine_index = engine_index
         self._take = snapshot
         self._facts = facts
@@ -60,8 +60,8 @@ class Outbox:
             return
         message = self._message(now_s)
         message |= {"verdicts": self.verdicts, "finished": self.finished}
-        message |= {"plan_s": self.plan_s, "step_error_s": self.step_error_s}
-        self.verdicts, self.finished, self.plan_s, self.step_error_s = [], [], [], []
+        message |= {"plan_s": self.plan_s, "steps": self.steps}
+        self.verdicts, self.finished, self.plan_s, self.steps = [], [], [], []
         self._sent_at = time.monotonic()
         self.publisher.send(message)
 
