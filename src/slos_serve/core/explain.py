@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.slo.due import next_due_s
-from slos_serve.core.types import Tier
+from slos_serve.core.types import DEADLINES, PROMISES, Tier
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Plan, Planner, ReplicaState, RequestTable, Rows, Verdict
@@ -140,8 +140,8 @@ def _least_delay(helps: Callable[[Callable[[ReplicaState], ReplicaState]], bool]
 
     def later(seconds: float) -> Callable[[ReplicaState], ReplicaState]:
         def delay(row: Rows) -> None:
-            row["ttft_deadline_s"] += seconds
-            row["e2e_deadline_s"] += seconds
+            for name in DEADLINES:
+                row[name] += seconds
 
         return lambda s: _with_row(s, request_id, delay)
 
@@ -177,8 +177,7 @@ def _verdict(plan: Plan, request_id: str) -> Verdict | None:
 
 
 def _wants_anything(row: Rows) -> bool:
-    names = ("ttft_deadline_s", "tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s")
-    return any(math.isfinite(float(row[name])) for name in names)
+    return any(math.isfinite(float(row[name])) for name in PROMISES)
 
 
 def _alone_s(state: ReplicaState, request_id: str) -> float | None:
@@ -210,8 +209,9 @@ def _asked_anew(state: ReplicaState, request_id: str) -> ReplicaState:
 
 
 def _unpaced(row: Rows) -> None:
-    for name in ("tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s"):
-        row[name] = math.inf
+    for name in PROMISES:
+        if name != "ttft_deadline_s":
+            row[name] = math.inf
 
 
 def _with_memory(state: ReplicaState) -> ReplicaState:
