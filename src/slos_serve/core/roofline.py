@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 OWN = (0, -1)  # the terms that each line has for itself: per token, fixed
-EVIDENCE = 3.0  # standard errors that a shared term must be away from nothing
+SURE = 3.0  # standard errors that a shared term must be away from nothing
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -65,10 +65,33 @@ def _without_chance(lines: FloatArray, relative: FloatArray, weight: FloatArray)
             others[term] = _refit(fewer, root, line_of, len(lines))
         rise = {term: _squares(others[term], relative, root, line_of) - error for term in present}
         least = min(rise, key=rise.__getitem__)
-        if rise[least] > EVIDENCE**2 * error / max(len(relative) - 2 * relative.shape[1], 1):
+        if rise[least] > SURE**2 * error / max(len(relative) - 2 * relative.shape[1], 1):
             return lines
         lines = others[least]
         relative[:, least] = 0.0
+
+
+def standard_errors(lines: FloatArray, terms: FloatArray, seconds: FloatArray, weight: FloatArray) -> FloatArray:
+    """Return how far chance may have moved each shared coefficient, one standard error; shape (k,), 0 for others.
+
+    The sandwich estimator (White 1980), which takes errors as they are. A coefficient that was left out has one too.
+    """
+    relative = terms / seconds[:, None]
+    each = relative @ lines.T
+    line_of = each.argmax(axis=1)
+    error = each.max(axis=1) - 1.0
+    root = np.sqrt(weight * _robust(np.abs(error)))
+    design = _design(relative * root[:, None], line_of, len(lines))
+    scale = np.sqrt((design * design).sum(axis=0))
+    scale[scale == 0] = 1.0
+    design = design / scale
+    bread = np.linalg.pinv(design.T @ design, hermitian=True)
+    shaken = design * (root * error)[:, None]
+    spread = np.sqrt(np.maximum(np.diag(bread @ (shaken.T @ shaken) @ bread), 0.0)) / scale
+    result = np.zeros(terms.shape[1])
+    shared = np.delete(np.arange(terms.shape[1]), OWN)
+    result[shared] = spread[: len(shared)]
+    return result
 
 
 def _squares(lines: FloatArray, relative: FloatArray, root: FloatArray, line_of: IntArray) -> float:
@@ -110,14 +133,18 @@ def _by_turns(
 
 def _refit(relative: FloatArray, root: FloatArray, line_of: IntArray, num_lines: int) -> FloatArray:
     """Return the lines that fit best where each row is ruled by its line; `root`: of the weights."""
-    scaled = relative * root[:, None]
-    shared = np.delete(scaled, OWN, axis=1)
-    own = [scaled[:, OWN] * (line_of == line)[:, None] for line in range(num_lines)]
-    found = nonnegative_least_squares(np.hstack([shared, *own]), root)
+    found = nonnegative_least_squares(_design(relative * root[:, None], line_of, num_lines), root)
+    shared = np.delete(np.arange(relative.shape[1]), OWN)
     lines = np.zeros((num_lines, relative.shape[1]))
-    lines[:, np.delete(np.arange(relative.shape[1]), OWN)] = found[: shared.shape[1]]
-    lines[:, OWN] = found[shared.shape[1] :].reshape(num_lines, len(OWN))
+    lines[:, shared] = found[: len(shared)]
+    lines[:, OWN] = found[len(shared) :].reshape(num_lines, len(OWN))
     return lines
+
+
+def _design(scaled: FloatArray, line_of: IntArray, num_lines: int) -> FloatArray:
+    """Return the columns of the regression: the shared terms, then each line's own."""
+    own = [scaled[:, OWN] * (line_of == line)[:, None] for line in range(num_lines)]
+    return np.hstack([np.delete(scaled, OWN, axis=1), *own])
 
 
 def nonnegative_least_squares(matrix: FloatArray, target: FloatArray) -> FloatArray:

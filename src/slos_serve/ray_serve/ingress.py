@@ -223,6 +223,7 @@ def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
         "mode": mode,
         "effective_mode": mode,
         "drain_s": now["drain_s"] or 0.0,
+        **({"device": whole["device"]} if "device" in whole else {}),
         "replicas": replicas,
     }
 

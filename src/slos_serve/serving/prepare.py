@@ -25,6 +25,7 @@ from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.logs import CONFIG as JSON_LOGS
 from slos_serve.places import socket_root
+from slos_serve.records.profile import beyond_measured
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
@@ -278,6 +279,8 @@ def _judge(profile: Mapping[str, Any]) -> None:
         return
     advice = "; something else kept the machine busy, so measure again with --reprofile" if error > POOR_PROFILE else ""
     say(f"measured {profile.get('num_steps')} steps, error on held-out ones {error:.0%}{advice}")
+    if beyond := beyond_measured(profile):
+        say(beyond)
 
 
 def _show_progress(share: float) -> None:

@@ -65,7 +65,7 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
         until_s = second + (OPEN_SHARE if state.now_s - second < OPEN_SHARE else 1.0)
     model, limits = state.perf_model, state.limits
     starts_s, blocks = _foretell(
-        table.rows, index, state.now_s, until_s, limits.guard_s, model.as_array(), model.margin_decode,
+        table.rows, index, state.now_s, until_s, limits.guard_s, model.planned(), model.margin_decode,
         limits.block_size, state.num_free_kv_blocks, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
