@@ -19,7 +19,8 @@ from slos_serve.cache import write_json
 from slos_serve.core.fit import fit_perf_model, from_records
 from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError
-from slos_serve.records.profile import Profile, beyond_measured, profile_document, read_records
+from slos_serve.records.profile import Profile, profile_document, read_records
+from slos_serve.serving.profiles import beyond_measured
 from slos_serve.terminal.progress import Progress
 from slos_serve.terminal.signals import ending_by_signal
 

@@ -46,7 +46,7 @@ QUANTILE_STEP = 0.005  # how far the quantile moves after a step beyond its marg
 FAR = ("per_context_token_s", "per_pair_s")  # terms that are multiplied far beyond what was measured
 STALL_FACTOR = 3.0  # a step this much slower than predicted is a stall,
 MAX_STALL_SHARE = 0.1  # unless there are so many that the model must be what is wrong
-SECOND_LINE_GAIN = 0.98  # expected error of two lines, relative to one, that pays for two more coefficients
+CLIP = 4.0  # median sizes of an error beyond which it counts no more when one line and two are compared
 
 START_MARGIN = 1.3
 EVIDENCE = 50.0  # steps of a kind after which its margin is half way to what was measured
@@ -241,20 +241,16 @@ def _pick_groups(group: IntArray, share: float, rng: np.random.Generator) -> Boo
 def _choose_num_lines(steps: _Steps) -> int:
     """Return 2 where a second line lowers the error by more than its coefficients could by chance, else 1.
 
-    On all steps, for the few that only the second line rules may be any fold's. Errors are those to be expected of
-    steps that were not seen: Akaike's final prediction error, one line having `len(TERMS)` coefficients, the second
-    two more and the place where they meet.
+    On all steps, for the few that only the second line rules may be any fold's. The Bayesian information criterion
+    (Schwarz 1978) of clipped errors: the second line has two coefficients more, and the place where they meet.
     """
     if len(steps.seconds) < 4 * len(TERMS):
         return 1
-    errors = []
-    for count in (1, 2):
-        ratio = (steps.terms @ steps.fit_lines(count).T).max(axis=1) / steps.seconds
-        num, used = len(ratio), len(TERMS) + 3 * (count - 1)
-        squares = np.minimum(np.abs(ratio - 1.0), STALL_FACTOR) ** 2
-        errors.append(float(np.average(squares, weights=steps.weight)) * (num + used) / (num - used))
-    one, two = errors
-    return 2 if two < SECOND_LINE_GAIN**2 * one else 1
+    sizes = [np.abs(np.log(steps.seconds / (steps.terms @ steps.fit_lines(n).T).max(axis=1))) for n in (1, 2)]
+    limit = max(CLIP * float(np.median(sizes[1])), 1e-3)
+    one, two = (float(np.average(np.minimum(size, limit) ** 2, weights=steps.weight)) for size in sizes)
+    num = float(steps.weight.sum() ** 2 / (steps.weight @ steps.weight))
+    return 2 if num * math.log(one / two) > 3 * math.log(num) else 1
 
 
 def _fit_with_margins(steps: _Steps, num_lines: int) -> tuple[PerfModel, BoolArray]:

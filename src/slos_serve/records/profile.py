@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from slos_serve.core.fit import FitReport
 from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
@@ -109,23 +107,6 @@ def profile_document(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "max_num_batched_tokens": max_num_batched_tokens,
     }
-
-
-def beyond_measured(document: Mapping[str, Any]) -> str:
-    """Return what a profile says of contexts longer than those it was measured with, "" where it does not know them.
-
-    The example is a decode batch of 8 at eight times that context: how much longer plans take it to last than expected.
-    """
-    longest = document.get("longest_context")
-    if not longest:
-        return ""
-    model = PerfModel.from_json(document["perf_model"])
-    far = np.array([8.0, 8.0, 8.0 * 8 * longest, 0.0, 0.0, 1.0])
-    doubt = float((model.planned() @ far).max() / (model.as_array() @ far).max())
-    return (
-        f"contexts over {longest} tokens are unmeasured: plans widen their margins with them, by x{doubt:.2f} for 8 "
-        f"decodes at {8 * longest}"
-    )
 
 
 def read_records(path: Path, *, start: int = 0) -> list[dict[str, Any]]:

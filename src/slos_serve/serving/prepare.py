@@ -25,7 +25,6 @@ from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.logs import CONFIG as JSON_LOGS
 from slos_serve.places import socket_root
-from slos_serve.records.profile import beyond_measured
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
@@ -38,7 +37,7 @@ from slos_serve.serving.platforms import (
     installed_engines,
     num_cores,
 )
-from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
+from slos_serve.serving.profiles import beyond_measured, choose_profile, profile_key, read_profile
 from slos_serve.serving.verification import why_not_verified
 
 logger = logging.getLogger("slos_serve")
