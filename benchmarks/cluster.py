@@ -9,6 +9,10 @@
 A real vLLM serves the demo's small model in every replica, one thread each; classes, promises and rates follow
 from its measured profile, as in the demo (`bench/scaled.py`). Nothing is tuned on what is reported. Results go
 to `--out` as JSON, with what Ray and vLLM said in `cluster.log`; a table to the terminal. Times are the client's.
+
+With `--emulate h100-8b-derived,slower=32` the replicas are real and their devices emulated (docs/rehearse.md): they
+load no weights and need no cores, so that two cores carry several of them; slow enough, for every token still goes
+through Ray. Rows and headings say so, and nothing in them is a claim about a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 
 from cluster_terminal import quietly
 
+from slos_serve.emulated.emulation import PREFIX
 from slos_serve.errors import SlosServeError
 
 MODULES = {"demo": "faults", "faults": "faults", "routers": "routers", "path": "path", "autoscaling": "autoscaling"}
@@ -48,6 +53,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--profile", type=Path, help="measured profile (default: the cache, or measured first)")
     parser.add_argument("--model", type=Path, help="model folder (default: the demo's)")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help="on emulated devices: h100-8b-derived,slower=32 or such")
     parser.add_argument("--dummy", action="store_true", help="random weights: a folder with a config.json is enough")
     parser.add_argument("--rate", type=float, help="faults, demo: requests/s (default: 0.35 of what is possible)")
     parser.add_argument("--only", action="append", help="one fault or router; may be given more than once")
@@ -70,6 +76,8 @@ def main() -> int:
         print(f"{error} (log: {log})", file=sys.stderr)
         return 1
     result = options.out / f"{options.what}.json"
+    if options.emulate:
+        rows = [{**row, "device": PREFIX + options.emulate} for row in rows]
     result.write_text(json.dumps(rows, indent=1) + "\n")
     if options.what != "demo":  # which tells its story in words
         print(table(rows) + "\n")

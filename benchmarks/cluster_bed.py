@@ -1,7 +1,8 @@
 """A real cluster on this machine for the benchmarks: Ray, replicas of a small vLLM, and the load for them.
 
-A real vLLM serves the demo's small model in every replica, one thread each; classes, promises and rates follow
-from its measured profile, as in the demo (`bench/scaled.py`).
+A real vLLM serves the demo's small model in every replica, one thread each, or on an emulated device (`--emulate`),
+which loads no weights and takes no core; classes, promises and rates follow from its measured profile, as in the demo
+(`bench/scaled.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from slos_serve.bench.profiling import warm_up
 from slos_serve.bench.scaled import LENGTHS, MIX, Scaled
 from slos_serve.bench.workload import build_requests, synthetic_trace
 from slos_serve.commands.serve import configure
+from slos_serve.emulated.emulation import LEAVES_OUT, notice
 from slos_serve.ray_serve.app import STATS_PERIOD_S, build_openai_app
 from slos_serve.ray_serve.cluster import APPLICATION, Cluster
 from slos_serve.records.profile import Profile
@@ -37,8 +39,9 @@ from slos_serve.serving.platforms import num_cores
 MODEL = "demo"
 FLAGS = (
     *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32"),
-    *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager"),
+    *("--max-num-batched-tokens", "512"),
 )
+CPU_FLAGS = ("--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager")
 POLL_S = 0.25
 PATH_TOKEN_S = 6.6e-3  # CPU time of a token's way through Ray, engine apart: cluster.py path
 
@@ -51,7 +54,7 @@ class Bed:
         self.num_replicas = options.replicas
         self.port = free_port()
         self.args = arguments(options, self.port, self.num_replicas)
-        self.engine = prepare.find_engine()
+        self.engine = prepare.find_engine(options.emulate)
         self.plan = prepare.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
         self.cluster = Cluster(None, num_cpus=max(num_cores(), self.num_replicas))
 
@@ -130,7 +133,7 @@ def arguments(options: argparse.Namespace, port: int, count: int) -> argparse.Na
     configure(parser)
     model = options.model or ensure_demo_model()
     given = [str(model), "--host", "127.0.0.1", "--port", str(port), "--slo-mode", "enforce", *FLAGS]
-    given += ["--replicas", str(count)]
+    given += ["--replicas", str(count), *(["--emulate", options.emulate] if options.emulate else CPU_FLAGS)]
     given += ["--profile", str(options.profile)] if options.profile else []
     given += ["--slo-config", str(options.slo_config)] if options.slo_config else []
     given += ["--record", str(options.record)] if options.record else []
@@ -145,7 +148,10 @@ def arguments(options: argparse.Namespace, port: int, count: int) -> argparse.Na
 def measure(options: argparse.Namespace) -> Scaled:
     """Measure the engine once on its own, fix the workload by it, and write the classes."""
     args = arguments(options, free_port(), options.replicas)
-    plan = prepare.prepare(args, prepare.find_engine(), os.environ, share=options.replicas)
+    engine = prepare.find_engine(options.emulate)
+    plan = prepare.prepare(args, engine, os.environ, share=options.replicas)
+    if engine.emulation is not None:
+        say(f"the device is EMULATED ({engine.emulation.text}): {LEAVES_OUT}")
     if plan.must_profile:
         say("measuring how long the engine's steps take, on one replica (two minutes, once)")
     options.profile = options.profile or Path(str(replicas.profile_of(args, plan)))
@@ -164,7 +170,8 @@ def capacity_rps(scaled: Scaled, num_replicas: int) -> float:
     """Return what so many replicas can serve here: all their capacity, or what the cores can carry, path included."""
     tokens = sum(share * LENGTHS[name].mean_tokens()[1] for name, share in MIX.items())
     each_s = 1.0 / scaled.service_capacity_rps
-    return min(num_replicas / each_s, num_cores() / (each_s + tokens * PATH_TOKEN_S))
+    core_s = 0.0 if notice(scaled.profile.document.get("key")) else each_s  # an emulated device computes nothing
+    return min(num_replicas / each_s, num_cores() / (core_s + tokens * PATH_TOKEN_S))
 
 
 def requests_of(scaled: Scaled, rate_rps: float, duration_s: float, seed: int, process: str) -> list[BenchRequest]:

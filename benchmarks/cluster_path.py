@@ -46,7 +46,7 @@ def path(options: argparse.Namespace) -> list[dict[str, Any]]:
     measure(options)
     rows = []
     args = arguments(options, free_port(), 1)
-    plan = prepare.prepare(args, prepare.find_engine(), os.environ, share=share)
+    plan = prepare.prepare(args, prepare.find_engine(options.emulate), os.environ, share=share)
     child = launch.start(plan.command, plan.env, stdout_to_stderr=True)
     try:
         launch.wait_healthy(child, plan.url, probe=True)

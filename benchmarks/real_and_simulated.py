@@ -21,6 +21,7 @@ import asyncio
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import numpy as np
 
 from slos_serve.bench.client import BenchRequest, offer, random_prompt
 from slos_serve.bench.engines import Engine, Fleet
-from slos_serve.bench.grade import entry, grade_run
+from slos_serve.bench.grade import entry, grade_run, request_row
 from slos_serve.bench.lab import read_status
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.cache import write_json
@@ -90,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="of the window")
     parser.add_argument("--sync", action="store_true", help="synchronous scheduling")
     parser.add_argument("--together", action="store_true", help="load all servers at once")
+    parser.add_argument("--only", metavar="SETTING", help="run this side alone: slos-serve, vllm-512, ...")
     parser.add_argument("--report-only", action="store_true", help="report what has run")
     parser.add_argument("--out", type=Path, default=Path("real-and-simulated"), metavar="DIR")
     return parser.parse_args()
@@ -179,18 +181,19 @@ def search(args: argparse.Namespace, hardware: Hardware, scenario: str, setting:
 def run_real(args: argparse.Namespace, hardware: Hardware, plan: Mapping[str, Sequence[float]]) -> None:
     """Offer every window to every server that has not had it."""
     cells = [(scenario, rate) for scenario, rates in plan.items() for rate in rates]
-    missing = [cell for cell in cells if not all(real_file(args, cell, setting).exists() for setting in SETTINGS)]
+    sides = [setting for setting in SETTINGS if args.only in (None, setting.name)]
+    missing = [cell for cell in cells if not all(real_file(args, cell, setting).exists() for setting in sides)]
     if not missing:
         return
     state = learnt_state(args, hardware, plan)
     context = multiprocessing.get_context("spawn")
-    with Fleet(args.out / "logs") as fleet, ProcessPoolExecutor(len(SETTINGS), mp_context=context) as pool:
-        engines = {setting: start(fleet, setting, args, hardware, state) for setting in SETTINGS}
+    with Fleet(args.out / "logs") as fleet, ProcessPoolExecutor(len(sides), mp_context=context) as pool:
+        engines = {setting: start(fleet, setting, args, hardware, state) for setting in sides}
         fleet.wait(list(engines.values()), timeout_s=START_S)
         for engine in engines.values():
             asyncio.run(offer(engine.url, "m", warming(args, hardware)))
         for number, cell in enumerate(missing):
-            turned = [*SETTINGS[number % len(SETTINGS) :], *SETTINGS[: number % len(SETTINGS)]]
+            turned = [*sides[number % len(sides) :], *sides[: number % len(sides)]]
             jobs = [(args, cell, setting, engines[setting].url) for setting in turned]
             if args.together:
                 list(pool.map(run_cell, jobs))
@@ -223,6 +226,9 @@ def learnt_state(args: argparse.Namespace, hardware: Hardware, plan: Mapping[str
         engine = start(fleet, SETTINGS[0], args, hardware, path)
         fleet.wait([engine], timeout_s=START_S)
         asyncio.run(offer(engine.url, "m", warming(args, hardware)))
+        while not path.exists():  # written once a minute; vLLM kills its engine core at the end
+            engine.check()
+            time.sleep(1)
     lengths = LengthModel()
     for scenario in plan:
         for name, prompt, output in window(args, hardware, scenario, None).history:
@@ -247,6 +253,7 @@ def run_cell(job: tuple[argparse.Namespace, tuple[str, float], Setting, str]) ->
     streams = grade_run(requests, results)
     graded = entry(streams, system=setting.name, scenario=scenario, span_s=workload.duration_s, rate_rps=rate)
     document = {**graded, "max_lag_s": max(result.lag_s for result in results), "served": served(url)}
+    document["requests"] = [request_row(stream) | {"said": stream.result.slo} for stream in streams]
     write_json(document, real_file(args, (scenario, rate), setting))
     line = f"{scenario} {rate:g}/s {setting.name}: {graded['attainment']:.3f}"
     line += f", kept {graded['kept']}/{graded['promised']}, client late by {document['max_lag_s'] * 1e3:.0f} ms at most"

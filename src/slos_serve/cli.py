@@ -33,7 +33,10 @@ VERBS = {
     "whatif": "slos_serve.commands.whatif",
     "replay": "slos_serve.commands.replay",
     "explain": "slos_serve.commands.explain",
+    "show": "slos_serve.commands.show",
+    "compare": "slos_serve.commands.compare",
     "config": "slos_serve.commands.config",
+    "completion": "slos_serve.commands.completion",
     "doctor": "slos_serve.commands.doctor",
 }
 
@@ -119,7 +122,8 @@ def _main(argv: Sequence[str] | None) -> int:
     return status
 
 
-def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
+def parser_of(name: str, verb: Verb) -> Parser:
+    """Return what reads a verb's arguments."""
     parser = Parser(
         prog=f"slos-serve {name}",
         description=verb.HELP,
@@ -127,6 +131,11 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     verb.configure(parser)
+    return parser
+
+
+def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
+    parser = parser_of(name, verb)
     if getattr(verb, "TAKES_UNKNOWN", False):
         args, extra = parser.parse_known_args(arguments)
         args.extra, args.arguments = extra, list(arguments)

@@ -21,6 +21,7 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 sy
 main { max-width: 64rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
 .lead { font-size: 1.1rem; margin: .2rem 0 1rem; } .soft, footer { color: var(--soft); font-size: .9rem; }
+.notice { border: 2px solid var(--stock); border-radius: 10px; padding: .6rem 1rem; }
 .figures { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1.2rem 0; }
 .figure { background: var(--card); border-radius: 10px; padding: .8rem 1.1rem; flex: 1 1 12rem; }
 .figure b { display: block; font-size: 1.6rem; line-height: 1.2; }
@@ -49,17 +50,29 @@ def facts(items: Mapping[str, object]) -> str:
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
-def page(*, title: str, lead: str, tiles: Sequence[tuple[str, str, str]], sections: Sequence[tuple[str, str]]) -> str:
-    """Return a whole page. Tiles are (big text, what it is, class); sections are (heading, HTML)."""
+def page(
+    *,
+    title: str,
+    lead: str,
+    tiles: Sequence[tuple[str, str, str]],
+    sections: Sequence[tuple[str, str]],
+    notice: str = "",
+) -> str:
+    """Return a whole page. Tiles are (big text, what it is, class); sections are (heading, HTML).
+
+    `notice`: what has to be known before any number on it is read.
+    """
     shown = "".join(
         f'<div class="figure"><b class="{style}">{text(big)}</b>{text(what)}</div>' for big, what, style in tiles
     )
+    said = f'<p class="notice">{text(notice)}</p>' if notice else ""
     body = "".join(f"<section><h2>{text(heading)}</h2>{content}</section>" for heading, content in sections)
     return (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><h1>{text(title)}</h1>"
+        f"{said}"
         f'<p class="lead">{lead}</p><div class="figures">{shown}</div>{body}</main></body></html>\n'
     )
 

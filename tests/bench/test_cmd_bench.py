@@ -60,6 +60,19 @@ def test_bench_prints_a_table_and_writes_a_report(url, capsys, tmp_path, engine)
     assert json.loads((tmp_path / "results.json").read_text())["systems"]["slos-serve"]
 
 
+def test_numbers_of_an_emulated_device_say_so(url, capsys, tmp_path):
+    profile = {
+        "schema": "slos-serve-profile/1",
+        "key": {"hardware": "emulated h100 #1"},
+        "perf_model": {"lines": [{"fixed_s": 0.01}]},
+    }
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    assert bench(url, "--out", str(tmp_path), "--profile", str(tmp_path / "profile.json")) == 0
+    assert "The device is EMULATED" in capsys.readouterr().out
+    assert "on an emulated device</h1>" in (tmp_path / "report.html").read_text()
+    assert "EMULATED" in json.loads((tmp_path / "results.json").read_text())["emulated"]
+
+
 def test_the_same_seed_offers_the_same_requests(url, capsys, engine):
     bench(url, "--json", "--arrivals", "poisson", "--mix", "chat=1,coding=1")
     first = [(b["prompt"], b["max_tokens"], b["slo"]) for b in engine.bodies]

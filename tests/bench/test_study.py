@@ -130,7 +130,7 @@ def profile(true_model):
 
 
 def test_the_study_is_written_as_json_and_as_a_page(runs, tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("slos_serve.bench.study.describe_engine", lambda model: {"vllm": "x", "model": model})
+    monkeypatch.setattr("slos_serve.bench.study.describe_engine", lambda model, _: {"vllm": "x", "model": model})
     write_json(profile, tmp_path / "profile.json")
     found = write_study(runs, StudyOptions(model="m", out=tmp_path))
     document = json.loads((tmp_path / "report.json").read_text())

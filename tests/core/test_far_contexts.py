@@ -26,7 +26,13 @@ DEVICES = {
         {"fixed_s": 1.2e-2, "per_pair_s": 1e-9},
         {"per_token_s": 3e-5, "fixed_s": 4e-3, "per_pair_s": 1e-9},
     ],
+    "two regimes that few steps tell apart": [
+        {"per_token_s": 4.8e-6, "per_context_token_s": 2.235e-8, "per_pair_s": 4.892e-10, "fixed_s": 1.78e-2},
+        {"per_token_s": 1.77e-5, "per_context_token_s": 2.235e-8, "per_pair_s": 4.892e-10, "fixed_s": 1.98e-3},
+    ],
 }
+# What few long steps leave of a coefficient: more than that is said by its doubt.
+NOISY = {"two regimes that few steps tell apart": 0.98}
 
 
 class Profiling:
@@ -65,7 +71,7 @@ def test_a_chunk_behind_a_hundred_thousand_tokens_is_predicted_from_prompts_of_f
     truth = PerfModel.from_terms(DEVICES[device])
     report = fit_perf_model(Profiling(truth, seed).run(), rng=np.random.default_rng(0))
     pairs = 512 * (100_000 + 256)
-    assert report.r2 > 0.99
+    assert report.r2 > NOISY.get(device, 0.99)
     assert report.mape_heldout < 0.03
     assert max(report.model.margin_decode, report.model.margin_prefill) < 1.15
     found = report.model.seconds(512, 1, attention_pairs=pairs)
@@ -77,3 +83,17 @@ def test_a_device_that_does_not_feel_context_is_given_no_term_for_it() -> None:
     for seed in range(6):
         report = fit_perf_model(Profiling(truth, seed).run(), rng=np.random.default_rng(0))
         assert set(report.terms) == {"per_token_s", "fixed_s"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("device", DEVICES)
+def test_plans_count_with_what_far_contexts_may_cost_and_hardly_with_more_for_measured_ones(device, seed) -> None:
+    truth = PerfModel.from_terms(DEVICES[device])
+    report = fit_perf_model(Profiling(truth, seed).run(), rng=np.random.default_rng(0))
+    assert report.longest_context == pytest.approx(4096, abs=1)
+    pairs = 512 * (100_000 + 256)
+    chunk, decodes = [512, 1, 0, 0, pairs, 1], [32, 32, 32 * 100_000, 0, 0, 1]
+    for far in np.array([chunk, decodes], np.float64):
+        assert (report.model.planned() @ far).max() >= (truth.as_array() @ far).max()
+    for near in np.array([[512, 1, 0, 0, 512 * 256, 1], [8, 8, 8 * 640, 0, 0, 1], [1, 1, 1024, 0, 0, 1]], np.float64):
+        assert (report.model.planned() @ near).max() <= 1.02 * (report.model.as_array() @ near).max()

@@ -128,6 +128,21 @@ def test_stalls_do_not_move_the_model_but_are_counted(share):
     assert report.margin_coverage > 0.9
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_host_that_is_late_for_some_outputs_moves_the_model_little(seed):
+    """A late output makes a long step and a short one; what they take together is right."""
+    rng = np.random.default_rng(seed)
+    samples, late = [], 0.0
+    for _ in range(3000):
+        step = step_of(rng)
+        before, late = late, float(rng.exponential(0.01)) if rng.random() < 0.4 else 0.0
+        seconds = max(seconds_of(BENT, step) + late - before, 2e-4)
+        samples.append(StepSample(*step, seconds))
+    report = fit_perf_model(samples, rng=rng)
+    assert len(report.model.lines) == 2
+    assert worst_error(report.model, BENT, rng) < 0.1
+
+
 def test_the_first_step_of_a_repeated_shape_is_left_out():
     rng = np.random.default_rng(5)
     samples = []

@@ -1,5 +1,6 @@
 """The performance model: times, the exact inverse, and what it refuses."""
 
+import json
 import math
 
 import numpy as np
@@ -125,3 +126,25 @@ def test_an_unknown_term_is_an_error_that_names_it():
 def test_a_model_survives_being_written_and_read(array, prefill, decode):
     model = PerfModel(lines=tuple(map(tuple, array.tolist())), margin_prefill=prefill, margin_decode=decode)
     assert PerfModel.from_json(model.to_json()) == model
+
+
+def test_doubt_counts_in_plans_alone_and_survives_a_file():
+    model = PerfModel(lines=((1e-5, 0, 1e-8, 0, 0, 0.01),), doubt=(0, 0, 1e-8, 0, 0, 0))
+    assert model.seconds(1, context_tokens=1e6) == pytest.approx(0.02, rel=1e-3)
+    assert (model.planned() @ [1, 1, 1e6, 0, 0, 1]).max() == pytest.approx(0.03, rel=1e-3)
+    assert PerfModel.from_json(json.loads(json.dumps(model.to_json()))) == model
+    assert "doubt" not in PerfModel(lines=model.lines).to_json()
+
+
+def test_an_engine_that_is_slower_is_so_in_its_doubt_too():
+    model = PerfModel(lines=((1e-5, 0, 1e-8, 0, 0, 0.01),), doubt=(0, 0, 1e-8, 0, 0, 0), margin_decode=1.2)
+    slower = model.times(2.0)
+    assert slower.lines == ((2e-5, 0, 2e-8, 0, 0, 0.02),)
+    assert slower.doubt == (0, 0, 2e-8, 0, 0, 0)
+    assert slower.margin_decode == 1.2
+
+
+@pytest.mark.parametrize("doubt", [(1.0,), (0, 0, -1.0, 0, 0, 0), (0, 0, math.nan, 0, 0, 0)])
+def test_a_doubt_that_is_no_row_of_costs_is_refused(doubt):
+    with pytest.raises(ValueError, match="PerfModel line"):
+        PerfModel(lines=((0, 0, 0, 0, 0, 0.01),), doubt=doubt)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slos_serve import emulated
-from slos_serve.emulated.emulation import Switches, current, parse
+from slos_serve.emulated.emulation import Switches, current, notice_of, parse
 from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import load_hardware
 
@@ -35,6 +35,16 @@ def test_a_name_alone_is_its_file_without_switches():
     assert emulation.switches == Switches()
     assert emulation.describe()["emulated"] == NAME
     assert "no model runs" in emulation.describe()["leaves_out"]
+
+
+@pytest.mark.parametrize("device", [None, "CPU", {"vllm": "0.29.0"}])
+def test_a_real_device_needs_no_notice(device):
+    assert notice_of(device) == ""
+
+
+def test_the_notice_of_an_emulated_device_names_it_and_what_it_leaves_out():
+    said = notice_of(parse(NAME).describe())
+    assert said.startswith(f"The device is EMULATED ({NAME}): no model runs")
 
 
 def test_every_switch_is_read():

@@ -198,7 +198,7 @@ def test_an_emulated_device_is_told_to_everybody(hub, registry):
 
 
 def test_samples_of_the_planner_and_the_steps_fill_histograms(hub, registry):
-    hub.feed({"plan_s": [0.001, 0.002], "step_error_s": [-0.004]})
+    hub.feed({"plan_s": [0.001, 0.002], "steps": [[0.016, 0.02, 0.024, 5, 0, 0, 5]]})
     assert sample(registry, "slos_serve_plan_seconds_count") == 2
     assert sample(registry, "slos_serve_step_error_seconds_sum") == pytest.approx(0.004)
 

@@ -48,6 +48,12 @@ def test_the_whole_enforces_where_all_do_or_where_a_router_finds_one(every, is_r
     assert (whole["effective_mode"], whole["reason"]) == (mode, reason)
 
 
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_where_one_engine_is_emulated_the_whole_says_so(is_routed):
+    assert "device" not in joined([ONE, BUSY], is_routed=is_routed)
+    assert joined([ONE, {**BUSY, "device": {"emulated": "x"}}], is_routed=is_routed)["device"] == {"emulated": "x"}
+
+
 def test_every_number_with_a_metric_is_shown():
     registry = CollectorRegistry()
     metrics = SloMetrics(registry)

@@ -31,6 +31,11 @@ def test_what_a_replica_reports_can_be_read_by_a_router(hub, reporter, clocks):
     assert report.snapshot.replica_id == "a"
 
 
+def test_a_replica_on_an_emulated_device_says_so(hub, reporter, clocks):
+    heard(hub, clocks, device={"emulated": "x"})
+    assert parse_report({KEY: reporter.report()}, "a", clocks.now).status["device"] == {"emulated": "x"}
+
+
 def test_an_engine_never_heard_of_is_reported_as_such(reporter, clocks):
     report = parse_report({KEY: reporter.report()}, "a", clocks.now)
     assert report.silent_s == math.inf

@@ -71,6 +71,14 @@ def test_limits_and_environment_that_the_user_gives_stay(model):
     assert "OMP_NUM_THREADS" not in plan.env
 
 
+def test_a_file_with_more_seats_than_its_memory_gets_as_many_as_fit(model, tmp_path):
+    document = load_hardware(NAME).to_json() | {"kv_tokens": 1024, "max_num_seqs": 256}
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    assert value_of(plan_of(model, "--emulate", tmp_path / "mine.json"), "--max-num-seqs") == "64"
+    plan = plan_of(model, "--emulate", tmp_path / "mine.json", "--block-size", "32")
+    assert value_of(plan, "--max-num-seqs") == "32"
+
+
 def test_plain_vllm_runs_on_the_same_device_for_comparison(model):
     plan = plan_of(model, "--emulate", f"{NAME},slower=2", "--no-slo")
     assert plan.mode == "none"
@@ -129,3 +137,9 @@ def test_more_seats_than_the_files_memory_are_told_with_the_most(capsys, model, 
 def test_an_installation_in_which_vllm_does_not_find_the_device_is_told(capsys, model, free_port, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     assert "installed anew" in fail(capsys, model, "--port", free_port, "--emulate", NAME)
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size", "-tp"])
+def test_more_than_one_gpu_of_an_emulated_replica_is_told(capsys, model, free_port, flag):
+    told = fail(capsys, model, "--port", free_port, "--emulate", NAME, flag, "2")
+    assert "a hardware file is about a whole replica" in told

@@ -27,6 +27,7 @@ from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.scaled import Scaled
 from slos_serve.cache import write_json
 from slos_serve.core.fit import from_records
+from slos_serve.emulated.emulation import notice_of
 from slos_serve.records.profile import read_records
 from slos_serve.terminal.progress import Progress
 
@@ -217,8 +218,7 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
         f"with every token in time; plain vLLM, at the better of two token budgets, "
         f"<b>{pages.percent(stock['attainment'])}</b>. Same model, same requests, same machine."
     )
-    if "emulated" in document["engine"]:
-        lead += f" The device is <b>emulated</b>: {document['engine']['leaves_out']}."
+    emulated = notice_of(document["engine"])
     tiles = [
         (pages.percent(ours["attainment"]), f"attainment with slos-serve at {rate}", "ours"),
         (pages.percent(stock["attainment"]), f"attainment of plain vLLM at {rate}", "stock"),
@@ -245,4 +245,5 @@ def html_page(document: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[s
         facts["scheduler, CPU time a step"] = f"{stock_us:.0f} us plain, {ours_us:.0f} us with slos-serve (16 decodes)"
     sections = report.comparison_sections(systems, timeline=rows, rate=rate)
     sections.append(("How it was measured", pages.facts(facts)))
-    return pages.page(title="vLLM and vLLM with slos-serve, side by side", lead=lead, tiles=tiles, sections=sections)
+    title = "vLLM and vLLM with slos-serve, side by side" + (", on an emulated device" if emulated else "")
+    return pages.page(title=title, lead=lead, tiles=tiles, sections=sections, notice=emulated)

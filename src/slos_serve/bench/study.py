@@ -38,6 +38,7 @@ from slos_serve.bench.compare import (
 from slos_serve.bench.lab import MODEL_NAME, Lab, Side, describe_engine
 from slos_serve.bench.scaled import Scaled, fitted
 from slos_serve.cache import write_json
+from slos_serve.emulated.emulation import notice
 from slos_serve.errors import SlosServeError
 from slos_serve.records.profile import Profile
 from slos_serve.terminal.progress import Progress
@@ -61,12 +62,13 @@ class StudyOptions:
     seconds: float = 40.0
     hours: float = 3.0
     shares: tuple[float, ...] = SHARES
+    emulate: str | None = None
 
 
 def run_study(options: StudyOptions) -> list[Run]:
     """Do every run that is not saved yet, as far as the time goes; return all that are."""
     deadline = time.monotonic() + options.hours * 3600
-    with Lab(model=options.model, out=options.out, say=_say) as lab:
+    with Lab(model=options.model, out=options.out, say=_say, emulate=options.emulate) as lab:
         scaled = lab.start_ours(fresh=False)
         sides = lab.start_sides(scaled, scaled.budgets)
         for position, (seed, share) in enumerate(_order(options)):
@@ -241,7 +243,8 @@ def write_study(runs: Sequence[Run], options: StudyOptions) -> list[dict[str, An
     profile = scaled.profile.document
     document = {
         "schema": "slos-serve-study/1",
-        "engine": describe_engine(options.model),
+        "engine": describe_engine(options.model, options.emulate),
+        "emulated": notice(profile.get("key")),
         "profile": {key: profile.get(key) for key in ("r2", "mape_heldout", "margin_coverage", "num_steps", "terms")},
         "workload": {**scaled.describe(), "seconds": options.seconds, "shares": list(options.shares)},
         "settings": sorted({run["setting"] for run in runs}),
@@ -284,7 +287,9 @@ def _page(document: Mapping[str, Any]) -> str:
         ("Numbers", f"<pre>{as_text(comparisons)}</pre>"),
         ("What the numbers mean", report.EXPLANATION),
     ]
-    return pages.page(title="vLLM and slos-serve: the study", lead=document["claim"], tiles=tiles, sections=sections)
+    title, emulated = "vLLM and slos-serve: the study", document["emulated"]
+    title += ", on an emulated device" if emulated else ""
+    return pages.page(title=title, lead=document["claim"], tiles=tiles, sections=sections, notice=emulated)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--hours", type=float, default=3.0, metavar="H", help="start no new run after this time (3)")
     parser.add_argument("--quick", action="store_true", help="two rates, two seeds: about a quarter of an hour")
+    parser.add_argument("--emulate", metavar="NAME|FILE", help="on a device emulated by this hardware file")
     parser.add_argument("--report-only", action="store_true", help="report the runs that are saved, run nothing")
     args = parser.parse_args(argv)
     if args.seeds < 1 or not args.seconds >= 1 or not args.hours > 0 or min(args.shares or (1.0,)) <= 0:
@@ -312,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 num_seeds=2 if args.quick else args.seeds,
                 seconds=args.seconds,
                 hours=args.hours,
+                emulate=args.emulate,
                 shares=tuple(args.shares or ((SHARES[0], SHARES[3]) if args.quick else SHARES)),
             )
             runs = saved_runs(options.out) if args.report_only else run_study(options)
@@ -322,6 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"study: {' '.join(str(error).split())}")
         return 1
     comparisons = write_study(runs, options)
+    emulated = notice(Profile.load(options.out / "profile.json").document.get("key"))
+    if emulated:
+        print(emulated)
     print(as_text(comparisons))
     print(verdict(comparisons))
     print(json.dumps({"report": str(options.out / "report.json")}), file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from slos_serve import figures, pages
 from slos_serve.bench import plots, report
+from slos_serve.bench.ask import get_json
 from slos_serve.bench.client import (
     ENDPOINTS,
     SLO_FORMS,
@@ -25,7 +27,8 @@ from slos_serve.bench.wire import Wire, parse_extra_body, parse_headers
 from slos_serve.bench.workload import build_requests, parse_goodput
 from slos_serve.cache import write_json
 from slos_serve.config import load_slo_config
-from slos_serve.errors import ConfigError
+from slos_serve.emulated.emulation import notice, notice_of
+from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.records.profile import Profile
 from slos_serve.terminal.progress import Progress
 from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     target = Target(
         url=args.target,
-        api_key=args.api_key or os.environ.get("OPENAI_API_KEY"),
+        api_key=_api_key(args),
         headers=parse_headers(args.header),
         wire=Wire(parse_extra_body(args.extra_body), is_plain=args.plain),
     )
@@ -85,11 +88,13 @@ def run(args: argparse.Namespace) -> int:
     results = _offer(args, target, model, requests)
     streams = grade_run(requests, results)
     span_s = trace.span_s or 1.0  # all at one instant: as `tell` says
-    system = args.system or ("slos-serve" if any(verdict(result) for result in results) else "vllm")
+    is_ours = any(verdict(result) for result in results)
+    system = args.system or ("slos-serve" if is_ours else "vllm")
     graded = entry(streams, system=system, scenario=_scenario(args), span_s=span_s, rate_rps=len(trace) / span_s)
     document = {
         "target": args.target,
         "model": model,
+        "emulated": _emulated(args, is_ours=is_ours),
         "workload": {
             "trace": trace.source,
             "num_requests": len(requests),
@@ -112,6 +117,20 @@ def run(args: argparse.Namespace) -> int:
         _write(args.out, document, streams)
     _print(args, document, system)
     return 1 if graded["failed"] == len(requests) else 0
+
+
+def _emulated(args: argparse.Namespace, *, is_ours: bool) -> str:
+    """Return what is to be said of an emulated device, "" for a real one; known from our server or the profile."""
+    key = None if args.profile is None else Profile.load(args.profile).document.get("key")
+    if is_ours:
+        with contextlib.suppress(SlosServeError):
+            url = args.target.rstrip("/").removesuffix("/v1")
+            return notice_of(get_json(f"{url}/v1/slo/status", _api_key(args)).get("device"))
+    return notice(key)
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    return args.api_key or os.environ.get("OPENAI_API_KEY")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -166,11 +185,13 @@ def _write(folder: Path, document: dict[str, Any], streams: list[GradedStream]) 
     rate = f"{document['workload']['rate_rps']:.2f} requests per second"
     sections = report.comparison_sections(systems, timeline=timeline, rate=rate)
     graded = systems[name][0]
+    where = ", on an emulated device" if document["emulated"] else ""
     page = pages.page(
-        title=f"{report.NAMES.get(name, name)}: {document['model']}",
+        title=f"{report.NAMES.get(name, name)}: {document['model']}{where}",
         lead=f"{graded['num_requests']} requests at {rate}.",
         tiles=[(pages.percent(graded["attainment"]), "SLO attainment", "ours")],
         sections=sections,
+        notice=document["emulated"],
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     figures.save(plots.attainment_figure(systems), folder / "attainment.png")
@@ -181,6 +202,8 @@ def _print(args: argparse.Namespace, document: dict[str, Any], system: str) -> N
         print(json.dumps(document))
         return
     (graded,) = document["systems"][system]
+    if document["emulated"]:
+        print(document["emulated"])
     print(report.text_table(document["systems"]))
     outcomes = ", ".join(
         f"{graded[key]} {key}" for key in ("met", "missed", "declined", "rejected", "failed", "cancelled")

@@ -12,28 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.bench.ask import NotFoundError, get_json
-from slos_serve.core.words import MEANINGS, Reason
+from slos_serve.core.story import BINDS, advice, story
 from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.http.picture import picture, standalone
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Planner, ReplicaState
     from slos_serve.records.reader import Recording
 
 HELP = "Say why a request was promised, demoted or late."
-BINDS = {
-    **MEANINGS[Reason],
-    "": "nothing is in its way",
-    "requested": "it asks for nothing",
-    "deadline-passed": "its deadline has passed",
-    "memory": "there are not enough KV blocks for it beside what is promised",
-    "seats": "every seat (max_num_seqs) is taken by what is promised",
-    "search": "the planner's work limit was spent before it was looked at",
-    "pace": "its first token fits, its tokens after that do not fit beside what is promised",
-    "compute": "the engine cannot compute its prompt in time beside what is promised",
-}
-
-
-UNCERTAIN = frozenset({Reason.COMPUTE, Reason.MEMORY, Reason.DEADLINE_PASSED})  # a plan can tell more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--record", metavar="FILE", type=Path, help="look it up in what serve --record wrote")
     source.add_argument("--state", metavar="FILE", type=Path, help="a recorded planner input (every request of it)")
     parser.add_argument("--api-key", metavar="KEY", help="with --target (default: $OPENAI_API_KEY)")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw its tokens against their deadlines (SVG)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -61,14 +49,26 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None:
         document = ask(args.target, args.request_id, args.api_key or os.environ.get("OPENAI_API_KEY"))
         text = as_answer(document)
+        draw(args.picture, document.get("request", document))
     elif args.record is not None:
-        document = look_up(args.record, args.request_id)
+        document = look_up(read(args.record), args.request_id)
         text = "\n".join([*as_history(document), *map(as_text, document["explanations"])])
+        draw(args.picture, document["record"])
     else:
         document = {"explanations": explain_state(args.state, args.request_id)}
         text = "\n".join(map(as_text, document["explanations"]))
     print(json.dumps(document, indent=1) if args.json else text)
     return 0
+
+
+def draw(path: Path | None, record: Mapping[str, Any]) -> None:
+    """Write the picture of a request; `SlosServeError` where there is nothing to draw."""
+    if path is None:
+        return
+    svg = picture(record)
+    if not svg:
+        raise SlosServeError("there is nothing to draw: no token came and none was due")
+    path.write_text(standalone(svg), encoding="utf-8")
 
 
 # -- a server ---------------------------------------------------------------------------------------
@@ -80,54 +80,67 @@ def ask(target: str, request_id: str, api_key: str | None) -> dict[str, Any]:
         expected = "a URL such as http://127.0.0.1:8000"
         raise ConfigError(where="arguments", key="--target", value=target, expected=expected)
     base = target.rstrip("/").removesuffix("/v1")
+    where = f"{base}/v1/slo/requests/{urllib.parse.quote(request_id, safe='')}"
     try:
-        document = get_json(f"{base}/v1/slo/requests/{urllib.parse.quote(request_id, safe='')}", api_key)
+        document = get_json(f"{where}/explanation", api_key)
     except NotFoundError:
-        expected = f"a recent request with an SLO that {base} has served"
-        raise ConfigError(where="arguments", key="REQUEST_ID", value=request_id, expected=expected) from None
-    if "verdict" not in document:
+        document = _ask_plainly(where, base, request_id, api_key)  # an older server, or it knows nothing
+    if "verdict" not in document.get("request", document):
         raise SlosServeError(f"{base} does not answer like a server of slos-serve")
     return document
 
 
-def as_answer(record: Mapping[str, Any]) -> str:
-    """Return what a server said, for people."""
-    lines = [f"{record.get('request_id') or record.get('id')} ({record.get('class')}): {record['verdict']}"]
-    reason = record.get("reason")
-    if reason:
-        lines[0] += f", reason {reason}" + (f": {BINDS[reason]}" if reason in BINDS else "")
-    for word in ("promise", "asked"):
-        times = ", ".join(f"{key.removesuffix('_ms')} {ms:g} ms" for key, ms in (record.get(word) or {}).items())
-        lines += [f"  {word}{'d' if word == 'promise' else ''}: {times}"] if times else []
-    said = {"predicted_ttft_ms": "first token predicted", "slack_ms": "to spare", "ttft_ms": "first token came"}
-    said |= {"tpot_ms": "per token", "promise_lead_ms": "promised before its deadline by"}
-    lines += [f"  {text}: {record[key]:.0f} ms" for key, text in said.items() if record.get(key) is not None]
-    if record.get("outcome"):
-        stages = ", ".join(f"{stage} {outcome}" for stage, outcome in (record.get("stages") or {}).items() if outcome)
-        lines.append(f"  outcome: {record['outcome']}" + (f" ({stages})" if stages else ""))
-    else:
-        lines.append("  it has not ended yet")
-    if reason in UNCERTAIN:
-        lines.append("  what would have helped: start the server with --record FILE, then explain --record FILE")
-    return "\n".join(lines)
+def _ask_plainly(where: str, base: str, request_id: str, api_key: str | None) -> dict[str, Any]:
+    try:
+        return get_json(where, api_key)
+    except NotFoundError:
+        expected = f"a recent request with an SLO that {base} has served"
+        raise ConfigError(where="arguments", key="REQUEST_ID", value=request_id, expected=expected) from None
+
+
+def as_answer(document: Mapping[str, Any]) -> str:
+    """Return what a server said, for people: the sentences of its page."""
+    record = document.get("request", document)
+    lines = [f"{record.get('request_id') or record.get('id')} ({record.get('class')})"]
+    lines += document.get("story") or story(record)
+    if document.get("note"):
+        lines.append(f"Not explained further: {document['note']}.")
+    return "\n  ".join(lines)
 
 
 # -- a record ---------------------------------------------------------------------------------------
 
 
-def look_up(path: Path, request_id: str) -> dict[str, Any]:
-    """Return what a record says of a request and, where its plan was kept, the explanation."""
+def read(path: Path) -> Recording:
+    """Read a record; what is heavy is imported for it alone."""
     from slos_serve.records.reader import read_recording  # noqa: PLC0415
 
-    recording = read_recording(path)
+    return read_recording(path)
+
+
+def look_up(recording: Recording, request_id: str) -> dict[str, Any]:
+    """Return what a record says of a request and, where its plan was kept, the explanation."""
     name = recording.find_request(request_id)
     if name is None:
         some = ", ".join(line["request_id"] for line in recording.requests[:3]) or "none"
-        expected = f"one of {len(recording.requests)} requests in {path} ({some}, ...)"
+        expected = f"one of {len(recording.requests)} requests in {recording.path} ({some}, ...)"
         raise ConfigError(where="arguments", key="REQUEST_ID", value=request_id, expected=expected)
     recorded = recording.plan_about(name)
     found = [] if recorded is None else [_explain(recorded.state(), name, recording.planner())]
-    return {"request_id": name, "history": history(recording, name), "explanations": found}
+    end = next((line for line in recording.requests if line["request_id"] == name), None)
+    past = history(recording, name)
+    record = {} if end is None else {**as_record(end), **past}
+    return {"request_id": name, "history": past, "record": record, "explanations": found}
+
+
+def as_record(end: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of a request that has ended as a server's record of it (see `core.story`)."""
+    asked = {key.removesuffix("_s") + "_ms": round(value * 1e3, 3) for key, value in end["slo"].items() if value}
+    keys = ("request_id", "verdict", "reason", "outcome", "promised", "stages", "ttft_ms", "tpot_ms", "tokens")
+    more = ("arrival_s", "num_prompt_tokens", "num_output_tokens", "num_thinking_tokens")
+    known = {key: end[key] for key in (*keys, *more) if end.get(key) is not None}
+    word = "promise" if end.get("promised") else "asked"
+    return {"id": end.get("slo_id") or end["request_id"], "class": end["slo_class"], word: asked, **known}
 
 
 def history(recording: Recording, request_id: str) -> dict[str, Any]:
@@ -160,15 +173,9 @@ def as_history(document: Mapping[str, Any]) -> list[str]:
     past = document["history"]
     if not past:
         return [f"{document['request_id']}: it had not ended when the record was written"]
-    lines = [f"{document['request_id']}: {past['verdict'] or 'no verdict'}, outcome {past['outcome']}"]
-    if past["ttft_ms"] is not None:
-        due = "" if past["ttft_due_ms"] is None else f", due within {past['ttft_due_ms']:.0f} ms"
-        predicted = past["predicted_ttft_s"]
-        told = "" if predicted is None else f", predicted {predicted * 1e3:.0f} ms"
-        lines.append(f"  first token after {past['ttft_ms']:.0f} ms{due}{told}")
-    if past["num_steps_over_plan"]:
-        steps = f"{past['num_steps_over_plan']} of {past['num_steps_before_first_token']} steps before it"
-        lines.append(f"  {steps} outlasted prediction and margin, by {past['over_plan_s'] * 1e3:.0f} ms together")
+    predicted = past["predicted_ttft_s"]
+    record = {**document["record"], "predicted_ttft_ms": None if predicted is None else predicted * 1e3}
+    lines = [f"{document['request_id']} ({record['class']})", *(f"  {line}" for line in story(record))]
     if not document["explanations"]:
         lines.append("  no plan that knew it was kept (plans are rationed)")
     return lines
@@ -235,10 +242,5 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines.append("  its first token came without a promise; it is served beside the promises and graded")
     if found["num_at_risk"] and not found["let_go"]:
         lines.append(f"  {found['num_at_risk']} promises cannot be kept as it is: nothing new is promised until then")
-    if found["later_s"] is not None:
-        lines.append(f"  it could be promised if its first token were due {found['later_s'] * 1e3:.0f} ms later")
-    if found["without"]:
-        lines.append(f"  or without any one of {', '.join(found['without'])}")
-    if found["alone_s"] is not None:
-        lines.append(f"  an idle engine would take {found['alone_s'] * 1e3:.0f} ms to its first token")
+    lines += [f"  {line}" for line in advice(found)[1:]]
     return "\n".join(lines)

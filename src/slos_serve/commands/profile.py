@@ -20,6 +20,7 @@ from slos_serve.core.fit import fit_perf_model, from_records
 from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError
 from slos_serve.records.profile import Profile, profile_document, read_records
+from slos_serve.serving.profiles import beyond_measured
 from slos_serve.terminal.progress import Progress
 from slos_serve.terminal.signals import ending_by_signal
 
@@ -149,5 +150,5 @@ def as_text(profile: Profile) -> str:
         f"alone: a decode step takes {profile.decode_step_s * 1e3:.1f} ms, a prompt of 512 tokens "
         f"{profile.reference_s(512) * 1e3:.0f} ms (token budget {profile.max_num_batched_tokens})"
     )
-    lines += filter(None, [notice(document.get("key"))])
+    lines += filter(None, [beyond_measured(document), notice(document.get("key"))])
     return "\n".join(lines)

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.cache import write_json
 from slos_serve.config import load_slo_config
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.core.warmup import warm_up
@@ -30,7 +31,8 @@ from slos_serve.traces.offered import add_options, check_options, offered_trace,
 from slos_serve.traces.standins import SYNTHETIC, data_folder
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import Planner
+    from slos_serve.core.slo.summary import GradedRequest
+    from slos_serve.core.types import Planner, Request
     from slos_serve.sim.hardware import Hardware
     from slos_serve.traces.trace import Trace
 
@@ -93,6 +95,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
     parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write results.json, requests.jsonl, steps.jsonl: for show"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="window of a scenario, and all chance (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -198,7 +203,11 @@ def simulate(
     limits = hardware.limits(max_model_len=max_model_len)
     with said_if_slow(f"{system.name}: compiling its loops, once after an installation: a minute or two"):
         warm_up(deployed(system, settings, args), limits)
-    with _step_writer(args.record) as on_step, Bar(workload.name, workload.num_requests, counted="requests") as bar:
+    folder = None if args.out is None else args.out if "," not in args.system else args.out / system.name
+    with (
+        _step_writer(args.record, folder) as on_step,
+        Bar(workload.name, workload.num_requests, counted="requests") as bar,
+    ):
         start = time.perf_counter()
         result: RunResult = system.serve(
             workload,
@@ -227,7 +236,36 @@ def simulate(
     if args.scenario is not None:
         entry["data"] = args.data or SYNTHETIC
     entry["known_lengths"] = args.known_lengths
+    if folder is not None:
+        _write(folder, entry, result)
     return entry
+
+
+def _write(folder: Path, entry: dict[str, Any], result: RunResult) -> None:
+    """Write a run as `bench --out` writes one; `steps.jsonl` is there already."""
+    slos = {(one.request.arrival_s, one.request.num_prompt_tokens): one.request for one in result.workload.arrivals}
+    rows = [_request_row(number, one, slos) for number, one in enumerate(result.graded)]
+    write_json({"hardware": entry["hardware"], "systems": {entry["system"]: [entry]}}, folder / "results.json")
+    (folder / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _request_row(number: int, one: GradedRequest, known: Mapping[tuple[float, int], Request]) -> dict[str, Any]:
+    request = known.get((one.arrival_s, one.num_prompt_tokens))  # later rounds of a session are not among them
+    asked = {} if request is None else {name: value for name, value in request.slo.items() if value is not None}
+    return {
+        "request_id": f"r{number}" if request is None else request.request_id,
+        "class": one.slo_class,
+        "sent_s": one.arrival_s,
+        "prompt_tokens": one.num_prompt_tokens,
+        "output_tokens": one.num_output_tokens,
+        "slo": asked,
+        "outcome": one.outcome,
+        "promised": one.promised,
+        "stages": {},
+        "ttft_s": one.ttft_s,
+        "tpot_s": one.tpot_s,
+        "finished_s": one.finish_s,
+    }
 
 
 def deployed(system: System, settings: dict[str, Any], args: argparse.Namespace) -> Planner:
@@ -246,13 +284,20 @@ def deployed(system: System, settings: dict[str, Any], args: argparse.Namespace)
 
 
 @contextmanager
-def _step_writer(path: str | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """Yield what writes step records as lines of JSON; None without a path."""
-    if path is None:
-        yield None
-        return
-    with Path(path).open("w", encoding="utf-8") as file:
-        yield lambda record: print(json.dumps(record), file=file)
+def _step_writer(path: str | None, folder: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """Yield what writes step records as lines of JSON; None without a path and a folder."""
+    paths = ([] if path is None else [Path(path)]) + ([] if folder is None else [folder / "steps.jsonl"])
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [stack.enter_context(one.open("w", encoding="utf-8")) for one in paths]
+
+        def write(record: dict[str, Any]) -> None:
+            line = json.dumps(record) + "\n"
+            for file in files:
+                file.write(line)
+
+        yield write if files else None
 
 
 def as_text(entry: dict[str, Any]) -> str:

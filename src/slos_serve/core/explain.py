@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slos_serve.core.slo.due import next_due_s
-from slos_serve.core.types import Tier
+from slos_serve.core.types import DEADLINES, PROMISES, Tier
 
 if TYPE_CHECKING:
     from slos_serve.core.types import Plan, Planner, ReplicaState, RequestTable, Rows, Verdict
@@ -38,7 +38,8 @@ class Explanation:
     `tier` is what it held before the plan; `is_promised` what holds after it; `let_go`: it was promised and no plan
     can keep it. `slack_s`: planned time to spare before the first token is due, or, once tokens come, until the next
     one is; negative where it is late. `binding` is one of `CONSTRAINTS`, "" for a promise. What would have made it
-    possible: a first token due `later_s` later, or any one of `without` not there. `alone_s`: time to the first token
+    possible: a first token due `later_s` later, a replica with nothing else to do (`fits_alone`: one more of them), or
+    any one of `without` not there. `alone_s`: time to the first token
     on an idle engine from now; `is_late`: a token of it has been late.
     """
 
@@ -53,6 +54,7 @@ class Explanation:
     predicted_ttft_s: float | None = None
     alone_s: float | None = None
     later_s: float | None = None
+    fits_alone: bool = False
     without: tuple[str, ...] = ()
     num_output_tokens: int = 0
     is_late: bool = False
@@ -115,6 +117,7 @@ def _explain_no(
         binding=found.binding or _binding(helps, found.request_id),
         slack_s=slack_s,
         later_s=later_s,
+        fits_alone=helps(lambda s: _without(s, set(s.requests.request_ids) - {found.request_id})),
         without=_whose_absence_helps(helps, asked, found.request_id),
     )
 
@@ -137,8 +140,8 @@ def _least_delay(helps: Callable[[Callable[[ReplicaState], ReplicaState]], bool]
 
     def later(seconds: float) -> Callable[[ReplicaState], ReplicaState]:
         def delay(row: Rows) -> None:
-            row["ttft_deadline_s"] += seconds
-            row["e2e_deadline_s"] += seconds
+            for name in DEADLINES:
+                row[name] += seconds
 
         return lambda s: _with_row(s, request_id, delay)
 
@@ -174,8 +177,7 @@ def _verdict(plan: Plan, request_id: str) -> Verdict | None:
 
 
 def _wants_anything(row: Rows) -> bool:
-    names = ("ttft_deadline_s", "tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s")
-    return any(math.isfinite(float(row[name])) for name in names)
+    return any(math.isfinite(float(row[name])) for name in PROMISES)
 
 
 def _alone_s(state: ReplicaState, request_id: str) -> float | None:
@@ -207,8 +209,9 @@ def _asked_anew(state: ReplicaState, request_id: str) -> ReplicaState:
 
 
 def _unpaced(row: Rows) -> None:
-    for name in ("tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s"):
-        row[name] = math.inf
+    for name in PROMISES:
+        if name != "ttft_deadline_s":
+            row[name] = math.inf
 
 
 def _with_memory(state: ReplicaState) -> ReplicaState:

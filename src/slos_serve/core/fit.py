@@ -4,8 +4,10 @@ Theory of operation, offline (`fit_perf_model`; the regression itself is in `cor
 gives one row of terms (tokens, requests, context, draft steps, attention pairs, 1) and its seconds. Steps
 of a shape that occurs c times count 1/sqrt(c) each, so that a million decodes do not drown the prefills.
 The first step of a repeated shape is left out (it compiles, allocates, warms caches), and so are rare
-stalls. A second line must lower the error on held-out steps. Held-out steps are of shapes that training
+stalls. A second line must lower the error by more than chance would. Held-out steps are of shapes that training
 has not seen, where there are shapes enough; what is reported about them includes the stalls.
+What context costs is asked about far beyond the longest one that was measured. There a few percent of a
+coefficient are most of a step, so the model holds how far chance may have moved it (`PerfModel.doubt`).
 
 Online (`OnlineCorrection`). The lines are multiplied by one slowly moving factor, the geometric mean of
 measured / fitted with clipped steps. Over it, a margin for each kind of batch (with prefill tokens or
@@ -28,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.perf import TERMS, PerfModel
-from slos_serve.core.roofline import fit_lines
+from slos_serve.core.roofline import SURE, fit_lines, standard_errors
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,9 +43,10 @@ MIN_STEPS = 8
 MARGIN_QUANTILE = 0.95
 MAX_QUANTILE = 0.99
 QUANTILE_STEP = 0.005  # how far the quantile moves after a step beyond its margin; the other way, by 1/19 of it
+FAR = ("per_context_token_s", "per_pair_s")  # terms that are multiplied far beyond what was measured
 STALL_FACTOR = 3.0  # a step this much slower than predicted is a stall,
 MAX_STALL_SHARE = 0.1  # unless there are so many that the model must be what is wrong
-SECOND_LINE_GAIN = 0.98  # held-out error of two lines, relative to one, that pays for two more coefficients
+CLIP = 4.0  # median sizes of an error beyond which it counts no more when one line and two are compared
 
 START_MARGIN = 1.3
 EVIDENCE = 50.0  # steps of a kind after which its margin is half way to what was measured
@@ -96,8 +99,9 @@ class FitReport:
     `r2`: on seconds, of all fitted steps but the stalls; nan where all took the same. `mape_heldout`: mean
     |predicted - measured| / measured of steps that a fit of the others has not seen, stalls included.
     `margin_coverage`: the share of those within their margin. `terms`: names of the coefficients that are
-    not 0. `num_steps` were fitted, `num_heldout` of them kept apart first; `num_bad` were not usable,
-    `num_first_sight` were left out, and so were `num_stalls` of `num_steps` in the end.
+    not 0. `longest_context`: the most tokens of one request that a step has read. `num_steps` were fitted,
+    `num_heldout` of them kept apart first; `num_bad` were not usable, `num_first_sight` were left out, and
+    so were `num_stalls` of `num_steps` in the end.
     """
 
     model: PerfModel
@@ -106,6 +110,7 @@ class FitReport:
     margin_coverage: float
     num_steps: int
     terms: tuple[str, ...]
+    longest_context: int = 0
     num_heldout: int = 0
     num_bad: int = 0
     num_first_sight: int = 0
@@ -140,7 +145,7 @@ def fit_perf_model(
         raise ValueError(f"{len(steps.seconds)} usable steps: expected at least {MIN_STEPS}")
     heldout = _pick_groups(steps.group, holdout, rng)
     seen, unseen = steps.take(~heldout), steps.take(heldout)
-    count = _choose_num_lines(seen, rng) if num_lines == 2 else 1
+    count = _choose_num_lines(seen) if num_lines == 2 else 1
     judged, _ = _fit_with_margins(seen, count)
     ratios = unseen.seconds / predicted_s(judged, unseen.terms)
     limit = np.where(unseen.has_prefill, judged.margin_prefill, judged.margin_decode)
@@ -156,6 +161,7 @@ def fit_perf_model(
         margin_coverage=float(np.mean(ratios <= limit)),
         num_steps=len(steps.seconds),
         terms=tuple(term for i, term in enumerate(TERMS) if any(line[i] > 0 for line in model.lines)),
+        longest_context=_longest_context(steps),
         num_heldout=len(unseen.seconds),
         num_bad=num_bad,
         num_first_sight=int(first.sum()),
@@ -167,6 +173,17 @@ def predicted_s(model: PerfModel, terms: FloatArray) -> FloatArray:
     """Return margin-free seconds of many batches; `terms` has shape (N, 6): columns of `TERMS`, the last 1."""
     result: FloatArray = (terms @ model.as_array().T).max(axis=1)
     return result
+
+
+def _longest_context(steps: _Steps) -> int:
+    """Return the longest context of one request, where a step says it: of decodes alone on average, of a chunk alone.
+
+    A chunk of x tokens at context c reads x * (c + x / 2), and the last of them c + x.
+    """
+    tokens, requests, context, _, pairs, _ = steps.terms.T
+    chunk = np.where(steps.has_prefill & (requests == 1), pairs / tokens + tokens / 2, 0.0)
+    decode = np.where(steps.has_prefill, 0.0, context / np.maximum(requests, 1.0))
+    return round(float(max(chunk.max(), decode.max())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,19 +238,19 @@ def _pick_groups(group: IntArray, share: float, rng: np.random.Generator) -> Boo
     return np.isin(group, picked)
 
 
-def _choose_num_lines(steps: _Steps, rng: np.random.Generator) -> int:
-    """Return 2 where a second line lowers the error on steps kept apart within `steps`, else 1."""
+def _choose_num_lines(steps: _Steps) -> int:
+    """Return 2 where a second line lowers the error by more than its coefficients could by chance, else 1.
+
+    On all steps, for the few that only the second line rules may be any fold's. The Bayesian information criterion
+    (Schwarz 1978) of clipped errors: the second line has two coefficients more, and the place where they meet.
+    """
     if len(steps.seconds) < 4 * len(TERMS):
         return 1
-    errors = np.zeros((3, 2))
-    for fold in range(len(errors)):
-        apart = _pick_groups(steps.group, 1 / 3, rng)
-        for count in (1, 2):
-            lines = steps.take(~apart).fit_lines(count)
-            ratio = (steps.terms[apart] @ lines.T).max(axis=1) / steps.seconds[apart]
-            errors[fold, count - 1] = np.average(np.abs(ratio - 1.0), weights=steps.weight[apart])
-    one, two = errors.mean(axis=0)
-    return 2 if two < SECOND_LINE_GAIN * one else 1
+    sizes = [np.abs(np.log(steps.seconds / (steps.terms @ steps.fit_lines(n).T).max(axis=1))) for n in (1, 2)]
+    limit = max(CLIP * float(np.median(sizes[1])), 1e-3)
+    one, two = (float(np.average(np.minimum(size, limit) ** 2, weights=steps.weight)) for size in sizes)
+    num = float(steps.weight.sum() ** 2 / (steps.weight @ steps.weight))
+    return 2 if num * math.log(one / two) > 3 * math.log(num) else 1
 
 
 def _fit_with_margins(steps: _Steps, num_lines: int) -> tuple[PerfModel, BoolArray]:
@@ -244,7 +261,10 @@ def _fit_with_margins(steps: _Steps, num_lines: int) -> tuple[PerfModel, BoolArr
         stalled[:] = False
     if stalled.any():
         lines = steps.take(~stalled).fit_lines(num_lines)
-    model = PerfModel(lines=tuple(tuple(float(value) for value in line) for line in lines))
+    calm = steps.take(~stalled)
+    errors = SURE * standard_errors(lines, calm.terms, calm.seconds, calm.weight)
+    doubt = tuple(float(error) if term in FAR else 0.0 for term, error in zip(TERMS, errors, strict=True))
+    model = PerfModel(lines=tuple(tuple(float(value) for value in line) for line in lines), doubt=doubt)
     ratios = steps.seconds / predicted_s(model, steps.terms)
     every = _upper_quantile(ratios)
     prefill, decode = ratios[steps.has_prefill], ratios[~steps.has_prefill]
@@ -394,8 +414,4 @@ class OnlineCorrection:
                 margin = max(measured, start + (measured - start) * trust)
             margins.append(min(margin, MAX_MARGIN))
         self._limits = [margin * factor for margin in margins]
-        self._model = PerfModel(
-            lines=tuple(tuple(value * factor for value in line) for line in self.base.lines),
-            margin_decode=margins[0],
-            margin_prefill=margins[1],
-        )
+        self._model = replace(self.base.times(factor), margin_decode=margins[0], margin_prefill=margins[1])

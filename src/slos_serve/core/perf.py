@@ -10,14 +10,16 @@ Every line is non-decreasing in every term, so the inverse (most tokens that end
 or quadratic where A counts, because a chunk of x tokens at context c adds x*(c + x/2) to A.
 
 `margin_prefill` and `margin_decode` multiply T for batches with and without prefill tokens: a high
-quantile of measured / predicted, so that a plan made with them holds nearly always. Seconds throughout.
+quantile of measured / predicted, so that a plan made with them holds nearly always. What context costs is
+multiplied behind contexts that are many times as long as those measured: `doubt` says how much more its
+coefficients may be, and plans count that in (`planned`). Seconds throughout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,23 +112,33 @@ def max_chunk_tokens(
     return most
 
 
+def _row(named: Mapping[str, float]) -> tuple[float, ...]:
+    """Return named coefficients in the order of `TERMS`, absent ones 0; `ValueError` for an unknown name."""
+    unknown = sorted(set(named) - set(TERMS))
+    if unknown:
+        raise ValueError(f"perf model terms {unknown}: expected names among {TERMS}")
+    return tuple(float(named.get(term, 0.0)) for term in TERMS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerfModel:
     """A roofline of batch time; see the module's text for the terms.
 
-    `lines`: one row of six coefficients (`TERMS`) each, all finite and >= 0.
+    `lines`: one row of six coefficients (`TERMS`) each, all finite and >= 0. `doubt`: a row as well, what each
+    coefficient may be above its value as far as the measured steps can tell; empty where nothing is in doubt.
     Raises `ValueError` for anything else: a cost that falls with size has no inverse.
     """
 
     lines: tuple[tuple[float, ...], ...]
     margin_prefill: float = 1.0
     margin_decode: float = 1.0
+    doubt: tuple[float, ...] = ()
     _array: FloatArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.lines:
             raise ValueError("PerfModel.lines: expected at least one line")
-        for line in self.lines:
+        for line in (*self.lines, *([self.doubt] if self.doubt else [])):
             if len(line) != len(TERMS):
                 raise ValueError(f"PerfModel line {line!r}: expected {len(TERMS)} coefficients {TERMS}")
             if not all(math.isfinite(value) and value >= 0 for value in line):
@@ -142,15 +154,21 @@ class PerfModel:
     @classmethod
     def from_terms(cls, lines: Sequence[Mapping[str, float]]) -> Self:
         """Build from named coefficients, absent ones 0; `ValueError` for an unknown name."""
-        for line in lines:
-            unknown = sorted(set(line) - set(TERMS))
-            if unknown:
-                raise ValueError(f"perf model terms {unknown}: expected names among {TERMS}")
-        return cls(lines=tuple(tuple(float(line.get(term, 0.0)) for term in TERMS) for line in lines))
+        return cls(lines=tuple(_row(line) for line in lines))
 
     def as_array(self) -> FloatArray:
         """Return the lines as an array of shape (L, 6), columns `TERMS`."""
         return self._array.copy()
+
+    def planned(self) -> FloatArray:
+        """Return the lines that plans count with, doubt included and margin left out; shape (L, 6)."""
+        lines = self.as_array()
+        return lines + np.array(self.doubt) if self.doubt else lines
+
+    def times(self, factor: float) -> Self:
+        """Return the model of an engine whose steps take `factor` times as long; margins stay."""
+        lines = tuple(tuple(value * factor for value in line) for line in self.lines)
+        return replace(self, lines=lines, doubt=tuple(value * factor for value in self.doubt))
 
     def seconds(
         self,
@@ -190,14 +208,17 @@ class PerfModel:
             "lines": [dict(zip(TERMS, line, strict=True)) for line in self.lines],
             "margin_prefill": self.margin_prefill,
             "margin_decode": self.margin_decode,
+            **({"doubt": dict(zip(TERMS, self.doubt, strict=True))} if self.doubt else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild from `to_json`; `ValueError` where values are not usable."""
         bare = cls.from_terms(data["lines"])
+        doubt = data.get("doubt")
         return cls(
             lines=bare.lines,
+            doubt=() if doubt is None else _row(doubt),
             margin_prefill=float(data.get("margin_prefill", 1.0)),
             margin_decode=float(data.get("margin_decode", 1.0)),
         )

@@ -117,6 +117,10 @@ class Request:
             raise ValueError(f"Request.weight = {self.weight!r}: expected a positive finite number")
 
 
+# What is promised to a row: `inf` where nothing is. The deadlines among them are points in time, which delays move.
+PROMISES = ("ttft_deadline_s", "tpot_s", "thinking_tpot_s", "e2e_deadline_s", "max_gap_s")
+DEADLINES = ("ttft_deadline_s", "e2e_deadline_s")
+
 REQUEST_DTYPE = np.dtype(
     [
         # fixed at arrival
@@ -125,11 +129,7 @@ REQUEST_DTYPE = np.dtype(
         ("arrival_s", np.float64),
         ("num_prompt_tokens", np.int64),
         ("max_output_tokens", np.int64),
-        ("ttft_deadline_s", np.float64),
-        ("tpot_s", np.float64),
-        ("thinking_tpot_s", np.float64),
-        ("e2e_deadline_s", np.float64),
-        ("max_gap_s", np.float64),
+        *((name, np.float64) for name in PROMISES),
         ("weight", np.float64),
         ("tenant", np.int64),
         # moves with every step

@@ -93,6 +93,12 @@ def notice(key: object) -> str:
     return f"The device is EMULATED: {LEAVES_OUT}." if str(hardware).startswith(PREFIX) else ""
 
 
+def notice_of(device: object) -> str:
+    """Return what a report says of a server that describes its device like that (see `Emulation.describe`); else ""."""
+    name = device.get("emulated") if isinstance(device, Mapping) else None
+    return f"The device is EMULATED ({name}): {LEAVES_OUT}." if name else ""
+
+
 def serve_flags(text: str | None) -> list[str]:
     """Return the flags of `slos-serve serve` for a device, none for None; `ConfigError` as `parse`."""
     return [] if text is None else ["--emulate", parse(text).text]

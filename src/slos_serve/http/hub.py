@@ -18,6 +18,8 @@ from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
 from slos_serve.core.words import Outcome, Reason, Said
+from slos_serve.http.delivery import Delivery
+from slos_serve.http.history import History
 from slos_serve.http.metrics import OTHER, SloMetrics
 from slos_serve.http.notices import Notices
 from slos_serve.http.records import Record, Records
@@ -28,6 +30,7 @@ MAX_RECORDS = 4096
 FRESH_S = 2.0
 SILENT_S = 5.0
 RETRY_AFTER_S = (1, 30)
+GUARD_MS = 10.0  # of an engine that was told none: the network and the client
 VERDICT_KEYS = ("verdict", "reason", "slack_ms", "predicted_ttft_ms", "asked")
 FINISHED_KEYS = (
     "outcome",
@@ -39,6 +42,7 @@ FINISHED_KEYS = (
     "num_output_tokens",
     "promise_lead_ms",
     "session",
+    "tokens",
 )
 
 # One HTTP request can be several in the engine (n > 1, many prompts): it ends as its worst part does.
@@ -51,11 +55,13 @@ class Hub:
     def __init__(self, metrics: SloMetrics, *, max_records: int = MAX_RECORDS) -> None:
         self.metrics = metrics
         self.notices = Notices()
+        self.history = History()
         self.operator = Operator(SloConfig())
         self.settings: Mapping[str, Any] = {}
         self.model: str | None = None
         self.controls: list[Callable[[dict[str, Any]], Mapping[str, Any]]] = []
         self.num_malformed = 0
+        self.delivery = Delivery()
         self._client = 0
         self._lock = threading.Lock()
         self._records = Records(max_records)
@@ -88,9 +94,7 @@ class Hub:
             for item in self._items(message, key):
                 self._guarded(take, item)
         self._guarded(lambda m: self._take_snapshot(m.get("snapshot"), engine), message)
-        if self._client == 0:
-            self._guarded(lambda m: self.metrics.observe(self.metrics.plan, m.get("plan_s")), message)
-            self._guarded(lambda m: self.metrics.observe(self.metrics.step_error, m.get("step_error_s")), message)
+        self._guarded(self._take_steps, message)
 
     def _guarded(self, take: Any, item: Any) -> None:
         try:
@@ -120,6 +124,7 @@ class Hub:
             worst = next((part for part in parts.values() if part["verdict"] == Said.BEST_EFFORT), None)
             if not record.get("_is_settled"):
                 record.update(worst or parts[item.get("request_id")])
+            self._records.touch(record)
             waiters = self._waiters.pop(slo_id, ())
         for waiter in waiters:
             _wake(waiter)
@@ -145,9 +150,11 @@ class Hub:
             if record is not None:
                 self._records.name_by_engine(slo_id, item.get("request_id"))
                 self._end(record, item)
+                self._records.touch(record)
             waiters = self._waiters.pop(slo_id, ())
         for waiter in waiters:
             _wake(waiter)
+        self.history.take_end(time.time(), label, {**item, "asked": (record or {}).get("asked")})
         if not self._is_own(item):
             return
         if record is not None:
@@ -160,6 +167,9 @@ class Hub:
     def _end(self, record: Record, item: Mapping[str, Any]) -> None:
         """Write into a record how a request, or a part of it, ended."""
         record["_ended"][item.get("request_id")] = item["outcome"]
+        sent_s, ttft_ms = record.get("_sent_s"), item.get("ttft_ms")
+        if sent_s is not None and ttft_ms is not None and len(record["_parts"]) == 1:
+            self.delivery.note(sent_s - record["_stamped_s"] - ttft_ms / 1000, time.monotonic())
         record.update({key: item.get(key) for key in FINISHED_KEYS})
         record["outcome"] = min(record["_ended"].values(), key=WORST_FIRST.index)
         record["finished_s"] = time.time()
@@ -172,8 +182,17 @@ class Hub:
         whole = self._snapshots.take(engine, snapshot)
         self.metrics.show(whole)
         self.metrics.heard.set(self._snapshots.heard_s)
+        self.history.take_load(time.time(), whole)
         if self._client == 0:
             self.metrics.count(snapshot, engine)
+
+    def _take_steps(self, message: Mapping[str, Any]) -> None:
+        steps = message.get("steps") or ()
+        self.history.take_steps(time.time(), steps)
+        if self._client == 0:
+            self.metrics.observe(self.metrics.plan, message.get("plan_s"))
+            errors = [seconds - predicted for seconds, predicted, *_ in steps if predicted is not None]
+            self.metrics.observe(self.metrics.step_error, errors)
 
     # HTTP side: the event loop.
 
@@ -200,6 +219,7 @@ class Hub:
             self._records.name(slo_id, client_id)
             if best_effort:
                 record.update(verdict=Said.BEST_EFFORT, reason=reason, _is_settled=True)
+            self._records.touch(record)
 
     def annotate(self, slo_id: str, **facts: Any) -> None:
         """Add to a request's record what others than its engine know of it."""
@@ -207,6 +227,7 @@ class Hub:
             record = self._records.get(slo_id)
             if record is not None:
                 record.update(facts)
+                self._records.touch(record)
 
     async def wait_verdict(self, slo_id: str, timeout_s: float) -> Record | None:
         """Return a request's verdict as soon as there is one, or None after `timeout_s`."""
@@ -261,19 +282,26 @@ class Hub:
             record = self._records.find(request_id, may_see)
             return None if record is None else public(record)
 
-    def recent(self, may_see: Callable[[str], bool], limit: int) -> list[Record]:
-        """Return what is known of the newest requests that one may see."""
+    def recent(self, may_see: Callable[[str], bool], limit: int, *, since: int = 0) -> list[Record]:
+        """Return what is known of the newest requests that one may see, of those that changed after `since`."""
         with self._lock:
-            return [public(record) for record in self._records.recent(may_see, limit)]
+            return [public(record) for record in self._records.recent(may_see, limit, since=since)]
+
+    @property
+    def last_change(self) -> int:
+        """How many changes of records there have been."""
+        return self._records.num_changes
 
     def reject(self, slo_id: str, *, slo_class: str, tenant: str, reason: str, is_retry: bool = False) -> None:
         """Count a request that was answered with a 429; one that its client tries again was counted the first time."""
         label = self._label(slo_class)
         if not is_retry:
             self.metrics.count_outcome(label, tenant, Outcome.REJECTED)
+            self.history.take_end(time.time(), label, {"outcome": Outcome.REJECTED})
         with self._lock:
             record = self._records.make(slo_id, label, tenant)
             record.update(verdict=Said.REJECTED, reason=reason, outcome=Outcome.REJECTED)
+            self._records.touch(record)
             is_news = not record["_parts"]
         self.notices.tell(record)
         if is_news:  # the engine has said nothing that was counted
@@ -318,6 +346,16 @@ class Hub:
         if rejects and headroom is not None and headroom <= 0:
             return "compute"
         return None
+
+    @property
+    def delivery_lead_s(self) -> float:
+        """By how much earlier than it came a request is stamped, for what tokens take from the engine to the client.
+
+        What nearly all of them take up to here; the engine's guard covers the rest of the way, and where the operator
+        set a longer one, what it has more than the usual.
+        """
+        known_s = (float(self.settings.get("guard_ms", GUARD_MS)) - GUARD_MS) / 1000
+        return max(0.0, self.delivery.expected_s(time.monotonic()) - max(0.0, known_s))
 
     @property
     def retry_after_s(self) -> int:

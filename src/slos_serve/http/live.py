@@ -1,6 +1,7 @@
-"""The live page at `/slo`: one file of HTML that holds no data, and asks the pages below `/v1/slo/` and `/metrics`.
+"""The live page at `/slo`: one HTML file that asks `/v1/slo/events`, or holds a run that is over.
 
-So it is the guards of those pages that decide what it can show, with the key that is typed into it.
+Served, it holds no data: the guards of what it asks decide what it can show, with the key that is typed into it. The
+same page with a run's document in it (see `records.shown`) is a file that opens anywhere and asks nobody.
 """
 
 from __future__ import annotations
@@ -9,40 +10,56 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from starlette.responses import HTMLResponse, Response
 
-from slos_serve.core.words import MEANINGS, Outcome, Reason, Said
-
 LIVE = "/slo"
-WORDS = {"verdict": MEANINGS[Said], "reason": MEANINGS[Reason], "outcome": MEANINGS[Outcome]}
 
 
 def live() -> Response:
     """Return the page; browsers run its own script alone and connect to its own server alone."""
-    return HTMLResponse(document(), headers={"content-security-policy": policy(), "cache-control": "no-cache"})
+    return HTMLResponse(document(), headers={"content-security-policy": served_policy(), "cache-control": "no-cache"})
+
+
+def holding(run: Mapping[str, Any]) -> str:
+    """Return the page as a file that shows a run, and whose script may connect to nobody."""
+    text = _filled(json.dumps(run).replace("<", "\\u003c"))
+    rule = f'<meta http-equiv="content-security-policy" content="{policy(text)}">'
+    return text.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{rule}', 1)
 
 
 @cache
 def document() -> str:
-    """Return the page's text, with the meanings of what is said about requests in it."""
-    text = files("slos_serve.http").joinpath("live.html").read_text(encoding="utf-8")
-    return text.replace("{words}", json.dumps(WORDS).replace("<", "\\u003c"), 1)
+    """Return the page's text as it is served."""
+    return _filled("null")
+
+
+def _filled(data: str) -> str:
+    page, script = (
+        files("slos_serve.http").joinpath(name).read_text(encoding="utf-8") for name in ("live.html", "live.js")
+    )
+    before, after = page.split("{data}")
+    return before + data + after.replace("{script}", script.strip(), 1)
 
 
 @cache
-def policy() -> str:
-    """Return the page's content security policy: scripts and styles by their digests."""
+def served_policy() -> str:
+    """Return the content security policy of the page that is served."""
+    return policy(document()) + "; connect-src 'self'; frame-ancestors 'none'"
+
+
+def policy(text: str) -> str:
+    """Return what a page's policy allows: its own script and styles, by their digests."""
     scripts, styles = (
-        " ".join(map(_digest, re.findall(pattern, document(), re.DOTALL)))
+        " ".join(map(_digest, re.findall(pattern, text, re.DOTALL)))
         for pattern in (r"<script>(.*?)</script>", r"<style>(.*?)</style>")
     )
-    return (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    own = f"script-src {scripts}; style-src {styles}; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def _digest(text: str) -> str:

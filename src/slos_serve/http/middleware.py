@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slos_serve.config import short
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers, modes, openapi, replies, routes, seal
+from slos_serve.http.broadcast import Broadcast
 from slos_serve.http.hub import HUB, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError
 from slos_serve.http.live import LIVE
@@ -63,6 +64,7 @@ class SloMiddleware:
         self.app = app
         self.hub = hub
         self.tracer = tracer
+        self.broadcast = Broadcast(hub)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -103,19 +105,19 @@ class SloMiddleware:
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
-        replaced = False
+        replaced: list[Message] = []
 
         async def send_page(message: Message) -> None:
-            nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] == HTTPStatus.NOT_FOUND:
-                replaced = True
-                response = await self._answer(path, scope, receive)
-                _dress(response, message["headers"])
-                await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
+                replaced.append(message)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, send_page)
+        if replaced:  # the server inside is done: a stream of ours is no long request of its
+            response = await self._answer(path, scope, receive)
+            _dress(response, replaced[0]["headers"])
+            await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Response:
         try:
@@ -125,7 +127,9 @@ class SloMiddleware:
         if scope["method"] == "POST":
             refused = modes.refusal(self.hub, caller, scope["headers"])
             return refused or await modes.switch(self.hub, await _read(receive))
-        return replies.page(self.hub, path, caller)
+        if scope["method"] == "HEAD" and path == replies.EVENTS:
+            return Response(media_type=replies.EVENT_STREAM)
+        return await replies.page(self.hub, self.broadcast, path, caller)
 
     async def _rewritten(self, scope: Scope, receive: Receive, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
         """Let the server inside answer, and change its JSON."""
@@ -180,6 +184,7 @@ class _Exchange:
         self._is_background = False
         self._start: Message | None = None
         self._is_started = False
+        self._was_sent = False  # the first chunk of a stream
         self._reply: Response | None = None  # in place of what the server inside answers
         self._is_answered = False
         self._refused = asyncio.Event()
@@ -282,7 +287,8 @@ class _Exchange:
             changed = {**kept, **session}
             return raw if changed == own else self._route.written(raw, document, changed)
         slo_id = uuid.uuid4().hex
-        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": self._arrival_s}
+        stamped_s = self._arrival_s - self._hub.delivery_lead_s
+        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": stamped_s}
         if request.asked:
             self.slo_id = slo_id
             self._hub.open(
@@ -295,6 +301,7 @@ class _Exchange:
                 shown_tenant=request.shown_tenant,
                 client_id=_client_id(self._scope["headers"], document),
                 upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
+                _stamped_s=stamped_s,
             )
             self.num_choices = routes.num_parts(document)
             self._may_stop_early = bool(document.get("stop"))
@@ -365,6 +372,9 @@ class _Exchange:
             await self._begin()
         if self._reply is None:
             await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
+            if self._tail is not None and not self._was_sent:
+                self._was_sent = True
+                self._hub.annotate(self.slo_id, _sent_s=time.time())
 
     async def _was_sent_away(self) -> bool:
         """Refuse a request that the engine ended because it had waited too long; tell whether it did."""

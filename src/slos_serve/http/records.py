@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slos_serve.config import short
+from slos_serve.core.story import TROUBLE, state_of
 
 Record = dict[str, Any]
 
@@ -19,6 +20,7 @@ class Records:
     """Records by our id. Where there are too many, the tenant that has most gives up its oldest."""
 
     def __init__(self, max_records: int) -> None:
+        self.num_changes = 0
         self._max_records = max_records
         self._by_id: dict[str, Record] = {}
         self._by_tenant: dict[str, OrderedDict[str, None]] = {}
@@ -39,7 +41,7 @@ class Records:
         record = self._by_id.get(slo_id)
         if record is None:
             record = {"id": slo_id, "class": slo_class, "tenant": tenant, "verdict": "pending", "reason": ""}
-            record |= {"_parts": {}, "_ended": {}, "_aliases": [], "_owner": tenant}
+            record |= {"_parts": {}, "_ended": {}, "_aliases": [], "_owner": tenant, "_change": 0}
             self._by_id[slo_id] = record
             self._by_tenant.setdefault(tenant, OrderedDict())[slo_id] = None
             if len(self._by_id) > self._max_records:
@@ -56,10 +58,20 @@ class Records:
                 return self._by_id[slo_id]
         return None
 
-    def recent(self, may_see: Callable[[str], bool], limit: int) -> list[Record]:
-        """Return the newest records that the asker may see, the newest first."""
-        seen = (record for record in reversed(self._by_id.values()) if may_see(record["_owner"]))
-        return list(itertools.islice(seen, limit))
+    def touch(self, record: Record) -> None:
+        """Note that a record has changed."""
+        self.num_changes += 1
+        record["_change"] = self.num_changes
+
+    def recent(self, may_see: Callable[[str], bool], limit: int, *, since: int = 0) -> list[Record]:
+        """Return the newest records that the asker may see and that changed after `since`, the newest first.
+
+        Beyond the newest `limit` come as many older ones whose promise was broken or that were declined.
+        """
+        newest = reversed(self._by_id.values())
+        seen = (one for one in newest if one["_change"] > since and may_see(one["_owner"]))
+        found = list(itertools.islice(seen, limit))
+        return [*found, *itertools.islice((one for one in seen if state_of(one) in TROUBLE), limit)]
 
     def name(self, slo_id: str, name: str) -> None:
         """Let a record be found by one more name among its tenant's; the newest request of that name counts."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers
+from slos_serve.http.explaining import explanation
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import Caller, RequestError
 from slos_serve.http.live import LIVE, live
 from slos_serve.http.slo import BODY_KEYS
+
+if TYPE_CHECKING:
+    from slos_serve.http.broadcast import Broadcast
 
 SLO_PREFIX = "/v1/slo/"
 LONGEST_WAIT_S = 30
@@ -26,7 +31,10 @@ REFUSALS: dict[str, str] = {
     Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
     Reason.TOO_TIGHT: "it asks for more than this engine can do even when idle, and its class asks to be refused then",
 }
-REQUESTS_PREFIX = SLO_PREFIX + "requests/"
+REQUESTS_PREFIX, EXPLANATION = SLO_PREFIX + "requests/", "/explanation"
+EVENTS, EVENT_STREAM = SLO_PREFIX + "events", "text/event-stream"
+UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
+PAGES = "classes, status, mode, live, events, requests, requests/ID, requests/ID/explanation"
 OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status page
 
 
@@ -78,35 +86,46 @@ def metrics() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-def page(hub: Hub, path: str, caller: Caller) -> Response:
+async def page(hub: Hub, broadcast: Broadcast, path: str, caller: Caller) -> Response:
     """Answer GET of the live page and below /v1/slo/, as much of it as the caller may see."""
     identities = hub.operator.identities
     # Browsers bring no key before the live page, which holds no data, has asked for it.
     is_closed = hub.config.pages == "admin" and path != LIVE and not identities.may_operate(caller)
     if hub.config.pages == "off" or is_closed:
         return error(HTTPStatus.NOT_FOUND, "Not Found")
-    if path == LIVE:
-        return live()
-    if path == SLO_PREFIX + "classes":
-        return JSONResponse(classes(hub))
-    if path == SLO_PREFIX + "mode":
-        return JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})})
-    if path == SLO_PREFIX + "status":
-        return JSONResponse(answers.finite(status(hub, whole=identities.is_operator(caller))))
-    if path + "/" == REQUESTS_PREFIX:
-        recent = hub.recent(lambda tenant: identities.may_see(caller, tenant), NUM_RECENT)
-        return JSONResponse(answers.finite({"object": "list", "data": [answers.told(record) for record in recent]}))
+    may_see_all = identities.is_operator(caller)
+    audience = None if may_see_all else caller.tenant
+
+    def recent() -> dict[str, Any]:
+        records = hub.recent(lambda tenant: identities.may_see(caller, tenant), NUM_RECENT)
+        return {"object": "list", "data": [answers.told(record) for record in records]}
+
+    documents: dict[str, Callable[[], Response]] = {
+        LIVE: live,
+        SLO_PREFIX + "classes": lambda: JSONResponse(classes(hub)),
+        SLO_PREFIX + "mode": lambda: JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})}),
+        SLO_PREFIX + "status": lambda: JSONResponse(answers.finite(status(hub, whole=may_see_all))),
+        SLO_PREFIX + "live": lambda: Response(broadcast.document(audience), media_type="application/json"),
+        EVENTS: lambda: StreamingResponse(broadcast.events(audience), media_type=EVENT_STREAM, headers=UNBUFFERED),
+        REQUESTS_PREFIX.rstrip("/"): lambda: JSONResponse(answers.finite(recent())),
+    }
+    if path in documents:
+        return documents[path]()
     if path.startswith(REQUESTS_PREFIX):
-        return _request(hub, path.removeprefix(REQUESTS_PREFIX), caller)
-    message = f"{path[:100]} is not one of classes, status, mode, requests, requests/ID below {SLO_PREFIX}"
-    return error(HTTPStatus.NOT_FOUND, message)
+        return await _request(hub, path.removeprefix(REQUESTS_PREFIX), caller)
+    return error(HTTPStatus.NOT_FOUND, f"{path[:100]} is not one of {PAGES} below {SLO_PREFIX}")
 
 
-def _request(hub: Hub, request_id: str, caller: Caller) -> Response:
-    record = hub.find(request_id, lambda tenant: hub.operator.identities.may_see(caller, tenant))
+async def _request(hub: Hub, request_id: str, caller: Caller) -> Response:
+    identities = hub.operator.identities
+    name, is_why = request_id.removesuffix(EXPLANATION), request_id.endswith(EXPLANATION)
+    record = hub.find(name, lambda tenant: identities.may_see(caller, tenant))
+    if record is not None and is_why:
+        document = await explanation(record, hub.controls, whole=identities.is_operator(caller))
+        return JSONResponse(answers.finite(document))
     if record is not None:
         return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
-    message = f"nothing is known of request {request_id[:100]!r}: only recent requests with an SLO are kept"
+    message = f"nothing is known of request {name[:100]!r}: only recent requests with an SLO are kept"
     return error(HTTPStatus.NOT_FOUND, message, param="id")
 
 
@@ -140,6 +159,7 @@ def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
         "class_modes": (snapshot or hub.settings).get("class_modes") or {},
         "effective_mode": (snapshot or {}).get("effective_mode"),
         "profiling": hub.is_profiling,
+        "delivery_ms": round(1000 * hub.delivery.expected_s(time.monotonic()), 1),
         "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),
         "snapshot": snapshot,
         "malformed_messages": hub.num_malformed,

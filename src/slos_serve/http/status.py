@@ -73,7 +73,7 @@ def joined(every: Sequence[Mapping[str, Any]], *, is_routed: bool = False) -> di
     """Return one status for several engines': each number joined, None where nobody tells it.
 
     `is_routed`: somebody sends each request to the engine that suits it. Then the whole enforces where one engine does;
-    else only where all do, and `reason` is that of one which does not.
+    else only where all do, and `reason` is that of one which does not. `device` is there where one of them is emulated.
     """
     whole: dict[str, Any] = {}
     for field in FIELDS:
@@ -85,4 +85,6 @@ def joined(every: Sequence[Mapping[str, Any]], *, is_routed: bool = False) -> di
     held_back = [one for one in every if one.get("effective_mode") != "enforce"]
     speakers = enforcing or held_back if is_routed else held_back or enforcing
     speaker: Mapping[str, Any] = speakers[0] if speakers else {}
-    return {**whole, "effective_mode": speaker.get("effective_mode"), "reason": speaker.get("reason")}
+    emulated = [one["device"] for one in every if one.get("device")]
+    said = {"effective_mode": speaker.get("effective_mode"), "reason": speaker.get("reason")}
+    return {**whole, **said, **({"device": emulated[0]} if emulated else {})}

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "slos-serve-decisions/1"
 MAX_BYTES = 1 << 30  # on disk, older parts beside the file included
-ENDLESS = ("ttft_deadline_s", "tpot_s", "e2e_deadline_s")  # null in JSON where nothing is promised
+ENDLESS = tuple(one.name for one in fields(Arrival) if one.default == math.inf)  # null in JSON: nothing is promised
 
 
 class Recorded:

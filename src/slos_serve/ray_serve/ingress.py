@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from slos_serve.config import BEST_EFFORT, short
 from slos_serve.core.warmup import warm_up_router
 from slos_serve.http import replies
+from slos_serve.http.explaining import first_known
 from slos_serve.http.hub import HUB
 from slos_serve.http.middleware import SloMiddleware
 from slos_serve.http.status import FIELDS, joined
@@ -68,7 +69,7 @@ class SloIngress(OpenAiIngress):
             fleet.digest = (digests or {}).get(model_id, "")
             fleet.on_update = self._publish
             self._get_configured_serve_handle(model_id)  # its router starts listening now
-            HUB.controls.append(partial(_switch, handle))
+            HUB.controls.append(partial(_control, handle))
 
     # -- what Ray's ingress calls -------------------------------------------------------------------
 
@@ -191,8 +192,10 @@ class Reply:
         self._generator.cancel()
 
 
-def _switch(handle: Any, order: dict[str, Any]) -> Mapping[str, Any]:
-    """Give an order about the mode to every replica that runs now; `TimeoutError` where one does not answer."""
+def _control(handle: Any, order: dict[str, Any]) -> Mapping[str, Any]:
+    """Give an order to every replica that runs now; `TimeoutError` where one does not answer."""
+    if "explain" in order:
+        return first_known(handle.broadcast("explain", order).results(timeout_s=CONTROL_S))
     said: list[dict[str, Any]] = handle.broadcast("set_mode", order).results(timeout_s=CONTROL_S)
     refused = [one for one in said if "error" in one]
     return (refused or said or [{"error": "no replica runs"}])[0]
@@ -220,6 +223,7 @@ def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
         "mode": mode,
         "effective_mode": mode,
         "drain_s": now["drain_s"] or 0.0,
+        **({"device": whole["device"]} if "device" in whole else {}),
         "replicas": replicas,
     }
 

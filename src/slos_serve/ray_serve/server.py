@@ -25,6 +25,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.core.words import Reason
 from slos_serve.errors import SlosServeError
 from slos_serve.http import seal
+from slos_serve.http.explaining import first_answer
 from slos_serve.http.hub import HUB
 from slos_serve.places import open_new, private_folder, socket_root
 from slos_serve.ray_serve import names
@@ -116,6 +117,10 @@ class SloServer(LLMServer):
         for control in HUB.controls:
             said = dict(await asyncio.to_thread(control, order))
         return said
+
+    async def explain(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Ask this replica's engines why a request was not promised; return the answer of the one that had it."""
+        return await asyncio.to_thread(first_answer, HUB.controls, order)
 
     async def check_health(self) -> None:
         """Raise where the engine has died, fallen silent, or stopped finishing steps."""

@@ -103,6 +103,7 @@ def profile_document(
         "num_heldout": report.num_heldout,
         "num_stalls": report.num_stalls,
         "terms": list(report.terms),
+        "longest_context": report.longest_context,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "max_num_batched_tokens": max_num_batched_tokens,
     }

@@ -1,10 +1,11 @@
 """What `--record FILE` writes, one JSON object a line: steps, requests, and what the planner was asked.
 
 - A *step* (no `kind`): what it computed, how long it took, what was predicted; a performance model is fitted
-  from these. About 230 bytes.
+  from these. About 250 bytes.
 - `engine`, once at the start: schema, versions, limits, classes, planner; `model`: the pinned reference, when
   there is one.
-- `request`, when one ends: what it asked for, its true lengths, what became of it. About 850 bytes.
+- `request`, when one ends: what it asked for, its true lengths, what became of it, and how its
+  tokens came. 850 bytes to 1.6 KB.
 - `plan`: the planner's whole input (`ReplicaState`) and output (`Plan`), and what vLLM then scheduled; for every plan
   with a verdict and every `PLAN_EVERY`-th without. About 1.5 KB and 0.25 KB for each live request, so these are
   rationed: `PLAN_BYTES_PER_S` on average, `PLAN_BURST_BYTES` at once, `MAX_PLAN_BYTES` in all.
@@ -51,6 +52,7 @@ class BatchShape:
     draft_steps: int
     attention_pairs: float
     has_prefill: bool
+    num_prompt_tokens: int = 0
 
 
 class StepRecorder:
@@ -111,6 +113,7 @@ class StepRecorder:
                 "draft_steps": shape.draft_steps,
                 "attention_pairs": round(shape.attention_pairs, 1),
                 "has_prefill": int(shape.has_prefill),
+                "num_prompt_tokens": shape.num_prompt_tokens,
                 "seconds": round(seconds, 7),
                 "planned_s": None if planned_s is None else round(planned_s, 7),
                 "predicted_s": None if predicted_s is None else round(predicted_s, 7),

@@ -25,6 +25,7 @@ SMALL_MACHINE_CORES = 8
 MIB = 1 << 20
 KV_CACHE_LIMIT = 4096 * MIB
 KV_CACHE_LEAST = 64 * MIB
+WHOLE = ("tensor-parallel-size", "pipeline-parallel-size")  # one emulated device is all of them
 TOKENIZERS = ("tokenizer*", "*.gguf", "tekken.json", "vocab*", "spiece.model")
 
 
@@ -113,7 +114,7 @@ def emulated_settings(
     hardware = emulation.hardware
     limits = {
         "max-model-len": min(hardware.max_model_len, hardware.kv_tokens),
-        "max-num-seqs": hardware.max_num_seqs,
+        "max-num-seqs": min(hardware.max_num_seqs, hardware.kv_tokens // _block_size(emulation, arguments)),
         "max-num-batched-tokens": hardware.max_num_batched_tokens,
     }
     flags = [part for name, n in limits.items() if not arguments.has(name) for part in (f"--{name}", str(n))]
@@ -142,11 +143,18 @@ def check_emulation(engine: Engine, arguments: EngineArguments, environ: Mapping
     if not has_tokenizer and not arguments.has("tokenizer", "skip-tokenizer-init"):
         expected = "a folder with a tokenizer beside config.json, or --tokenizer: weights are all it can do without"
         raise ConfigError(where="arguments", key="MODEL", value=model, expected=expected)
-    seats, block = (arguments.get(name) or "" for name in ("max-num-seqs", "block-size"))
+    seats = arguments.get("max-num-seqs") or ""
     if seats.isdigit():
-        hardware = emulation.hardware
-        size = int(block) if block.isdigit() and int(block) else hardware.block_size
-        hardware.check_seats(int(seats), size)
+        emulation.hardware.check_seats(int(seats), _block_size(emulation, arguments))
+    for name in WHOLE:
+        if (arguments.get(name) or "1") != "1":
+            expected = "1: a hardware file is about a whole replica, however many GPUs that is"
+            raise ConfigError(where="arguments", key=f"--{name}", value=arguments.get(name), expected=expected)
+
+
+def _block_size(emulation: Emulation, arguments: EngineArguments) -> int:
+    block = arguments.get("block-size") or ""
+    return int(block) if block.isdigit() and int(block) else emulation.hardware.block_size
 
 
 def cpu_settings(

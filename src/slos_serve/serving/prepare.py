@@ -37,7 +37,7 @@ from slos_serve.serving.platforms import (
     installed_engines,
     num_cores,
 )
-from slos_serve.serving.profiles import choose_profile, profile_key, read_profile
+from slos_serve.serving.profiles import beyond_measured, choose_profile, profile_key, read_profile
 from slos_serve.serving.verification import why_not_verified
 
 logger = logging.getLogger("slos_serve")
@@ -278,6 +278,8 @@ def _judge(profile: Mapping[str, Any]) -> None:
         return
     advice = "; something else kept the machine busy, so measure again with --reprofile" if error > POOR_PROFILE else ""
     say(f"measured {profile.get('num_steps')} steps, error on held-out ones {error:.0%}{advice}")
+    if beyond := beyond_measured(profile):
+        say(beyond)
 
 
 def _show_progress(share: float) -> None:

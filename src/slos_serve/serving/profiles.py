@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.cache import cache_path
+from slos_serve.core.perf import PER_CONTEXT, PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.records.profile import Profile
 from slos_serve.serving.arguments import EngineArguments
@@ -80,3 +81,20 @@ def set_aside(path: Path) -> Iterator[None]:
 def read_profile(path: Path) -> dict[str, Any]:
     """Return a profile document; `ConfigError` where the file is none."""
     return dict(Profile.load(path, remedy="that --reprofile measures and writes").document)
+
+
+def beyond_measured(document: Mapping[str, Any]) -> str:
+    """Return what a profile says of contexts longer than those it was measured with, "" where it does not know them.
+
+    The example is a decode batch of 8 at eight times that context: how much longer plans take it to last than expected.
+    """
+    longest = document.get("longest_context")
+    if not longest:
+        return ""
+    model = PerfModel.from_json(document["perf_model"])
+    far = 8.0 * 8 * longest
+    widened = 1.0 + (model.doubt[PER_CONTEXT] * far if model.doubt else 0.0) / model.seconds(8, 8, context_tokens=far)
+    return (
+        f"contexts over {longest} tokens are unmeasured: plans widen their margins with them, by x{widened:.2f} for 8 "
+        f"decodes at {8 * longest}"
+    )

@@ -75,8 +75,7 @@ class Hardware:
 
     def slower(self, factor: float) -> Hardware:
         """Return a copy whose steps take `factor` times as long."""
-        lines = tuple(tuple(factor * value for value in line) for line in self.perf_model.lines)
-        return replace(self, perf_model=replace(self.perf_model, lines=lines))
+        return replace(self, perf_model=self.perf_model.times(factor))
 
     def reference_s(self, prompt_tokens: int) -> float:
         """Return the unloaded, uncached prefill time that SLOs are defined by, in seconds."""

@@ -7,9 +7,10 @@ what nobody needs before the model changes is kept until then.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slos_serve.core.fit import STALL_FACTOR
+from slos_serve.vllm_plugin.progress import step_row
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety.stalls import Spent, Stalls
 
@@ -28,11 +29,11 @@ STALL_S = 0.1  # a step that took so much longer than predicted, and many times 
 
 
 class Ended:
-    """Take steps that have ended. `errors_s`: measured minus predicted seconds of those learnt from, not yet told."""
+    """Take steps that have ended. `rows`: those learnt from that are not told yet, as the channel has them."""
 
     def __init__(self, learner: Learner, safety: StepDown, work_limit: WorkLimit, recorder: StepRecorder) -> None:
         self.overheads, self.delays, self.clock_errors = Ring(), Ring(), Ring()
-        self.errors_s: list[float] = []
+        self.rows: list[tuple[Any, ...]] = []
         self._learner = learner
         self._safety = safety
         self._work_limit = work_limit
@@ -68,8 +69,7 @@ class Ended:
             safety.add_clock_error(clock_error_s)
             safety.add_step(seconds, delay_s)
             self._work_limit.adapt(safety.time_share, safety.limits.max_time_share)
-            if entry.predicted_s is not None:
-                self.errors_s.append(round(seconds - entry.predicted_s, 7))
+            self.rows.append(step_row(entry, seconds))
         safety.set_coverage(learner.coverage, int(learner.num_errors))
         self.stalls.mark()
 
@@ -83,9 +83,9 @@ class Ended:
             logger.warning("SLO scheduler: a step took %.0f ms, not %.0f: %s", took_ms, expected_ms, spent.text())
         return spent
 
-    def take_errors(self) -> list[float]:
-        """Return `errors_s`, which is empty then."""
-        taken, self.errors_s = self.errors_s, []
+    def take_rows(self) -> list[tuple[Any, ...]]:
+        """Return `rows`, which is empty then."""
+        taken, self.rows = self.rows, []
         return taken
 
 

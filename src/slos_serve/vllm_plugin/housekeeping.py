@@ -44,6 +44,8 @@ class Housekeeper:
         self._thread.join(timeout=5)
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        if "explain" in question:
+            return self._runtime.explainer.answer(str(question["explain"]))
         return self._runtime.set_mode(question["mode"], question.get("class"))
 
     def _run(self) -> None:

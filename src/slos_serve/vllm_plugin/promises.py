@@ -17,6 +17,7 @@ from slos_serve.core.slo import deadlines
 from slos_serve.core.types import Plan, Tier, Verdict
 from slos_serve.core.words import Reason
 from slos_serve.vllm_plugin.engine import view
+from slos_serve.vllm_plugin.progress import Progress
 from slos_serve.vllm_plugin.report import Tally
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ class Promises:
         outbox: Outbox,
         faults: Faults,
         is_too_tight: Callable[[Live], bool] = lambda _: False,
+        *,
+        progress: Progress | None = None,
     ) -> None:
         self._is_too_tight = is_too_tight
+        self._progress = progress or Progress()
         self.tally = Tally()
         self.would_be: dict[str, Counter[str]] = {}
         self.num_outrun = 0  # broken by outputs longer than predicted: nothing that planning did wrong
@@ -165,6 +169,7 @@ class Promises:
                 "num_prompt_tokens": live.request.num_prompt_tokens,
                 "num_output_tokens": count,
                 "promise_lead_ms": _ms(live.promise_lead_s),
+                "tokens": self._progress.take(live),
             }
         )
         if live.slo_id is not None or not live.args:

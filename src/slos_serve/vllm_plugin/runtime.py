@@ -31,12 +31,14 @@ from slos_serve.vllm_plugin.engine.expiry import Expiry
 from slos_serve.vllm_plugin.engine.shape import Shapes
 from slos_serve.vllm_plugin.engine.steer import Steering, expire
 from slos_serve.vllm_plugin.engine.tracking import Tracker
+from slos_serve.vllm_plugin.explaining import Explainer
 from slos_serve.vllm_plugin.housekeeping import Housekeeper
 from slos_serve.vllm_plugin.learning.drafting import DraftWatch
 from slos_serve.vllm_plugin.learning.learner import Learner
 from slos_serve.vllm_plugin.learning.learnt import Learnt
 from slos_serve.vllm_plugin.pauses import Pauses
 from slos_serve.vllm_plugin.pipeline import InFlight, Pipeline
+from slos_serve.vllm_plugin.progress import Progress
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
 from slos_serve.vllm_plugin.report import Ring
@@ -103,7 +105,10 @@ class SloRuntime:
             refresh=self._refresh,
             failed=lambda error: self.faults.add("publish", error),
         )
-        self.promises = Promises(self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight)
+        self.progress, self.explainer = Progress(), Explainer(settings.make_planner)
+        self.promises = Promises(
+            self.tracker, self.safety, self.outbox, self.faults, self._is_too_tight, progress=self.progress
+        )
         self.pauses = Pauses()
         self.expiry = Expiry()
         self.ageing = Ageing(self.limits)
@@ -128,9 +133,6 @@ class SloRuntime:
         self._is_updating, self._is_watching = False, True
         self._freed: list[Request] = []
         self.planner = settings.make_planner()
-        self._may_carry = hasattr(
-            self.planner, "count_steps"
-        )  # else what another planner would go on with is not known
         self.recorder.add_fact("engine", self.clock.now(), engine_facts(self, is_async=is_async))
         self._warm_up()
         mode = self.modes.engine
@@ -236,10 +238,12 @@ class SloRuntime:
 
     def _refresh(self) -> None:
         """Bring the table up to date for a snapshot; on the scheduler's thread, at a time without a plan."""
+        now = self.clock.now()
         self.ended.learn()
-        self.outbox.step_error_s += self.ended.take_errors()
+        self.outbox.steps += self.ended.take_rows()
         if self.tracker.is_wanted or self.settings.always_plan or self.settings.publish_replica:
-            self.tracker.sync(self._pipeline.starts_at(self.clock.now()))
+            self.tracker.sync(self._pipeline.starts_at(now))
+        self.progress.note(self.tracker.live.values(), now)
 
     # -- entry points that the scheduler class calls; none of them raises ---------------------------
 
@@ -452,6 +456,7 @@ class SloRuntime:
         self.outbox.plan_s.append(round(took, 7))
         self._work_limit.spend(plan.work, took)
         self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
+        self.explainer.keep(state, plan)
         self._phase = "apply"
         self.last_plan = plan
         return plan

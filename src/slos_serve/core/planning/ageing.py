@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.types import Tier
+from slos_serve.core.types import PROMISES, Tier
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import IntArray, Limits, RequestTable
+    from slos_serve.core.types import IntArray, Limits, RequestTable, Rows
 
 STILL_S = 30.0
 GRACE_S = 10.0  # until its next token is due
@@ -59,9 +59,9 @@ class Ageing:
         if row["tier"] == Tier.PROMISED and not row["missed"] and due_s > now_s:
             return
         row["tier"], row["missed"] = Tier.PROMISED, 0
+        _ask_for_nothing(row)
         row["ttft_deadline_s"] = now_s + GRACE_S - PACE_S * produced
         row["tpot_s"] = row["thinking_tpot_s"] = PACE_S
-        row["e2e_deadline_s"] = row["max_gap_s"] = math.inf
 
     def _take_turns(self, table: RequestTable, now_s: float) -> None:
         """Choose the oldest that stands still, of the tenant that has waited longest for a turn."""
@@ -72,8 +72,8 @@ class Ageing:
             if not still.size:
                 return
             row = rows[current]
-            row["tier"], row["ttft_deadline_s"] = Tier.BEST_EFFORT, math.inf
-            row["tpot_s"] = row["thinking_tpot_s"] = math.inf
+            row["tier"] = Tier.BEST_EFFORT
+            _ask_for_nothing(row)
         self.chosen = None
         if still.size:
             tenants = rows["tenant"][still].tolist()
@@ -93,3 +93,8 @@ class Ageing:
             tokens = rows["num_prompt_tokens"] + rows["num_output_tokens"] + 1
             mask &= tokens <= self._limits.num_kv_blocks * self._limits.block_size
         return np.flatnonzero(mask)
+
+
+def _ask_for_nothing(row: Rows) -> None:
+    for name in PROMISES:
+        row[name] = math.inf

@@ -231,7 +231,7 @@ class Columns:
         self.ids = state.requests.request_ids
         limits, model = state.limits, state.perf_model
         rows = self.rows = state.requests.rows
-        lines = model.as_array()
+        lines = model.planned()
         fixed = self.fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
         self.table, flags, self.granted, sums = derive(
             rows, state.now_s, limits.guard_s, fixed, limits.block_size, lines, model.margin_decode

@@ -61,8 +61,8 @@ def glance(
     limits, model, table = state.limits, state.perf_model, state.requests
     if limits.max_draft_length:
         return None
-    lines = model.as_array()
-    fixed_s = max(model.seconds(1.0), 1e-6)
+    lines = model.planned()
+    fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), 1e-6)
     machine = Machine(
         lines=lines,
         margin_prefill=model.margin_prefill,

@@ -73,7 +73,7 @@ def foretell(state: ReplicaState, plan: Plan, most: int) -> Foretold | None:
     model, limits = state.perf_model, state.limits
     starts_s, blocks, is_alone = _foretell(
         table.rows, table.find(batch.request_ids), batch.num_tokens, state.now_s, until_s, limits.guard_s,
-        model.as_array(), model.margin_prefill, model.margin_decode, limits.block_size, state.num_free_kv_blocks, most,
+        model.planned(), model.margin_prefill, model.margin_decode, limits.block_size, state.num_free_kv_blocks, most,
     )  # fmt: skip
     return Foretold(starts_s.tolist(), blocks.tolist(), is_alone) if len(starts_s) > 1 else None
 

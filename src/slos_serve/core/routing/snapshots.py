@@ -276,7 +276,7 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
     added to the fixed cost, and its seats are taken off, as if all of them decoded in every batch.
     """
     limits, model = snapshot.limits, snapshot.perf_model
-    lines = model.as_array()
+    lines = model.planned()
     fixed_s = max(batch_seconds(lines, 1.0, 1.0, 0.0, 0.0, 0.0), MIN_TPOT_S)
     hidden = sum(group.size for group in snapshot.decodes) - len(snapshot.decodes)
     lines[:, FIXED] += lines[:, PER_REQUEST] * hidden

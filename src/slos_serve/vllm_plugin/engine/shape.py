@@ -31,13 +31,13 @@ class Shapes:
         self._number += 1
         new = self._others(counts, total, has_drafts=bool(output.scheduled_spec_decode_tokens))
         context = self._sum + self._number * len(self._decodes)
-        num_prefills, pairs, drafts = 0, 0.0, output.scheduled_spec_decode_tokens
+        num_prompt_tokens, pairs, drafts = 0, 0.0, output.scheduled_spec_decode_tokens
         for request_id in new:
             count = counts[request_id]
             request = self._scheduler.requests[request_id]
             start, is_decode = view.was_before(request, count, len(drafts.get(request_id, ())))
             if not is_decode:
-                num_prefills += 1
+                num_prompt_tokens += count
                 pairs += count * (start + count / 2)
                 continue
             context += start
@@ -50,7 +50,8 @@ class Shapes:
             context_tokens=context,
             draft_steps=0 if getattr(output, "skip_drafts", False) else int(output.num_spec_tokens_to_schedule),
             attention_pairs=pairs,
-            has_prefill=num_prefills > 0,
+            has_prefill=num_prompt_tokens > 0,
+            num_prompt_tokens=num_prompt_tokens,
         )
 
     def _others(self, counts: Mapping[str, int], total: int, *, has_drafts: bool) -> Iterable[str]:

@@ -184,8 +184,8 @@ class Learner:
         profile = self.profile if new is None else new
         if profile is None:
             return None
-        names = ("key", "r2", "mape_heldout", "margin_coverage", "num_steps", "created", "max_num_batched_tokens")
-        return {name: profile.document.get(name) for name in names}
+        names = ("key", "r2", "mape_heldout", "margin_coverage", "num_steps", "longest_context", "created")
+        return {name: profile.document.get(name) for name in (*names, "max_num_batched_tokens")}
 
     @property
     def mape(self) -> float | None:

@@ -40,7 +40,7 @@ class Outbox:
         self.verdicts: list[dict[str, Any]] = []
         self.finished: list[dict[str, Any]] = []
         self.plan_s: list[float] = []
-        self.step_error_s: list[float] = []
+        self.steps: list[tuple[Any, ...]] = []  # see `http.history.Step`
         self._engine_index = engine_index
         self._capture = capture
         self._facts = facts
@@ -66,8 +66,8 @@ class Outbox:
         if not (is_due or self.verdicts or self.finished):
             return
         told: dict[str, Any] = {"verdicts": self.verdicts, "finished": self.finished}
-        told |= {"plan_s": self.plan_s, "step_error_s": self.step_error_s}
-        self.verdicts, self.finished, self.plan_s, self.step_error_s = [], [], [], []
+        told |= {"plan_s": self.plan_s, "steps": self.steps}
+        self.verdicts, self.finished, self.plan_s, self.steps = [], [], [], []
         self._sent_at = time.monotonic()
         self.sender.put(lambda: self.publisher.send(self._message(now_s) | told))
 

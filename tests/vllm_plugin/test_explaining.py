@@ -1,0 +1,79 @@
+"""Why a request was not promised is found from its plan's own input, on a thread of its own."""
+
+import time
+
+from tests.core.states import make_request, make_state
+
+from slos_serve.core.planner import SloPlanner
+from slos_serve.core.types import RequestTable
+from slos_serve.vllm_plugin.explaining import MAX_KEPT, Explainer
+from slos_serve.vllm_plugin.progress import MAX_POINTS, Progress
+
+
+def refused(name="hard", **more):
+    table = RequestTable()
+    table.add(make_request("easy", ttft_s=2.0, tpot_s=0.1))
+    table.add(make_request(name, **{"prompt": 6000, "ttft_s": 0.1, "tpot_s": 0.1, **more}))
+    state = make_state(table)
+    return state, SloPlanner().plan(state)
+
+
+def found(explainer, name):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        answer = explainer.answer(name)
+        if "pending" not in answer:
+            return answer
+        time.sleep(0.01)
+    raise AssertionError("no explanation came")
+
+
+def test_a_request_that_was_declined_is_explained_from_its_moment():
+    explainer = Explainer(SloPlanner)
+    state, plan = refused()
+    explainer.keep(state, plan)
+    state.requests.remove("hard")  # what comes later changes nothing
+    explanation = found(explainer, "hard")["explanation"]
+    assert explanation["binding"] == "compute"
+    assert explanation["later_s"] > 0
+    assert explainer.answer("hard") == {"explanation": explanation}
+
+
+def test_what_was_promised_or_never_planned_is_not_kept():
+    explainer = Explainer(SloPlanner)
+    explainer.keep(*refused())
+    assert "error" in explainer.answer("easy")
+    assert "error" in explainer.answer("nobody")
+
+
+def test_only_the_last_that_were_refused_are_kept():
+    explainer = Explainer(SloPlanner)
+    for i in range(MAX_KEPT + 10):
+        explainer.keep(*refused(f"hard{i}"))
+    assert len(explainer._kept) == MAX_KEPT
+    assert "error" in explainer.answer("hard0")
+
+
+def test_a_planner_that_fails_is_told_and_others_can_be_asked_about():
+    class Broken:
+        def plan(self, state):
+            raise RuntimeError("it is broken")
+
+    explainer = Explainer(Broken)
+    explainer.keep(*refused())
+    assert "broken" in found(explainer, "hard")["explanation"]["error"]
+    assert explainer._asked is None
+
+
+def test_points_of_a_request_stay_bounded_however_long_it_lasts():
+    class Live:
+        request_id, arrival_s, grader, num_output_tokens = "a", 0.0, object(), 0
+
+    progress, live = Progress(), Live()
+    for second in range(100_000):
+        live.num_output_tokens += 1
+        progress.note([live], float(second))
+    points = progress.take(live)
+    assert 2 < len(points) <= MAX_POINTS
+    assert [count for _, count in points] == sorted(count for _, count in points)
+    assert progress.take(live) == []
