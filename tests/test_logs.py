@@ -43,7 +43,8 @@ def test_a_traceback_is_a_field():
 @pytest.mark.parametrize("name", ["vllm.slos_serve", "uvicorn.access", "uvicorn.error"])
 def test_the_configuration_writes_every_logger_of_a_server_as_json(name):
     code = (
-        "import json, logging.config; from slos_serve.logs import CONFIG; "
+        "import json, logging.config, sys; from slos_serve.logs import CONFIG; "
+        "write = sys.stdout.write; sys.stdout.write = lambda text: write('(APIServer pid=7) ' + text); "
         "logging.config.dictConfig(json.loads(CONFIG.read_text())); "
         f"logging.getLogger({name!r}).info('%s', 'hello')"
     )

@@ -1,9 +1,9 @@
 """Logs of JSON lines: `logs.json` is a logging configuration for `VLLM_LOGGING_CONFIG_PATH` that writes them.
 
-One object a line: `time` (ISO 8601, UTC), `level`, `logger`, `message`, `process`; `error` holds a traceback. What a
-line of ours is about (`extra={"slos_serve": ...}`) is there as `slos_serve`: the ids of a request, its class, verdict,
-reason, outcome and times. Of what others add, ids of requests and traces are kept. Nothing but the standard library is
-imported: each of vLLM's processes loads this.
+One object a line: `time` (ISO 8601, UTC), `level`, `logger`, `message`, `process`, `process_name`; `error` holds a
+traceback. What a line of ours is about (`extra={"slos_serve": ...}`) is there as `slos_serve`: the ids of a request,
+its class, verdict, reason, outcome and times. Of what others add, ids of requests and traces are kept. Nothing but the
+standard library is imported: each of vLLM's processes loads this.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ def use_json(logger: logging.Logger) -> None:
     logger.propagate = False
 
 
+def standard_output() -> logging.Handler:
+    """Return a handler that writes to this process's standard output itself.
+
+    vLLM makes `sys.stdout` begin each line with the name of the process, which `process_name` says already.
+    """
+    return logging.StreamHandler(open(1, "w", encoding="utf-8", closefd=False))
+
+
 class JsonFormatter(logging.Formatter):
     """Write each record as one JSON object."""
 
@@ -38,6 +46,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "process": record.process,
+            "process_name": record.processName,
         }
         fields |= {name: value for name in ("slos_serve", *OTHERS) if (value := getattr(record, name, None))}
         if record.exc_info:

@@ -2,6 +2,7 @@
 
 import json
 from enum import StrEnum
+from urllib.parse import quote
 
 import pytest
 
@@ -146,3 +147,31 @@ def test_the_servers_openapi_page_is_the_augmented_one(vllm, hub):
     response = TestClient(SloMiddleware(app, hub)).get("/openapi.json")
     assert "/v1/slo/status" in response.json()["paths"]
     assert int(response.headers["content-length"]) == len(response.content)
+
+
+@pytest.mark.parametrize("name", ["mine", "a/b", "Zürich-1", "x" * 300, "with a space", "a?b&c"])
+def test_a_request_is_found_by_whatever_its_client_called_it(client, vllm, hub, say, name):
+    says(vllm, hub, say)
+    response = client.post(CHAT, json=body(), headers={"x-request-id": name.encode()})
+    page = client.get(f"/v1/slo/requests/{quote(name, safe='')}")
+    assert page.json()["id"] == response.headers["x-slo-id"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("slo_class", "chat"), ("slo_ttft_ms", 400), ("slo_stage", "loop")])
+def test_what_stands_beside_slo_instead_of_in_it_is_refused_with_the_right_place(client, key, value):
+    response = client.post(CHAT, json={"model": "m", "messages": [], key: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, key)
+    assert f'{{"slo": {{"{key.removeprefix("slo_")}": ...}}}}' in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("others", [{"x-slo-ttft-s": "1"}, {"x-slo-ttft-us": "500000"}])
+def test_one_number_in_two_units_is_refused(client, others):
+    response = client.post(CHAT, json=body(slo=None), headers={"x-slo-ttft-ms": "500", **others})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, *others)
+
+
+def test_a_gateways_own_number_beside_the_clients_yields(client, vllm, hub, say):
+    says(vllm, hub, say)
+    headers = {"x-slo-ttft-ms": "500", "x-llm-d-slo-ttft-ms": "900"}
+    assert client.post(CHAT, json=body(slo=None), headers=headers).status_code == 200
+    assert vllm.seen[0]["vllm_xargs"]["slo_ttft_ms"] == 500

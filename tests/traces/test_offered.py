@@ -35,6 +35,18 @@ def test_the_first_requests_of_a_file_that_begins_late_come_at_their_own_rate(fi
     assert trace.rate_rps == pytest.approx(2)
 
 
+@pytest.mark.parametrize("words", [("--slo-class", "support"), ("--mix", "support=1")])
+def test_a_class_that_no_request_takes_is_told(tmp_path, file, words):
+    named = tmp_path / "named.csv"
+    named.write_text(ROWS.replace("tokens\n", "tokens,slo_class\n").replace(",10\n", ",10,coding\n"))
+    trace = offered("--trace", named, *words)
+    assert set(trace.slo_class) == {"coding"}
+    assert trace.origin.notes == (f"{' '.join(words)} changes nothing: every request names its class",)
+    assert not offered("--trace", named).origin.notes
+    taken = offered("--trace", file, *words)
+    assert (set(taken.slo_class), taken.origin.notes) == ({"support"}, ())
+
+
 def test_a_window_counts_from_the_first_request_and_names_what_is_near(file):
     assert offered("--trace", f"{file}@2:3").arrived_at_s.tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match=r"the last one comes at 9 s"):

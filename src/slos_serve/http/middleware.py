@@ -33,7 +33,7 @@ from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers, modes, openapi, replies, routes, seal
 from slos_serve.http.broadcast import Broadcast
 from slos_serve.http.hub import HUB, Hub
-from slos_serve.http.identity import RequestError, UnknownKeyError
+from slos_serve.http.identity import RequestError, UnknownKeyError, text
 from slos_serve.http.live import LIVE
 from slos_serve.http.records import Record
 from slos_serve.http.routes import ROUTES, SILENT, Route
@@ -484,7 +484,7 @@ def _is_yes(verdict: Record | None) -> bool:
 
 def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:
     """Return what a client calls its request."""
-    named = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), None)
+    named = next((text(value) for name, value in headers if name == b"x-request-id"), None)
     given = named or document.get("request_id")
     return short(given) if isinstance(given, str) else ""
 

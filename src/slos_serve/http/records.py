@@ -53,6 +53,7 @@ class Records:
         record = self._by_id.get(name)
         if record is not None:
             return record if may_see(record["_owner"]) else None
+        name = short(name)
         for tenant in filter(may_see, self._by_tenant):
             if (slo_id := self._aliases.get((tenant, name))) is not None:
                 return self._by_id[slo_id]

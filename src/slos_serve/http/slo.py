@@ -119,6 +119,7 @@ class Operator:
         if not caller.is_known and self.config.unknown_keys == "refuse":
             raise UnknownKeyError("this server serves known API keys only")
         slo = _slo_object(body)
+        _refuse_misplaced(body)
         claimed = _named_tenant(named, slo)
         tenant = (claimed if caller.names_tenants else "") or caller.tenant
         stage = self._stage(named, slo) or ("loop" if body.get("tools") else "final")
@@ -205,8 +206,13 @@ class Operator:
         for header in (name for name in NUMBER_HEADERS if name in named):
             key, factor = NUMBER_HEADERS[header]
             value = text(named[header])
-            if value not in UNSAID:
-                overrides.setdefault(key, self._number(header.decode(), key, value, factor))
+            if value in UNSAID or (key in overrides and header.startswith(LLM_D_PREFIX)):
+                continue  # the client's own word goes before that of a gateway
+            if key in overrides:
+                raise RequestError(
+                    param=header.decode(), value=value, expected=f"{key} in one unit, and it came in two"
+                )
+            overrides[key] = self._number(header.decode(), key, value, factor)
         if class_name is None and not overrides:
             return None
         self._check("x-slo-", class_name, overrides)
@@ -295,6 +301,14 @@ def _refuse_unknown(named: Mapping[bytes, bytes]) -> None:
         if header.startswith(PREFIX) and header not in KNOWN_HEADERS:
             expected = f"one of the headers {', '.join(name.decode() for name in KNOWN_HEADERS if name[-3:] != b'-us')}"
             raise RequestError(param=header[:64].decode("latin-1"), value=text(value), expected=expected)
+
+
+def _refuse_misplaced(body: Mapping[str, Any]) -> None:
+    """Refuse what belongs into `slo` or `vllm_xargs` and stands beside them, where nobody would read it."""
+    for key in OWN_KEYS:
+        if key in body:
+            expected = f'it inside: {{"slo": {{"{key.removeprefix("slo_")}": ...}}}}'
+            raise RequestError(param=key, value=body[key], expected=expected)
 
 
 def _own_xargs(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from slos_serve.traces.trace import SMALL_TRACE, Trace, read_trace, synthetic_ar
 STREAM = 2  # of the seed, for arrivals and classes
 MAX_RATE_RPS = 1e6
 SMALL = "mixed_small"
+DEFAULT_CLASS = "chat"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-requests", "--num-prompts", metavar="N", type=int, help="only the first N requests")
     parser.add_argument("--mix", metavar="CLASS=SHARE,..", help="classes of requests that name none, drawn by the seed")
-    parser.add_argument("--slo-class", metavar="NAME", default="chat", help="class of requests that name none (chat)")
+    parser.add_argument(
+        "--slo-class", metavar="NAME", default=DEFAULT_CLASS, help=f"class of requests that name none ({DEFAULT_CLASS})"
+    )
 
 
 def check_options(where: str, args: argparse.Namespace) -> None:
@@ -94,6 +97,12 @@ def offered_trace(args: argparse.Namespace, *, max_total_tokens: int | None, str
         raise ValueError(f"{trace.source}: {LENGTHS_ONLY}: say --arrivals poisson --rate R")
     if args.rate is not None and stretch:
         trace = trace.at_rate(args.rate)
+    asked = (
+        f"--mix {args.mix}" if args.mix else "" if args.slo_class == DEFAULT_CLASS else f"--slo-class {args.slo_class}"
+    )
+    if asked and (trace.slo_class != "").all():
+        note = f"{asked} changes nothing: every request names its class"
+        trace = replace(trace, origin=replace(trace.origin, notes=(*trace.origin.notes, note)))
     return with_classes(trace, parse_mix(args.mix) if args.mix else {args.slo_class: 1.0}, rng)
 
 
