@@ -376,3 +376,10 @@ def test_a_failed_measurement_stops_the_server_and_says_why(model, free_port, pr
     profiling(fails)
     assert run_until_ready(parse(model, "--port", free_port), monkeypatch) == 1
     assert "no steps were recorded" in capsys.readouterr().err
+
+
+def test_progress_of_measuring_is_told_in_a_log_by_quarters(capsys):
+    tell = prepare._teller()
+    for share in (0.1, 0.26, 0.3, 0.8, 1.0):
+        tell(share)
+    assert capsys.readouterr().err.splitlines() == [f"slos-serve: measured {part}" for part in ("25%", "75%", "100%")]

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -260,7 +260,7 @@ def measure(plan: Launch, out: Path, record: Path) -> None:
     from slos_serve.bench.profiling import profile_server  # noqa: PLC0415
 
     say("measuring how long steps take (once for this model, machine and flags) ...")
-    show = _show_progress if sys.stderr.isatty() else None
+    show = _show_progress if sys.stderr.isatty() else _teller()
     profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key, on_progress=show)
     _judge(read_profile(out))
     if plan.scratch is not None:
@@ -284,6 +284,19 @@ def _judge(profile: Mapping[str, Any]) -> None:
 
 def _show_progress(share: float) -> None:
     print(f"\rslos-serve: measured {share:4.0%} ", end="", file=sys.stderr, flush=True)
+
+
+def _teller() -> Callable[[float], None]:
+    """Return what tells of progress in a log: a line for each quarter."""
+    told = 0
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if int(4 * share) > told:
+            told = int(4 * share)
+            say(f"measured {told / 4:.0%}")
+
+    return tell
 
 
 def say(text: str) -> None:
