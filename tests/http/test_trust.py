@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -187,6 +188,62 @@ def test_names_are_short_and_stay_different():
     assert short("abc") == "abc"
     assert len(short(one)) == 128
     assert short(one) != short(other)
+
+
+# -- a tenant's share -----------------------------------------------------------------------------
+
+
+def together(client, count, headers, **more):
+    """Send requests at the same time; return their statuses, in order of size."""
+    with ThreadPoolExecutor(count) as threads:
+        asked = [threads.submit(client.post, CHAT, json=body(**more), headers=headers) for _ in range(count)]
+        return sorted(one.result().status_code for one in asked)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tenant_has_so_many_answers_under_way_and_the_next_is_refused(client, vllm, hub, registry, stream):
+    configure(hub, api_keys=KEYS, max_requests_per_tenant=2)
+    vllm.seconds = 0.5
+    with ThreadPoolExecutor(2) as threads:
+        of_acme = threads.submit(together, client, 3, ACME, stream=stream)
+        of_beta = threads.submit(together, client, 2, BETA, stream=stream)
+        assert (of_acme.result(), of_beta.result()) == ([200, 200, 429], [200, 200])
+    assert together(client, 2, ACME, stream=stream) == [200, 200]  # room is given back
+    assert not hub._under_way
+    rejected = {"class": "best-effort", "outcome": "rejected", "tenant": "acme"}
+    assert registry.get_sample_value("slos_serve_requests_total", rejected) == 1
+
+
+def test_several_answers_to_one_request_count_as_several(client, vllm, hub):
+    configure(hub, api_keys=KEYS, max_requests_per_tenant=4)
+    assert client.post(CHAT, json=body(n=4), headers=ACME).status_code == 200
+    too_many = client.post("/v1/completions", json={"model": "m", "prompt": ["a", "b", "c"], "n": 2}, headers=ACME)
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
+    assert hub.admit("acme", 2)  # somebody's, under way
+    refused = client.post(CHAT, json=body(n=3), headers=ACME)
+    assert (refused.status_code, refused.headers["x-slo-reason"]) == (429, "tenant-full")
+    assert 1 <= int(refused.headers["retry-after"]) <= 30
+    assert client.post(CHAT, json=body(n=2), headers=ACME).status_code == 200
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_strangers_share_one_share_on_every_route_whatever_they_call_themselves(client, vllm, hub, path):
+    configure(hub, max_requests_per_tenant=1)
+    assert hub.admit("", 1)
+    refused = client.post(path, json=body(path), headers={"x-slo-tenant": "gold"} if path in CARRYING else {})
+    assert (refused.status_code, vllm.seen) == (429, [])
+
+
+def test_what_goes_wrong_on_the_way_gives_its_room_back(client, vllm, hub):
+    configure(hub, max_requests_per_tenant=1)
+    vllm.status = 404
+    assert [client.post(CHAT, json=body()).status_code for _ in range(3)] == [404] * 3
+    vllm.status = 200
+    vllm.events = [RuntimeError("engine died")]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="engine died"):
+            client.post(CHAT, json=body(stream=True))
+    assert not hub._under_way
 
 
 # -- one's own requests ---------------------------------------------------------------------------

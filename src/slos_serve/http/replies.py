@@ -28,6 +28,7 @@ NUM_RECENT = 100
 RETRIES_HEADER = "x-stainless-retry-count"  # what the OpenAI and Anthropic SDKs count their attempts with
 REFUSALS: dict[str, str] = {
     Reason.QUEUE_FULL: "the queue for requests without a promise is full",
+    Reason.TENANT_FULL: "as many requests of this tenant are under way as the operator allows",
     Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
     Reason.TOO_TIGHT: "it asks for more than this engine can do even when idle, and its class asks to be refused then",
 }
@@ -74,11 +75,6 @@ def refusal(reason: str, retry_after_s: int, *, slo_id: str = "", slo_class: str
 def is_retry(count: str | None) -> bool:
     """Tell from `RETRIES_HEADER` whether a client makes an attempt again."""
     return bool((count or "").strip("0 "))
-
-
-def profiling() -> Response:
-    """Return what /health says until the performance profile is there."""
-    return JSONResponse({"status": "profiling"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def metrics() -> Response:

@@ -90,7 +90,7 @@ class Operator:
         self.config = config
         self.identities = Identities(config)
         self._model = model
-        mapped = bool(config.tenants or config.models or config.api_keys)
+        mapped = bool(config.tenants or config.models or config.api_keys or config.max_requests_per_tenant is not None)
         self._always = config.default_class != BEST_EFFORT or mapped or self._ttl_s(BEST_EFFORT) is not None
 
     def _ttl_s(self, label: str) -> float | None:

@@ -61,6 +61,7 @@ class SloIngress(OpenAiIngress):
         slo = dict(slo or {})
         profile = slo.pop("profile", None)
         HUB.configure(slo=slo, model=", ".join(model_cards))
+        HUB.is_front = True
         HUB.metrics.know_hops()
         self._estimator = Estimator(HUB.config, profile)
         self._fleets: dict[str, Fleet] = {}
