@@ -190,6 +190,43 @@ def test_names_are_short_and_stay_different():
     assert short(one) != short(other)
 
 
+HALF = "\\ud800"  # of a surrogate pair, as JSON can say it and no encoding holds it
+
+
+@pytest.mark.parametrize(
+    "slo",
+    [
+        f'{{"{HALF}": 1}}',
+        f'{{"class": "{HALF}"}}',
+        f'{{"stage": "{HALF}"}}',
+        f'{{"class": "chat", "tenant": "{HALF}"}}',
+    ],
+)
+@pytest.mark.parametrize("path", CARRYING)
+def test_what_no_encoding_holds_is_refused_in_words_that_hold_it(client, vllm, path, slo):
+    raw = f'{{"model": "m", "messages": [], "slo": {slo}}}'
+    refused = client.post(path, content=raw, headers={"content-type": "application/json"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("slo")
+    assert vllm.seen == []
+
+
+@pytest.mark.parametrize(
+    "order", [f'{{"{HALF}": 1}}', f'{{"mode": "{HALF}"}}', f'{{"mode": "observe", "class": "{HALF}"}}']
+)
+def test_an_order_that_no_encoding_holds_is_refused_too(client, hub, order):
+    configure(hub, api_keys=KEYS)
+    headers = {**OPS, "content-type": "application/json"}
+    assert client.post("/v1/slo/mode", content=order, headers=headers).status_code == 400
+
+
+def test_a_name_that_no_encoding_holds_closes_no_page(client, hub):
+    raw = f'{{"model": "m", "messages": [], "slo": {{"class": "chat"}}, "request_id": "{HALF}"}}'
+    assert client.post(CHAT, content=raw, headers={"content-type": "application/json"}).status_code == 200
+    for page in ("/v1/slo/requests", "/v1/slo/status", "/metrics"):
+        assert client.get(page).status_code in {200, 404}
+
+
 # -- a tenant's share -----------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from slos_serve.http.hub import Hub
+from slos_serve.http.replies import Json
 
 ALIVE, READY = "/livez", "/readyz"
 PATHS = frozenset({"/health", "/ping", ALIVE, READY})
@@ -27,12 +28,12 @@ def answer(hub: Hub, path: str, *, is_own: bool) -> Response | None:
     """
     problem = ailment(hub) if path in {ALIVE, READY} else ""
     if path == ALIVE and not problem:
-        return JSONResponse({"status": "alive"})
+        return Json({"status": "alive"})
     if path != ALIVE and hub.is_profiling and not is_own:
         problem = problem or "profiling"
     if path == READY and (hub.snapshot or {}).get("paused"):
         problem = problem or "paused"
-    return JSONResponse({"status": problem}, status_code=HTTPStatus.SERVICE_UNAVAILABLE) if problem else None
+    return Json({"status": problem}, status_code=HTTPStatus.SERVICE_UNAVAILABLE) if problem else None
 
 
 def ailment(hub: Hub) -> str:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from slos_serve.config import SloConfig
 from slos_serve.errors import ConfigError
@@ -98,7 +98,7 @@ def _answer(answers: list[Mapping[str, Any] | BaseException]) -> Response:
             raise one
     said = [str(one) if isinstance(one, BaseException) else str(one["error"]) for one in answers if one not in taken]
     if not said:
-        return JSONResponse({"object": "slo.mode", **replies.mode(taken[-1])})
+        return replies.Json({"object": "slo.mode", **replies.mode(taken[-1])})
     status = (
         HTTPStatus.SERVICE_UNAVAILABLE
         if any(isinstance(one, BaseException) for one in answers)

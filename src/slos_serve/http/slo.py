@@ -337,8 +337,8 @@ def _session(named: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
 def _tenant(param: str, value: object) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
-        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} characters")
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} printable characters")
     return value.strip()
 
 
