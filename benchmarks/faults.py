@@ -45,6 +45,7 @@ from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.scaled import Scaled
 from slos_serve.records.profile import Profile
 from slos_serve.sim.hardware import load_hardware
+from slos_serve.terminal.signals import ending_by_signal
 
 MODEL = "demo"
 HARDWARE, SLOWER = "h100-8b-derived", 32.0  # slow enough for two cores to carry its tokens
@@ -480,7 +481,7 @@ def main() -> int:
     path = options.out / "faults.json"
     device = f"emulated {HARDWARE}, {SLOWER:g} times slower" if options.device == "emulated" else "cpu"
     rows = earlier(path, device)
-    with Fleet(options.out) as fleet:
+    with ending_by_signal(), Fleet(options.out) as fleet:
         bed = Bed(fleet, options, options.port or free_port())
         for name in options.only:
             rows[name] = run_fault(name, bed, scaled, options)

@@ -338,7 +338,7 @@ def _tenant(param: str, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
-        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} printable characters")
+        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} characters that print")
     return value.strip()
 
 
