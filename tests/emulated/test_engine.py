@@ -12,6 +12,7 @@ import time
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 STEP_S = 0.01
@@ -210,3 +211,33 @@ def wait_for(holds, patience_s=30.0):
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+# -- what the server says of itself, taken at its word ---------------------------------------------
+
+ASKED = "^/(v1/(completions|chat/completions|slo/.*)|livez|readyz|health)$"
+
+
+def test_no_request_that_the_openapi_document_allows_is_a_fault_of_the_server(server):
+    schemathesis = pytest.importorskip("schemathesis")
+    schema = schemathesis.openapi.from_dict(server.get("/openapi.json").json()).include(path_regex=ASKED)
+    operations = [one.ok() for one in schema.get_all_operations()]
+    assert {one.path for one in operations} >= {"/v1/completions", "/v1/slo/classes", "/v1/slo/mode", "/livez"}
+    faults = []
+    for operation in operations:
+
+        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.as_strategy())
+        def ask(case):
+            if isinstance(case.body, dict) and "max_tokens" in case.body:
+                case.body["max_tokens"] = 2
+            answer = case.call(base_url=str(server.base_url), timeout=30)
+            if answer.status_code >= 500:
+                faults.append((case.method, case.path, answer.status_code, str(case.body)[:300], answer.text[:300]))
+
+        ask()
+    assert faults == []
+    assert server.post("/v1/slo/mode", json={"mode": "enforce"}).status_code == 200  # it may have been asked to observe
+    status = server.get("/v1/slo/status").json()
+    assert (status["effective_mode"], status["malformed_messages"]) == ("enforce", 0)
+    assert not status["snapshot"]["planner_faults"]
