@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from slos_serve.config import ApiKey, SloClass, SloConfig, short
 from slos_serve.http import seal
@@ -21,6 +22,7 @@ CARRYING = [path for path, route in ROUTES.items() if route.place]
 SILENT = [path for path, route in ROUTES.items() if not route.place]
 FORGED = {"slo_id": "victim", "slo_arrival_s": 1.0, "slo_tenant": "gold", "slo_seal": "0" * 64, "slo_more": "x" * 9999}
 VOICE = SloClass(name="voice", ttft_ms=300, on_unattainable="reject")
+ACME_KEY = {"authorization": "Bearer sk-1"}
 
 
 def configure(hub, **config):
@@ -225,6 +227,56 @@ def test_a_name_that_no_encoding_holds_closes_no_page(client, hub):
     assert client.post(CHAT, content=raw, headers={"content-type": "application/json"}).status_code == 200
     for page in ("/v1/slo/requests", "/v1/slo/status", "/metrics"):
         assert client.get(page).status_code in {200, 404}
+
+
+# -- a gateway's address --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "10.0.0.5",
+        "1.2.3.4, 10.0.0.5",
+        "10.0.0.5, 1.2.3.4",
+        "10.0.0.5:80",
+        "::ffff:10.0.0.5",
+        "[::ffff:10.0.0.5]:1",
+        " 10.0.0.5 ",
+    ],
+)
+@pytest.mark.parametrize("peer", ["10.0.0.5", "::ffff:10.0.0.5"])
+def test_an_address_that_a_header_says_is_no_gateways(app, hub, vllm, peer, said):
+    configure(hub, trusted_proxies=("10.0.0.0/8",))
+    with TestClient(app, client=(peer, 0)) as client:
+        headers = [("x-forwarded-for", "9.9.9.9"), ("x-forwarded-for", said), ("x-slo-tenant", "gold")]
+        assert client.post(CHAT, json=body(slo={"class": "chat"}), headers=headers).status_code == 200
+    assert "slo_tenant" not in told(vllm.seen[0])
+
+
+def test_a_gateway_that_says_for_whom_it_asks_is_believed(app, hub, vllm):
+    configure(hub, trusted_proxies=("10.0.0.0/8",))
+    with TestClient(app, client=("10.0.0.5", 4711)) as client:
+        headers = {"x-forwarded-for": "1.2.3.4, 10.1.1.1", "x-slo-tenant": "gold"}
+        client.post(CHAT, json=body(slo={"class": "chat"}), headers=headers)
+    assert told(vllm.seen[0])["slo_tenant"] == "gold"
+
+
+@pytest.mark.parametrize(
+    ("unknown_keys", "headers", "enters"), [("refuse", {}, False), ("refuse", ACME_KEY, True), ("default", {}, True)]
+)
+def test_a_websocket_is_no_side_door_for_strangers(hub, unknown_keys, headers, enters):
+    async def echo(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close"})
+
+    configure(hub, api_keys={"acme": ApiKey(key_sha256=ApiKey.digest("sk-1"))}, unknown_keys=unknown_keys)
+    client = TestClient(SloMiddleware(echo, hub))
+    if enters:
+        with client.websocket_connect("/v1/realtime", headers=headers):
+            return
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/realtime", headers=headers):
+        pass
 
 
 # -- a tenant's share -----------------------------------------------------------------------------

@@ -67,6 +67,10 @@ class SloMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
+        if scope["type"] == "websocket" and not self._may_connect(scope):
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "this server serves known API keys only"})
+            return
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             method = scope["method"]
@@ -105,6 +109,14 @@ class SloMiddleware:
         finally:
             if span is not None:
                 span.end(self.hub, exchange.slo_id, exchange.num_choices)
+
+    def _may_connect(self, scope: Scope) -> bool:
+        """Tell whether somebody may talk over a WebSocket, which says nothing of an SLO and is served best-effort."""
+        if self.hub.config.unknown_keys != "refuse":
+            return True
+        with contextlib.suppress(RequestError):
+            return self.hub.operator.caller(scope["headers"], _peer(scope)).is_known
+        return False
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
