@@ -42,13 +42,15 @@ from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.endings import account
 from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
 from slos_serve.bench.model import ensure_demo_model
-from slos_serve.bench.scaled import Scaled
+from slos_serve.bench.scaled import LENGTHS, Scaled
 from slos_serve.records.profile import Profile
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.terminal.signals import ending_by_signal
 
 MODEL = "demo"
 HARDWARE, SLOWER = "h100-8b-derived", 32.0  # slow enough for two cores to carry its tokens
+LONGEST_OUTPUT = 48  # so that a run is over soon after its load
+SHORT = {name: replace(one, output_range=(4, LONGEST_OUTPUT)) for name, one in LENGTHS.items()}
 FLAGS = (
     *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32", "--slo-mode", "enforce"),
     *("--max-num-batched-tokens", "512"),
@@ -441,7 +443,7 @@ def prepare(options: argparse.Namespace) -> Scaled:
         document = {"schema": "slos-serve-profile/1", "key": "exact", "perf_model": hardware.perf_model.to_json()}
         profile.write_text(json.dumps({**document, "max_num_batched_tokens": 512}))
         options.flags = ["--emulate", f"{HARDWARE},slower={SLOWER:g}", "--profile", str(profile)]
-    scaled = Scaled(profile=Profile.load(profile))
+    scaled = Scaled(profile=Profile.load(profile), lengths=SHORT)
     classes = {name: {k: v for k, v in one.to_json().items() if k != "name"}
                for name, one in scaled.config.classes.items()}  # fmt: skip
     config = {"ttft_floor_ms": scaled.config.ttft_floor_ms, "ttft_allowance_ms": scaled.config.ttft_allowance_ms}
