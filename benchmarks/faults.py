@@ -206,11 +206,11 @@ def freeze(bed: Bed) -> None:
 
 
 def fill_disk(bed: Bed) -> None:
-    """Let no process of the server write to any file any more, for twelve seconds."""
+    """Let no process of the server write to any file (record, learnt state, log) until the load is over."""
     processes = bed.processes()
     for one in processes:
         one.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
-    time.sleep(12)
+    time.sleep(10)
     for one in processes:
         with suppress(psutil.NoSuchProcess):
             one.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
@@ -273,16 +273,13 @@ def damaged_profile(folder: Path) -> dict[str, Any]:
     return {"profile": str(profile)}
 
 
-def own_files(folder: Path) -> dict[str, Any]:
-    return {"record": str(folder / "record.jsonl"), "state": str(folder / "learnt.json"), "fault_dir": str(folder)}
-
-
 FAULTS = {
     "none": Fault(),
     "stall of 4 s": Fault(stall),
     "clients gone": Fault(mass_disconnect),
     "slow clients": Fault(slow_clients),
     "half-closed": Fault(half_closed),
+    "disk full": Fault(fill_disk),
     "engine killed": Fault(kill_engine),
     "engine hung": Fault(freeze),
     "all killed": Fault(kill_all),
@@ -294,7 +291,6 @@ FAULTS = {
     "SIGINT, overflow": Fault(ask_to_end(signal.SIGINT)),
     "no KV memory": Fault(flags=lambda _: ("--num-gpu-blocks-override", "140")),
     "memory limited": Fault(take_memory, flags=lambda _: ()),
-    "disk full": Fault(fill_disk, slo=own_files),
     "records: disk full": Fault(slo=lambda _: {"record": "/dev/full"}),
     "profile damaged": Fault(slo=damaged_profile),
     "learnt state damaged": Fault(slo=foreign_state),
@@ -449,6 +445,7 @@ def prepare(options: argparse.Namespace) -> Scaled:
     config = {"ttft_floor_ms": scaled.config.ttft_floor_ms, "ttft_allowance_ms": scaled.config.ttft_allowance_ms}
     (options.out / "classes.yaml").write_text(yaml.safe_dump({**config, "classes": classes}))
     options.flags += ["--slo-config", str(options.out / "classes.yaml")]
+    options.flags += ["--record", str(options.out.resolve() / "record.jsonl")]
     return scaled
 
 
