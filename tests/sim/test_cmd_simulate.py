@@ -72,6 +72,17 @@ def test_replicas_and_a_router_are_told_of_and_used(capsys, trace):
     assert entry_of(capsys, *arguments, "--router", "round-robin")["hops"] == 0
 
 
+def test_steps_are_planned_one_ahead_where_the_engine_does_so_and_as_told_elsewhere(capsys, trace):
+    def ttft_s(*arguments):
+        entry = entry_of(capsys, "--trace", trace, "--system", "vllm", "--rate", "30", *arguments)
+        return entry["async_lag"], entry["ttft_s"]["p50"]
+
+    ahead, in_turn = ttft_s("--async-lag"), ttft_s("--no-async-lag")
+    assert (ahead[0], in_turn[0]) == (True, False)
+    assert ahead[1] > in_turn[1]
+    assert ttft_s() == ahead
+
+
 def test_our_own_system_makes_promises(capsys, trace):
     entry = entry_of(capsys, "--trace", trace, "--system", "slos-serve")
     assert entry["promised"] > 50
