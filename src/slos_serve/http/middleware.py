@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slos_serve.config import short
 from slos_serve.core.words import Reason, Said
-from slos_serve.http import answers, modes, openapi, replies, routes, seal
+from slos_serve.http import answers, health, modes, openapi, replies, routes, seal
 from slos_serve.http.broadcast import Broadcast
 from slos_serve.http.hub import HUB, Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError, text
@@ -45,7 +45,6 @@ RESPONSES, OPENAPI = "/v1/responses", "/openapi.json"
 MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
 LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
-PROBE_HEADER = (b"x-slos-serve-probe", b"1")
 INVALID_BODY = b"{"
 LAST_WAIT_S = 0.1
 OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
@@ -68,6 +67,10 @@ class SloMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
+        if scope["type"] == "websocket" and not self._may_connect(scope):
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "this server serves known API keys only"})
+            return
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             method = scope["method"]
@@ -86,9 +89,13 @@ class SloMiddleware:
             if method == "GET" and path == OPENAPI:
                 await self._rewritten(scope, receive, send, partial(openapi.augmented, config=self.hub.config))
                 return
-            if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
-                await replies.profiling()(scope, receive, send)
-                return
+            if path in health.PATHS:
+                response = health.answer(self.hub, path, is_own=health.PROBE_HEADER in scope["headers"])
+                if response is not None:
+                    await response(scope, receive, send)
+                    return
+                if path == health.READY:
+                    scope = {**scope, "path": "/health", "raw_path": b"/health"}
         await self.app(scope, receive, send)
 
     async def _exchange(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,6 +109,14 @@ class SloMiddleware:
         finally:
             if span is not None:
                 span.end(self.hub, exchange.slo_id, exchange.num_choices)
+
+    def _may_connect(self, scope: Scope) -> bool:
+        """Tell whether somebody may talk over a WebSocket, which says nothing of an SLO and is served best-effort."""
+        if self.hub.config.unknown_keys != "refuse":
+            return True
+        with contextlib.suppress(RequestError):
+            return self.hub.operator.caller(scope["headers"], _peer(scope)).is_known
+        return False
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
@@ -180,6 +195,7 @@ class _Exchange:
         self.slo_id = ""
         self._request = SloRequest(slo_class="")
         self.num_choices = 1
+        self._num_admitted = 0
         self._may_stop_early = False
         self._is_background = False
         self._start: Message | None = None
@@ -200,6 +216,8 @@ class _Exchange:
         finally:
             if self._watch is not None:
                 self._watch.cancel()
+            if self._num_admitted:
+                self._hub.leave(self._request.tenant, self._num_admitted)
             if self._reply is not None:
                 await self._reply_with(())
 
@@ -263,17 +281,31 @@ class _Exchange:
         except UnknownKeyError as problem:
             return await self._answer(replies.error(HTTPStatus.UNAUTHORIZED, str(problem)))
         self._request = request
-        reason = hub.refusal(best_effort=request.best_effort, rejects=request.rejects)
+        reason = hub.refusal(best_effort=request.best_effort, rejects=request.rejects) or self._no_room(document)
         if reason is not None:
             return await self._refuse(reason)
         if self._route is SILENT or not isinstance(own, dict | None):
             return raw
         return self._stamped(raw, document, own or {})
 
+    def _no_room(self, document: Mapping[str, Any]) -> str | None:
+        """Take room among what its tenant has under way; return why there is none."""
+        if self._hub.config.max_requests_per_tenant is None:
+            return None
+        count = routes.num_parts(document)
+        if not self._hub.admit(self._request.tenant, count):
+            return Reason.TENANT_FULL
+        self._num_admitted = count
+        return None
+
     def _check(self, request: SloRequest, document: Mapping[str, Any]) -> None:
         """Refuse what could not be kept to."""
         if self._route is SILENT and self._hub.operator.wishes(self._scope["headers"], document):
             raise RequestError(param="slo", value="(asked)", expected="nothing on this route: it promises no latency")
+        most = self._hub.config.max_requests_per_tenant
+        if most and (count := routes.num_parts(document)) > most:
+            expected = f"at most {most} answers to one request (max_requests_per_tenant)"
+            raise RequestError(param="n", value=count, expected=expected)
         if request.rejects and document.get("background"):
             expected = "false for a class that asks to be refused: the answer comes before the verdict"
             raise RequestError(param="background", value=True, expected=expected)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.cache import cache_folder, why_not_usual
+from slos_serve.config import load_slo_config
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
@@ -46,6 +47,7 @@ SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 VLLM_SERVE = "slos_serve.serving.vllm_command"
 LOGGING = "VLLM_LOGGING_CONFIG_PATH"
+PEERS = "FORWARDED_ALLOW_IPS"  # from whom Uvicorn takes the word about the address of a client
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -204,6 +206,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     slo["may_enforce"] = not problem
     if args.slo_config:
         slo["config"] = str(args.slo_config.resolve())
+        if PEERS not in environ and load_slo_config(args.slo_config).trusted_proxies:
+            env[PEERS] = ""  # a gateway is known by its address: that of the peer, not what a header says
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
     record: Path | None = args.record.resolve() if args.record else None
     scratch: Path | None = None
