@@ -16,7 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -242,17 +242,19 @@ async def run(
     alone_s: float,
     size: int,
     limit_s: float = 600.0,
+    promised_key: str = "",
 ) -> dict[str, object]:
     """Return the table: promised traffic alone and beside the abuse, and answers by kind of abuse."""
     if target.host not in LOCAL:
         raise SystemExit(f"--target: {target.host!r}: expected this machine's own address")
     alone, beside = Tally(), Tally()
-    traffic = asyncio.create_task(promised(target, alone, slo, max_tokens))
+    client = replace(target, key=promised_key or target.key)
+    traffic = asyncio.create_task(promised(client, alone, slo, max_tokens))
     await asyncio.sleep(alone_s)
     await _ended(traffic)
     tallies: dict[str, Tally] = {}
     started = time.monotonic()
-    traffic = asyncio.create_task(promised(target, beside, slo, max_tokens))
+    traffic = asyncio.create_task(promised(client, beside, slo, max_tokens))
     slow = asyncio.create_task(slow_senders(target, tallies))
     work: list[Awaitable[None]] = [abuse(target, num_requests, seed, tallies, limit_s)]
     work.append(oversized(target, tallies, size=size, count=3))
@@ -274,7 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="m")
-    parser.add_argument("--api-key", default="")
+    parser.add_argument("--api-key", default="", help="of the hostile clients")
+    parser.add_argument("--promised-key", default="", help="of the promised traffic (default: the same)")
     parser.add_argument("--num-requests", type=int, default=10_000)
     parser.add_argument("--ttft-ms", type=float, default=3000)
     parser.add_argument("--tpot-ms", type=float, default=500)
@@ -296,6 +299,7 @@ def main() -> None:
             alone_s=args.alone_s,
             size=int(args.oversize_mb * 2**20),
             limit_s=args.limit_s,
+            promised_key=args.promised_key,
         )
     )
     print(json.dumps(found, indent=1))

@@ -1,14 +1,16 @@
 """What trouble costs on one server: struck under load, and every request is accounted for.
 
-    make faults                       # all, about 20 minutes on a quiet machine: a table, and faults.json
-    make faults ARGS="--quick"        # the three that need no restart
-    make faults ARGS="--device cpu"   # the demo's model on the CPU instead of an emulated device
+    make faults                            # all, about 20 minutes on a quiet machine: a table, and faults.json
+    make faults ARGS="--quick"             # the three that need no restart
+    make faults ARGS="--only SIGTERM"      # one; rows of earlier calls stay in the table
+    make faults ARGS="--device cpu"        # the demo's model on the CPU instead of an emulated device
 
 Real vLLM, our plug-in, our HTTP edge. By default the device is emulated: steps last as long as a hardware file says, so
 that a busy machine does not change them. Load comes in three phases of equal length: normal (half of what the device
-can serve), overflow (three times that), recovery (normal again); the fault strikes as the overflow begins. Where the
-server ends by it, it is started again, as whoever supervises it would. `recovered_s`: from the fault to the first
-request that is answered in full; for faults that a server is started with, from its start.
+can serve), overflow (two and a half times that), recovery (normal again); the fault strikes as the overflow begins, or
+where its name says so. Where the server ends by it, or `/livez` says that it does not live, it is started again, as
+whoever supervises it would. `recovered_s`: from the fault to the first short request with an SLO that is answered in
+full; for faults that a server is started with, from its start.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,18 +42,25 @@ from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.endings import account
 from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
 from slos_serve.bench.model import ensure_demo_model
-from slos_serve.bench.scaled import Scaled
+from slos_serve.bench.scaled import LENGTHS, Scaled
 from slos_serve.records.profile import Profile
 from slos_serve.sim.hardware import load_hardware
+from slos_serve.terminal.signals import ending_by_signal
 
 MODEL = "demo"
 HARDWARE, SLOWER = "h100-8b-derived", 32.0  # slow enough for two cores to carry its tokens
+LONGEST_OUTPUT = 48  # so that a run is over soon after its load
+SHORT = {name: replace(one, output_range=(4, LONGEST_OUTPUT)) for name, one in LENGTHS.items()}
 FLAGS = (
     *("--served-model-name", MODEL, "--max-model-len", "2048", "--max-num-seqs", "32", "--slo-mode", "enforce"),
     *("--max-num-batched-tokens", "512"),
 )
 CPU_FLAGS = ("--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager")
-PHASES = {"normal": 0.5, "overflow": 1.5, "recovery": 0.5}
+PHASES = {"normal": 0.5, "overflow": 1.25, "recovery": 0.5}
+PRELOAD, CLOCK_FILE = "LD_PRELOAD", "SET_CLOCK_FILE"
+STARTING, STARTING_S = "starting", 4.0
+STRIKES_AFTER_S = 1.0  # into its phase
+PROBE_SLO = {"ttft_ms": 5000.0, "tpot_ms": 2000.0}
 START_S, RECOVER_S, DRAIN_S = 300.0, 240.0, 60.0
 COLUMNS = ("offered", "met", "missed", "declined", "rejected", "failed_clearly", "lost", "doubled")
 
@@ -69,15 +80,28 @@ class Bed:
         """Return where the server answers."""
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start, and return when it serves."""
+    def launch(self) -> Engine:
+        """Start, and return at once."""
         flags = [*FLAGS, *self.options.flags, *self.flags]
         self.engine = self.fleet.start("server", self.options.model, flags, port=self.port)
-        self.fleet.wait([self.engine], timeout_s=START_S)
+        return self.engine
+
+    def start(self) -> None:
+        """Start, and return when it serves."""
+        self.fleet.wait([self.launch()], timeout_s=START_S)
 
     def has_ended(self) -> bool:
         """Tell whether it must be started."""
         return self.engine is None or self.engine.process.poll() is not None
+
+    def is_alive(self) -> bool:
+        """Ask as a liveness probe does."""
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.url}/livez", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
 
     def stop(self) -> None:
         """End the server."""
@@ -176,22 +200,77 @@ def nothing(_bed: Bed) -> None:
     """Do nothing: the fault was there from the start, or there is none."""
 
 
+def freeze(bed: Bed) -> None:
+    """Stop the engine for good: nothing ends by itself."""
+    bed.engine_core().suspend()
+
+
+def fill_disk(bed: Bed) -> None:
+    """Let no process of the server write to any file (record, learnt state, log) until the load is over."""
+    processes = bed.processes()
+    for one in processes:
+        one.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+    time.sleep(10)
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            one.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+
+
+def take_memory(bed: Bed) -> None:
+    """Give the engine no more memory than it has, for good."""
+    core = bed.engine_core()
+    core.rlimit(psutil.RLIMIT_AS, (core.memory_info().vms, psutil.RLIM_INFINITY))
+
+
+CLOCK_SET_S = (-5.0, 60.0)  # back, and three seconds later forth
+
+
+def with_own_clock(folder: Path) -> Sequence[str]:
+    """Let the processes of the server see a clock that can be set without setting the machine's."""
+    library, seconds = folder / "set_clock.so", folder / "seconds"
+    source = Path(__file__).with_name("set_clock.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lm"], check=True)
+    seconds.write_bytes(struct.pack("d", 0.0))
+    os.environ.update({PRELOAD: str(library), CLOCK_FILE: str(seconds)})
+    return ()
+
+
+def set_clock(_bed: Bed) -> None:
+    for seconds in CLOCK_SET_S:
+        with Path(os.environ[CLOCK_FILE]).open("r+b") as file:
+            file.write(struct.pack("d", seconds))
+        time.sleep(3)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`strike` under load; `flags` gives what the server is started with, from a folder of its own."""
+    """`strike` as a phase begins, or while the server starts; `slo` and `flags` give what it is started with."""
 
     strike: Strike = nothing
-    flags: Callable[[Path, argparse.Namespace], dict[str, Any]] | None = None
+    phase: str = "overflow"
+    slo: Callable[[Path], dict[str, Any]] | None = None
+    flags: Callable[[Path], Sequence[str]] | None = None
+
+    @property
+    def is_of_start(self) -> bool:
+        """Tell whether the server is started with it, or struck while it starts."""
+        return self.slo is not None or self.flags is not None or self.phase == STARTING
 
 
 def with_planner(name: str, **settings: Any) -> Fault:
-    return Fault(flags=lambda *_: {"planner": f"fault_planners.{name}", **settings})
+    return Fault(slo=lambda _: {"planner": f"fault_planners.{name}", **settings})
 
 
-def foreign_state(folder: Path, _options: argparse.Namespace) -> dict[str, Any]:
+def foreign_state(folder: Path) -> dict[str, Any]:
     state = folder / "learnt.json"
     state.write_text('{"schema": "slos-serve-learnt/1", "key": "another engine", "correction": {"lines": [[NaN')
     return {"state": str(state)}
+
+
+def damaged_profile(folder: Path) -> dict[str, Any]:
+    profile = folder / "profile.json"
+    profile.write_text('{"schema": "slos-serve-profile/1", "key": "another engine", "perf_model": {"lines": [[NaN')
+    return {"profile": str(profile)}
 
 
 FAULTS = {
@@ -200,14 +279,24 @@ FAULTS = {
     "clients gone": Fault(mass_disconnect),
     "slow clients": Fault(slow_clients),
     "half-closed": Fault(half_closed),
-    "records: disk full": Fault(flags=lambda *_: {"record": "/dev/full"}),
-    "learnt state damaged": Fault(flags=foreign_state),
+    "disk full": Fault(fill_disk),
+    "engine killed": Fault(kill_engine),
+    "engine hung": Fault(freeze),
+    "all killed": Fault(kill_all),
+    "SIGTERM, starting": Fault(ask_to_end(signal.SIGTERM), STARTING),
+    "SIGINT, starting": Fault(ask_to_end(signal.SIGINT), STARTING),
+    "SIGTERM, normal": Fault(ask_to_end(signal.SIGTERM), "normal"),
+    "SIGTERM, overflow": Fault(ask_to_end(signal.SIGTERM)),
+    "SIGTERM, recovery": Fault(ask_to_end(signal.SIGTERM), "recovery"),
+    "SIGINT, overflow": Fault(ask_to_end(signal.SIGINT)),
+    "no KV memory": Fault(flags=lambda _: ("--num-gpu-blocks-override", "140")),
+    "memory limited": Fault(take_memory, flags=lambda _: ()),
+    "records: disk full": Fault(slo=lambda _: {"record": "/dev/full"}),
+    "profile damaged": Fault(slo=damaged_profile),
+    "learnt state damaged": Fault(slo=foreign_state),
+    "clock set": Fault(set_clock, flags=with_own_clock),
     "planner raises": with_planner("Raises"),
     "planner hangs": with_planner("Hangs", safety={"max_plan_s": 1.0}),
-    "engine killed": Fault(kill_engine),
-    "all killed": Fault(kill_all),
-    "SIGTERM": Fault(ask_to_end(signal.SIGTERM)),
-    "SIGINT": Fault(ask_to_end(signal.SIGINT)),
 }
 QUICK = ("none", "stall of 4 s", "clients gone")
 
@@ -228,15 +317,15 @@ def requests_of(scaled: Scaled, options: argparse.Namespace) -> list[tuple[str, 
 
 
 def answers(bed: Bed) -> bool:
-    """Tell whether one short request is answered in full."""
+    """Tell whether one short request is answered in full; one with an SLO, for which nobody's backlog is in the way."""
     request = BenchRequest(request_id="probe", offset_s=0.0, prompt_token_ids=[1000] * 4, output_tokens=2,
-                           hidden_max_tokens=2)  # fmt: skip
+                           hidden_max_tokens=2, extra={"slo": PROBE_SLO})  # fmt: skip
     (result,) = asyncio.run(offer(bed.url, MODEL, [request], drain_timeout_s=10.0))
     return result.error is None and result.num_output_tokens == 2
 
 
 def recover(bed: Bed, since: float) -> float | None:
-    """Start the server again where it ended; return the seconds until it answers, None where it never did."""
+    """Start the server again where it ended or does not live; return the seconds until it answers, None for never."""
     while time.monotonic() - since < RECOVER_S:
         if bed.has_ended():
             bed.stop()
@@ -244,21 +333,29 @@ def recover(bed: Bed, since: float) -> float | None:
                 bed.start()
         elif answers(bed):
             return round(time.monotonic() - since, 1)
+        elif not bed.is_alive():
+            say("it does not live: ended, to be started again")
+            bed.stop()
         time.sleep(0.5)
     return None
 
 
 def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer the three phases, strike once, and account for every request."""
-    fault, since, recovered = FAULTS[name], time.monotonic(), []
+    fault, since = FAULTS[name], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="slos-serve-fault-") as folder:
-        if fault.flags is not None:
+        if fault.is_of_start:
             bed.stop()
-            bed.flags = ("--additional-config", json.dumps({"slo": fault.flags(Path(folder), options)}))
+            bed.flags = flags_of(fault, Path(folder))
+        if fault.phase == STARTING:
+            bed.launch()
+            time.sleep(STARTING_S)
+            since = time.monotonic()
+            fault.strike(bed)
         if bed.has_ended():
+            bed.stop()
             bed.start()
-        if fault.strike is nothing:
-            recovered.append(recover(bed, since) if fault.flags else 0.0)
+        recovered = [recover(bed, since) if fault.is_of_start else 0.0]
         requests = requests_of(scaled, options)
 
         def hit() -> None:
@@ -267,19 +364,30 @@ def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) 
             fault.strike(bed)
             recovered.append(recover(bed, struck))
 
-        timer = threading.Timer(options.phase_s, hit)
-        if fault.strike is not nothing:
+        timer = (
+            threading.Timer(list(PHASES).index(fault.phase) * options.phase_s + STRIKES_AFTER_S, hit)
+            if fault.strike is not nothing and fault.phase != STARTING
+            else None
+        )
+        if timer is not None:
             timer.start()
         results = asyncio.run(offer(bed.url, MODEL, [one for _, one in requests], drain_timeout_s=DRAIN_S))
-        if fault.strike is not nothing:
+        if timer is not None:
             timer.join()
-        row = {"fault": name, **account([one for _, one in requests], results), "recovered_s": recovered[0]}
+        row = {"fault": name, **account([one for _, one in requests], results), "recovered_s": recovered[-1]}
         row["phases"] = {phase: account(*by_phase(phase, requests, results)) for phase in PHASES}
         row["left_over"] = left_over(bed)
-        if fault.flags is not None:
+        if fault.is_of_start:
             bed.stop()
             bed.flags = ()
+            os.environ.pop(PRELOAD, None)
     return row
+
+
+def flags_of(fault: Fault, folder: Path) -> tuple[str, ...]:
+    slo = fault.slo(folder) if fault.slo is not None else {}
+    more = fault.flags(folder) if fault.flags is not None else ()
+    return ("--additional-config", json.dumps({"slo": slo}), *more)
 
 
 def by_phase(
@@ -331,13 +439,23 @@ def prepare(options: argparse.Namespace) -> Scaled:
         document = {"schema": "slos-serve-profile/1", "key": "exact", "perf_model": hardware.perf_model.to_json()}
         profile.write_text(json.dumps({**document, "max_num_batched_tokens": 512}))
         options.flags = ["--emulate", f"{HARDWARE},slower={SLOWER:g}", "--profile", str(profile)]
-    scaled = Scaled(profile=Profile.load(profile))
+    scaled = Scaled(profile=Profile.load(profile), lengths=SHORT)
     classes = {name: {k: v for k, v in one.to_json().items() if k != "name"}
                for name, one in scaled.config.classes.items()}  # fmt: skip
     config = {"ttft_floor_ms": scaled.config.ttft_floor_ms, "ttft_allowance_ms": scaled.config.ttft_allowance_ms}
     (options.out / "classes.yaml").write_text(yaml.safe_dump({**config, "classes": classes}))
     options.flags += ["--slo-config", str(options.out / "classes.yaml")]
+    options.flags += ["--record", str(options.out.resolve() / "record.jsonl")]
     return scaled
+
+
+def earlier(path: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of earlier calls on the same device, by fault."""
+    with suppress(OSError, ValueError):
+        document = json.loads(path.read_text())
+        if document["device"] == device:
+            return {row["fault"]: row for row in document["rows"]}
+    return {}
 
 
 def say(text: str) -> None:
@@ -350,7 +468,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("emulated", "cpu"), default="emulated")
     parser.add_argument("--only", action="append", choices=FAULTS, help="one fault, again for more (default: all)")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument("--phase-s", type=float, default=12.0, help="seconds of each phase (default: 12)")
+    parser.add_argument("--phase-s", type=float, default=6.0, help="seconds of each phase (default: 6)")
     parser.add_argument("--most-rps", type=float, default=12.0, help="what this machine can carry (default: 12)")
     parser.add_argument("--port", type=int, default=0, help="port of the server (default: a free one)")
     parser.add_argument("--seed", type=int, default=31)
@@ -360,17 +478,20 @@ def main() -> int:
     scaled = prepare(options)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rows = []
-    with Fleet(options.out) as fleet:
+    path = options.out / "faults.json"
+    device = f"emulated {HARDWARE}, {SLOWER:g} times slower" if options.device == "emulated" else "cpu"
+    rows = earlier(path, device)
+    with ending_by_signal(), Fleet(options.out) as fleet:
         bed = Bed(fleet, options, options.port or free_port())
         for name in options.only:
-            rows.append(run_fault(name, bed, scaled, options))
-            say(json.dumps(rows[-1]))
-    device = f"emulated {HARDWARE}, {SLOWER:g} times slower" if options.device == "emulated" else "cpu"
-    (options.out / "faults.json").write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+            rows[name] = run_fault(name, bed, scaled, options)
+            say(json.dumps(rows[name]))
+            path.write_text(json.dumps({"device": device, "rows": list(rows.values())}, indent=1))
+    in_order = [rows[name] for name in FAULTS if name in rows]
     print(f"device: {device}; capacity {scaled.service_capacity_rps:.1f} requests/s, "
-          f"{min(scaled.service_capacity_rps, options.most_rps):.1f} taken as such\n{table(rows)}")  # fmt: skip
-    return 1 if any(row["lost"] or row["doubled"] for row in rows) else 0
+          f"{min(scaled.service_capacity_rps, options.most_rps):.1f} taken as such\n{table(in_order)}")  # fmt: skip
+    rows = {name: rows[name] for name in options.only}
+    return 1 if any(row["lost"] or row["doubled"] for row in rows.values()) else 0
 
 
 if __name__ == "__main__":

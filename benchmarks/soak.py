@@ -3,8 +3,9 @@
     python benchmarks/soak.py server --minutes 60      # vLLM with an emulated device, as in faults.py: soak-report/
     python benchmarks/soak.py virtual --days 7         # the simulator: what planner and learners keep
 
-On the server: requests of every class, unknown tenants, sessions, clients that leave; every few seconds memory,
-descriptors and threads of each process, files in its private folder and its record, sizes that `/v1/slo/status` tells.
+On the server: requests of every class, unknown tenants, sessions, clients that leave, malformed ones, and the live page
+open all the time; every few seconds memory, descriptors and threads of each process, files in its private folder and
+its record, sizes that `/v1/slo/status` tells. At the end, idle, what a look of the live page costs the server.
 Growth is the slope of a line through the second half of a curve, per hour and relative to its mean; the first half
 is warm-up. Curves as PNG, samples and slopes as JSON.
 """
@@ -18,12 +19,14 @@ import os
 import random
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import psutil
 from faults import MODEL, Bed, prepare, say
@@ -42,8 +45,11 @@ from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.replica.requests import SimRequest
 from slos_serve.sim.run import run_workload
 from slos_serve.sim.workloads.workload import Workload
+from slos_serve.terminal.signals import ending_by_signal
 
 SAMPLE_S = 5.0
+PAGE_ASKS, PAGE_EVERY_S = ("/v1/slo/status", "/v1/slo/requests", "/metrics"), 4.0
+IDLE_S, NUM_LOOKS = 10.0, 50
 MAX_GROWTH = 0.05  # of the mean, over the second half of the run
 
 
@@ -82,8 +88,9 @@ async def load(bed: Bed, scaled: Scaled, options: argparse.Namespace, until: flo
             span = min(60.0, until - time.monotonic())
             offered = [mixed(one, rng) for one in scaled.requests(rate_rps=rate, duration_s=span, seed=minute)]
             leaving = asyncio.create_task(leave(client, offered[:3]))
+            refused = asyncio.create_task(nonsense(bed, rng))
             results = await client.offer(offered, drain_timeout_s=60.0)
-            await leaving
+            await asyncio.gather(leaving, refused)
             for name, count in account(offered, results).items():
                 totals[name] = totals.get(name, 0) + count
             minute += 1
@@ -94,6 +101,49 @@ def mixed(request: BenchRequest, rng: random.Random) -> BenchRequest:
     """Give a request a name of many for its tenant and session, as strangers do."""
     extra = {"session_id": f"s{rng.randrange(10**9)}", "user": f"u{rng.randrange(10**9)}"}
     return replace(request, extra={**request.extra, **extra})
+
+
+async def nonsense(bed: Bed, rng: random.Random) -> None:
+    """Send a request that is refused."""
+    slo = rng.choice(
+        ({"class": "x" * 500}, {"ttft_ms": -1}, {"ttft_ms": 1e300}, [], {"tenant": "\0"}, {"clas": "chat"})
+    )
+    async with aiohttp.ClientSession() as session:
+        with suppress(aiohttp.ClientError):
+            body = {"model": MODEL, "prompt": "x", "max_tokens": 1, "slo": slo}
+            await (await session.post(f"{bed.url}/v1/completions", json=body)).read()
+
+
+def look(bed: Bed) -> None:
+    """Ask what the live page asks."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for path in PAGE_ASKS:
+        with opener.open(bed.url + path, timeout=10) as response:
+            response.read()
+
+
+async def keep_page_open(bed: Bed, until: float) -> None:
+    """Ask as often as an open page does."""
+    while time.monotonic() < until:
+        with suppress(OSError):
+            await asyncio.to_thread(look, bed)
+        await asyncio.sleep(PAGE_EVERY_S)
+
+
+def page_cost(bed: Bed) -> dict[str, float]:
+    """Return what looks of the page cost the server's processes, in CPU time, beyond what idling costs them."""
+
+    def used() -> float:
+        return sum(sum(one.cpu_times()[:2]) for one in bed.processes())
+
+    began, started = used(), time.monotonic()
+    time.sleep(IDLE_S)
+    idle = (used() - began) / (time.monotonic() - started)
+    began, started = used(), time.monotonic()
+    for _ in range(NUM_LOOKS):
+        look(bed)
+    each = (used() - began - idle * (time.monotonic() - started)) / NUM_LOOKS
+    return {"idle_share_of_a_core": idle, "ms_a_look": 1000 * each, "share_of_a_core_while_open": each / PAGE_EVERY_S}
 
 
 async def leave(client: Client, requests: Sequence[BenchRequest]) -> None:
@@ -108,7 +158,7 @@ def on_server(options: argparse.Namespace) -> dict[str, Any]:
     """Run the server under load; return samples and ends."""
     scaled, record = prepare(options), options.out / "record.jsonl"
     samples: list[dict[str, float]] = []
-    with Fleet(options.out) as fleet:
+    with ending_by_signal(), Fleet(options.out) as fleet:
         bed = Bed(fleet, options, options.port or free_port(), ("--record", str(record.resolve())))
         bed.start()
         started = time.monotonic()
@@ -120,14 +170,15 @@ def on_server(options: argparse.Namespace) -> dict[str, Any]:
                 await asyncio.sleep(SAMPLE_S)
 
         async def both() -> dict[str, int]:
-            watching = asyncio.create_task(watch())
+            watching = [asyncio.create_task(watch()), asyncio.create_task(keep_page_open(bed, until))]
             try:
                 return await load(bed, scaled, options, until)
             finally:
-                await watching
+                await asyncio.gather(*watching)
 
         ends = asyncio.run(both())
-    return {"kind": "server", "ends": ends, "samples": samples}
+        cost = page_cost(bed)
+    return {"kind": "server", "ends": ends, "page": cost, "samples": samples}
 
 
 def virtual(options: argparse.Namespace) -> dict[str, Any]:

@@ -178,7 +178,8 @@ class SloConfig:
     `tenants`, `models` (aliases) and `api_keys` (by the tenant's name) tie requests to classes and
     override what the client says. `max_best_effort_queue` is the longest queue of best-effort requests
     before new ones get a 429 (`None`: no limit). `max_promises_per_tenant`: how many live requests of one tenant may
-    hold or ask for a promise (`None`: no limit); more are served as best-effort work. `client_numbers`: whether
+    hold or ask for a promise (`None`: no limit); more are served as best-effort work. `max_requests_per_tenant`: how
+    many answers of one tenant an API server works on at once; more get a 429. `client_numbers`: whether
     clients may bring numbers of their own; `slo_limits` bounds each of those, as (least, most).
 
     Who may say what: where `api_keys` is not empty, a request without one of them is served in the default class
@@ -199,6 +200,7 @@ class SloConfig:
     pages: str = "open"
     max_body_bytes: int = 256 << 20
     max_promises_per_tenant: int | None = None
+    max_requests_per_tenant: int | None = None
     client_numbers: bool = True
     slo_limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ttft_floor_ms: float = 200.0
@@ -211,7 +213,7 @@ class SloConfig:
             )
         for key in ("ttft_floor_ms", "ttft_allowance_ms"):
             check_number("slo", key, getattr(self, key), unit=" of milliseconds", zero=True)
-        for key in ("max_best_effort_queue", "max_promises_per_tenant"):
+        for key in ("max_best_effort_queue", "max_promises_per_tenant", "max_requests_per_tenant"):
             limit = getattr(self, key)
             if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
                 raise ConfigError(where="slo", key=key, value=limit, expected="a whole number, 0 or more")

@@ -93,6 +93,7 @@ def simulate(
     settings: Mapping[str, Any] | None = None,
     acceptance: float = 0.7,
     known_lengths: bool = False,
+    async_lag: bool | None = None,
     seed: int = 0,
 ) -> RunResult:
     """Serve a trace on a virtual clock and grade every request.
@@ -100,7 +101,8 @@ def simulate(
     `system`: a name, a planner, its class, or `"package.module:Class"`. `default_class` is the class of rows that name
     none. `rate_rps`: requests per second in all, by stretching time (default: the trace's own). `router`: a name or
     `"package.module:Class"`. `settings` of the system replace its defaults. `acceptance`: the chance that a draft token
-    is right. `seed` is behind all chance: the same arguments give the same result.
+    is right. `async_lag`: steps are planned one ahead, as under asynchronous scheduling (None: where the hardware's
+    engine does so, on GPUs). `seed` is behind all chance: the same arguments give the same result.
     """
     machine = as_hardware(hardware)
     workload = workload_of(
@@ -117,7 +119,7 @@ def simulate(
         settings=settings,
         num_replicas=replicas,
         router=router,
-        engine=ReplicaOptions(acceptance={"": acceptance}, known_lengths=known_lengths),
+        engine=ReplicaOptions(acceptance={"": acceptance}, known_lengths=known_lengths, async_lag=async_lag),
         seed=seed,
     )
 
@@ -171,6 +173,7 @@ def capacity(
     settings: Mapping[str, Any] | None = None,
     acceptance: float = 0.7,
     known_lengths: bool = False,
+    async_lag: bool | None = None,
     seed: int = 0,
 ) -> Capacity:
     """Find the highest rate of a trace at which every class attains `target`; arguments as in `simulate`.
@@ -203,7 +206,9 @@ def capacity(
                     settings=settings,
                     num_replicas=replicas,
                     router=router,
-                    engine=ReplicaOptions(acceptance={"": acceptance}, known_lengths=known_lengths),
+                    engine=ReplicaOptions(
+                        acceptance={"": acceptance}, known_lengths=known_lengths, async_lag=async_lag
+                    ),
                     seed=seed + point.window,
                 )
             )

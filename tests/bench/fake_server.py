@@ -51,6 +51,6 @@ if __name__ == "__main__":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: child.terminate())
         sys.exit(abs(child.wait()))
-    routes = [Route("/health", health), Route("/v1/slo/status", status),
+    routes = [Route("/health", health), Route("/livez", health), Route("/v1/slo/status", status),
               Route("/v1/completions", complete, methods=["POST"])]  # fmt: skip
     uvicorn.run(Starlette(routes=routes), port=int(sys.argv[1]), log_level="critical", timeout_graceful_shutdown=1)

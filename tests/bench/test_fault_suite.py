@@ -55,7 +55,9 @@ def test_without_a_fault_every_request_completes(faults, bed, scaled):
     assert sum(one["offered"] for one in row["phases"].values()) == row["offered"]
 
 
-@pytest.mark.parametrize("name", ["engine killed", "all killed", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["engine killed", "all killed", "SIGTERM, normal", "SIGTERM, overflow", "SIGINT, overflow"]
+)
 def test_a_server_that_ends_is_started_again_and_what_it_broke_off_is_told(faults, bed, scaled, name):
     row = faults.run_fault(name, bed, scaled, bed.options)
     assert row["failed_clearly"] > 0

@@ -112,7 +112,7 @@ class FakeVllm:
             return JSONResponse({"error": {"message": "Not Found", "code": 404}}, status_code=404)
 
         routes = [
-            Route("/health", self.health),
+            *(Route(path, self.health) for path in ("/health", "/ping")),
             Route("/v1/responses/{response_id}", lambda request: JSONResponse(self.document)),
             Route("/v1/models", lambda request: JSONResponse({"object": "list"})),
             *(Route(path, self.complete, methods=["POST"]) for path in (*ROUTES, "/v1/embeddings")),

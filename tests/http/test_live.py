@@ -1,9 +1,6 @@
 """The live page: who may open it, that it runs nothing foreign, and what a browser shows of a server."""
 
-import asyncio
-import contextlib
 import re
-import shutil
 import socket
 import threading
 import time
@@ -14,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from tests.http.browser import browser, chromium
 
 from slos_serve.config import ApiKey, SloConfig
 from slos_serve.http.live import document, served_policy
@@ -66,45 +64,6 @@ def test_the_page_names_no_other_host_and_lets_its_own_script_alone_run():
 # -- in a browser ------------------------------------------------------------------------------------
 
 
-class Tab:
-    """One tab of a headless browser, by its own protocol. `errors` is what its console complained about."""
-
-    def __init__(self, channel):
-        self._channel = channel
-        self._number = 0
-        self.errors = []
-
-    async def call(self, method, **params):
-        self._number += 1
-        await self._channel.send_json({"id": self._number, "method": method, "params": params})
-        while True:
-            message = await self._channel.receive_json()
-            if message.get("method") == "Runtime.exceptionThrown":
-                self.errors.append(message["params"]["exceptionDetails"])
-            elif message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
-                self.errors.append(message["params"]["entry"]["text"])
-            elif message.get("id") == self._number:
-                return message["result"]
-
-    async def open(self, url):
-        for domain in ("Page", "Runtime", "Log"):
-            await self.call(f"{domain}.enable")
-        await self.call("Page.navigate", url=url)
-
-    async def value(self, script):
-        return (await self.call("Runtime.evaluate", expression=script))["result"].get("value")
-
-    async def until(self, script):
-        """Wait until a script is true in the page."""
-        while not await self.value(script):  # noqa: ASYNC110 -- the page is another process
-            await asyncio.sleep(0.05)
-
-    async def press(self, key, code):
-        for kind in ("keyDown", "keyUp"):
-            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            await self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
-
-
 @pytest.fixture
 def server(hub, registry):
     """The address of a server with these pages and `/metrics`."""
@@ -126,26 +85,10 @@ def server(hub, registry):
 
 @pytest.fixture
 async def tab(tmp_path):
-    aiohttp = pytest.importorskip("aiohttp")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium is installed")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0")
-    quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
-    process = await asyncio.create_subprocess_exec(path, *flags, f"--user-data-dir={tmp_path}", "about:blank", **quiet)
-    try:
-        while not (where := tmp_path / "DevToolsActivePort").is_file() or "\n" not in where.read_text():
-            assert process.returncode is None, "Chromium does not start"
-            await asyncio.sleep(0.05)
-        port = where.read_text().splitlines()[0]
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                pages = [one for one in await answer.json() if one["type"] == "page"]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as channel:
-                yield Tab(channel)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
+    pytest.importorskip("aiohttp")
+    path = chromium() or pytest.skip("no Chromium is installed")
+    async with browser(path, tmp_path) as tab:
+        yield tab
 
 
 def feed(hub, say, slo_id, verdict="promised", reason="", outcome="met", **more):

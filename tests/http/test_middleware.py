@@ -6,10 +6,12 @@ import json
 import time
 
 import pytest
+from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.testclient import TestClient
 
 from slos_serve.config import ApiKey, SloClass, SloConfig
-from slos_serve.http import seal
+from slos_serve.http import health, seal
 from slos_serve.http.middleware import SloMiddleware
 
 CHAT = "/v1/chat/completions"
@@ -510,6 +512,55 @@ def test_pages_and_bodies_stay_behind_the_servers_own_key_check(vllm, hub):
     assert client.get("/v1/slo/classes", headers={"authorization": "Bearer sk-1"}).status_code == 200
     assert client.post(CHAT, json=body(slo={"class": "gold"})).status_code == 401
     assert not hub._records
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/readyz"])
+def test_a_server_that_is_being_profiled_lives_and_is_not_ready(client, hub, tmp_path, path):
+    hub.configure(slo={"profile": str(tmp_path / "p.json")})
+    assert (client.get(path).status_code, client.get(path).json()) == (503, {"status": "profiling"})
+    alive = client.get("/livez")
+    assert (alive.status_code, alive.json()) == (200, {"status": "alive"})
+    hub.feed({"snapshot": {"profile": {"r2": 0.99}}})
+    assert client.get(path).status_code == 200
+    assert client.head("/livez").status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["new", "all"])
+def test_a_server_that_its_operator_has_paused_lives_and_is_not_ready(client, hub, kind):
+    hub.feed({"snapshot": {"paused": kind, "num_running": 3, "steps": 7}})
+    hub._snapshots._worked_s -= 3600
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (503, {"status": "paused"})
+    assert client.get("/livez").status_code == client.get("/health").status_code == 200
+    hub.feed({"snapshot": {"paused": "", "num_running": 3, "steps": 8}})
+    assert client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_a_server_whose_engine_is_hung_does_not_live(client, hub, path):
+    hub.feed({"snapshot": {"num_running": 1, "steps": 7}})
+    assert client.get(path).status_code == 200
+    hub._snapshots._worked_s -= health.STALLED_S + 1
+    assert (client.get(path).status_code, client.get(path).json()) == (503, {"status": "stalled"})
+    hub.feed({"snapshot": {"num_running": 0, "steps": 7}})
+    assert client.get(path).status_code == 200  # idle: it makes no steps
+    hub._snapshots._taken_s -= health.SILENT_S + 1
+    assert (client.get(path).status_code, client.get(path).json()) == (503, {"status": "silent"})
+    hub.is_front = True
+    assert client.get(path).status_code == 200  # replicas are watched by others
+
+
+def test_nobody_needs_a_key_to_ask_whether_the_server_lives(vllm, hub):
+    class Locked:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            refused = scope["type"] == "http" and scope["path"].startswith("/v1")
+            await (Response(status_code=401) if refused else self.app)(scope, receive, send)
+
+    with TestClient(vllm.app(Middleware(SloMiddleware, hub=hub), Middleware(Locked))) as client:
+        assert client.get("/v1/slo/status").status_code == 401
+        assert [client.get(path).status_code for path in ("/livez", "/readyz", "/health")] == [200, 200, 200]
 
 
 def test_health_is_not_ready_before_the_profile_except_for_our_own_probe(client, hub, tmp_path):

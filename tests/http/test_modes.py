@@ -120,6 +120,29 @@ def test_every_engine_behind_a_server_is_told(client, hub):
     assert [len(engine.orders) for engine in engines] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("failure", [TimeoutError("the engine did not answer within 2 s"), None])
+def test_where_one_engine_is_not_switched_none_is(client, hub, failure):
+    engines = [FakeEngine(hub) for _ in range(3)]
+    for one in engines:
+        one.facts["class_modes"] = {"chat": "observe"}
+    hub.feed({"snapshot": engines[0].facts})
+    if failure is None:
+        hub.controls[1] = lambda _order: {"error": "expected observe, until slos-serve verify has passed"}
+    engines[1].failure = failure
+    response = client.post(PATH, json={"mode": "observe"})
+    assert response.status_code == (503 if failure else 400)
+    assert "have switched" not in response.json()["error"]["message"]
+    for one in (engines[0], engines[2]):
+        assert (one.facts["mode"], one.facts["class_modes"]) == ("enforce", {"chat": "observe"})
+
+
+def test_engines_that_never_said_what_held_stay_switched_and_that_is_told(client, hub):
+    engines = [FakeEngine(hub) for _ in range(2)]
+    engines[1].failure = TimeoutError("the engine did not answer within 2 s")
+    message = client.post(PATH, json={"mode": "observe"}).json()["error"]["message"]
+    assert message.endswith("(1 of 2 engines have switched)")
+
+
 def test_the_switch_stays_behind_the_servers_own_key_check(vllm, hub, engine):
     class Locked:
         def __init__(self, app):

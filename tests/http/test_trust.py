@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from slos_serve.config import ApiKey, SloClass, SloConfig, short
 from slos_serve.http import seal
@@ -20,6 +22,7 @@ CARRYING = [path for path, route in ROUTES.items() if route.place]
 SILENT = [path for path, route in ROUTES.items() if not route.place]
 FORGED = {"slo_id": "victim", "slo_arrival_s": 1.0, "slo_tenant": "gold", "slo_seal": "0" * 64, "slo_more": "x" * 9999}
 VOICE = SloClass(name="voice", ttft_ms=300, on_unattainable="reject")
+ACME_KEY = {"authorization": "Bearer sk-1"}
 
 
 def configure(hub, **config):
@@ -187,6 +190,149 @@ def test_names_are_short_and_stay_different():
     assert short("abc") == "abc"
     assert len(short(one)) == 128
     assert short(one) != short(other)
+
+
+HALF = "\\ud800"  # of a surrogate pair, as JSON can say it and no encoding holds it
+
+
+@pytest.mark.parametrize(
+    "slo",
+    [
+        f'{{"{HALF}": 1}}',
+        f'{{"class": "{HALF}"}}',
+        f'{{"stage": "{HALF}"}}',
+        f'{{"class": "chat", "tenant": "{HALF}"}}',
+    ],
+)
+@pytest.mark.parametrize("path", CARRYING)
+def test_what_no_encoding_holds_is_refused_in_words_that_hold_it(client, vllm, path, slo):
+    raw = f'{{"model": "m", "messages": [], "slo": {slo}}}'
+    refused = client.post(path, content=raw, headers={"content-type": "application/json"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("slo")
+    assert vllm.seen == []
+
+
+@pytest.mark.parametrize(
+    "order", [f'{{"{HALF}": 1}}', f'{{"mode": "{HALF}"}}', f'{{"mode": "observe", "class": "{HALF}"}}']
+)
+def test_an_order_that_no_encoding_holds_is_refused_too(client, hub, order):
+    configure(hub, api_keys=KEYS)
+    headers = {**OPS, "content-type": "application/json"}
+    assert client.post("/v1/slo/mode", content=order, headers=headers).status_code == 400
+
+
+def test_a_name_that_no_encoding_holds_closes_no_page(client, hub):
+    raw = f'{{"model": "m", "messages": [], "slo": {{"class": "chat"}}, "request_id": "{HALF}"}}'
+    assert client.post(CHAT, content=raw, headers={"content-type": "application/json"}).status_code == 200
+    for page in ("/v1/slo/requests", "/v1/slo/status", "/metrics"):
+        assert client.get(page).status_code in {200, 404}
+
+
+# -- a gateway's address --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "10.0.0.5",
+        "1.2.3.4, 10.0.0.5",
+        "10.0.0.5, 1.2.3.4",
+        "10.0.0.5:80",
+        "::ffff:10.0.0.5",
+        "[::ffff:10.0.0.5]:1",
+        " 10.0.0.5 ",
+    ],
+)
+@pytest.mark.parametrize("peer", ["10.0.0.5", "::ffff:10.0.0.5"])
+def test_an_address_that_a_header_says_is_no_gateways(app, hub, vllm, peer, said):
+    configure(hub, trusted_proxies=("10.0.0.0/8",))
+    with TestClient(app, client=(peer, 0)) as client:
+        headers = [("x-forwarded-for", "9.9.9.9"), ("x-forwarded-for", said), ("x-slo-tenant", "gold")]
+        assert client.post(CHAT, json=body(slo={"class": "chat"}), headers=headers).status_code == 200
+    assert "slo_tenant" not in told(vllm.seen[0])
+
+
+def test_a_gateway_that_says_for_whom_it_asks_is_believed(app, hub, vllm):
+    configure(hub, trusted_proxies=("10.0.0.0/8",))
+    with TestClient(app, client=("10.0.0.5", 4711)) as client:
+        headers = {"x-forwarded-for": "1.2.3.4, 10.1.1.1", "x-slo-tenant": "gold"}
+        client.post(CHAT, json=body(slo={"class": "chat"}), headers=headers)
+    assert told(vllm.seen[0])["slo_tenant"] == "gold"
+
+
+@pytest.mark.parametrize(
+    ("unknown_keys", "headers", "enters"), [("refuse", {}, False), ("refuse", ACME_KEY, True), ("default", {}, True)]
+)
+def test_a_websocket_is_no_side_door_for_strangers(hub, unknown_keys, headers, enters):
+    async def echo(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close"})
+
+    configure(hub, api_keys={"acme": ApiKey(key_sha256=ApiKey.digest("sk-1"))}, unknown_keys=unknown_keys)
+    client = TestClient(SloMiddleware(echo, hub))
+    if enters:
+        with client.websocket_connect("/v1/realtime", headers=headers):
+            return
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/realtime", headers=headers):
+        pass
+
+
+# -- a tenant's share -----------------------------------------------------------------------------
+
+
+def together(client, count, headers, **more):
+    """Send requests at the same time; return their statuses, in order of size."""
+    with ThreadPoolExecutor(count) as threads:
+        asked = [threads.submit(client.post, CHAT, json=body(**more), headers=headers) for _ in range(count)]
+        return sorted(one.result().status_code for one in asked)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tenant_has_so_many_answers_under_way_and_the_next_is_refused(client, vllm, hub, registry, stream):
+    configure(hub, api_keys=KEYS, max_requests_per_tenant=2)
+    vllm.seconds = 0.5
+    with ThreadPoolExecutor(2) as threads:
+        of_acme = threads.submit(together, client, 3, ACME, stream=stream)
+        of_beta = threads.submit(together, client, 2, BETA, stream=stream)
+        assert (of_acme.result(), of_beta.result()) == ([200, 200, 429], [200, 200])
+    assert together(client, 2, ACME, stream=stream) == [200, 200]  # room is given back
+    assert not hub._under_way
+    rejected = {"class": "best-effort", "outcome": "rejected", "tenant": "acme"}
+    assert registry.get_sample_value("slos_serve_requests_total", rejected) == 1
+
+
+def test_several_answers_to_one_request_count_as_several(client, vllm, hub):
+    configure(hub, api_keys=KEYS, max_requests_per_tenant=4)
+    assert client.post(CHAT, json=body(n=4), headers=ACME).status_code == 200
+    too_many = client.post("/v1/completions", json={"model": "m", "prompt": ["a", "b", "c"], "n": 2}, headers=ACME)
+    assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
+    assert hub.admit("acme", 2)  # somebody's, under way
+    refused = client.post(CHAT, json=body(n=3), headers=ACME)
+    assert (refused.status_code, refused.headers["x-slo-reason"]) == (429, "tenant-full")
+    assert 1 <= int(refused.headers["retry-after"]) <= 30
+    assert client.post(CHAT, json=body(n=2), headers=ACME).status_code == 200
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_strangers_share_one_share_on_every_route_whatever_they_call_themselves(client, vllm, hub, path):
+    configure(hub, max_requests_per_tenant=1)
+    assert hub.admit("", 1)
+    refused = client.post(path, json=body(path), headers={"x-slo-tenant": "gold"} if path in CARRYING else {})
+    assert (refused.status_code, vllm.seen) == (429, [])
+
+
+def test_what_goes_wrong_on_the_way_gives_its_room_back(client, vllm, hub):
+    configure(hub, max_requests_per_tenant=1)
+    vllm.status = 404
+    assert [client.post(CHAT, json=body()).status_code for _ in range(3)] == [404] * 3
+    vllm.status = 200
+    vllm.events = [RuntimeError("engine died")]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="engine died"):
+            client.post(CHAT, json=body(stream=True))
+    assert not hub._under_way
 
 
 # -- one's own requests ---------------------------------------------------------------------------

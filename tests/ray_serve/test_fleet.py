@@ -41,6 +41,25 @@ def test_a_replica_that_makes_no_steps_although_it_has_requests_is_silent(fleet,
     assert fleet.is_silent("a")
 
 
+@pytest.mark.parametrize("kind", ["new", "all"])
+def test_newcomers_go_past_a_replica_in_pause_and_what_runs_there_stays(fleet, clocks, kind):
+    fleet.use(make_router("least-load"))
+    two(fleet, clocks, paused=kind)
+    assert fleet.choose(hop(), ["a", "b"])[0] == "b"
+    assert fleet.num_usable == 1
+    assert not fleet.is_silent("a")
+    two(fleet, clocks, paused="")
+    clocks.now += 1
+    two(fleet, clocks, paused="")
+    assert fleet.num_usable == 2
+
+
+def test_where_all_replicas_are_paused_one_is_asked_all_the_same(fleet, clocks):
+    fleet.use(make_router("least-load"))
+    fleet.update({name: stats(clocks.now, paused="all") for name in "ab"})
+    assert sorted(fleet.choose(hop(), ["a", "b"])) == ["a", "b"]
+
+
 def test_a_replica_whose_reports_stop_while_others_go_on_is_silent(fleet, clocks):
     two(fleet, clocks)
     old = stats(clocks.now)

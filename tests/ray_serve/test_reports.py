@@ -52,6 +52,20 @@ def test_an_engine_that_makes_no_step_although_it_has_requests_is_stalled(hub, r
     assert reporter.report()["stalled_s"] == 0.0
 
 
+@pytest.mark.parametrize("kind", ["new", "all"])
+def test_an_engine_in_pause_is_never_stalled_and_says_that_it_is_paused(hub, reporter, clocks, kind):
+    heard(hub, clocks)
+    reporter.report()
+    heard(hub, clocks, paused=kind)
+    clocks.now += 3600.0
+    report = reporter.report()
+    assert (report["stalled_s"], report["status"]["paused"]) == (0.0, kind)
+    heard(hub, clocks, paused="")
+    assert reporter.report()["stalled_s"] == 0.0
+    clocks.now += 7.0
+    assert reporter.report()["stalled_s"] == 7.0  # it was resumed, and makes no step
+
+
 def test_an_idle_engine_is_never_stalled_and_its_state_never_old(hub, reporter, clocks):
     heard(hub, clocks, num_running=0)
     reporter.report()

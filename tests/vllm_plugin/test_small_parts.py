@@ -32,6 +32,16 @@ def test_a_clock_that_steps_back_goes_on_from_where_it_was() -> None:
     assert clock.place(1e9) == 113.0
 
 
+@pytest.mark.parametrize("seconds", [-3600.0, -5.0, 5.0, 3600.0])
+def test_a_system_clock_that_is_set_moves_neither_the_time_nor_what_others_stamp(monkeypatch, seconds) -> None:
+    clock, read = Clock(), time.time
+    before = clock.now()
+    monkeypatch.setattr(time, "time", lambda: read() + seconds)
+    assert before <= clock.now() < before + 1.0
+    assert clock.take_step_back() == 0.0
+    assert clock.place(time.time() - 2.0) == pytest.approx(clock.now() - 2.0, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("document", "key"),
     [

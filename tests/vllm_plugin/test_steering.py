@@ -166,6 +166,18 @@ def test_plans_are_carried_out_one_step_ahead_under_async_scheduling(build, seed
     assert not scheduler.slo.divergences["extra"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_request_whose_last_token_is_in_flight_is_not_planned(build, seed) -> None:
+    ours = {"planner": "slos_serve.core.planner.SloPlanner", "always_plan": False}
+    scheduler = build(cls=AsyncSloScheduler, slo=ours)
+    engine = Engine(scheduler, depth=2)
+    names = feed(scheduler, 30, np.random.default_rng(seed))
+    engine.run()
+    check_clean(scheduler, engine, names)
+    assert scheduler.slo.num_plans
+    assert not scheduler.slo.divergences
+
+
 def test_preemptions_under_async_scheduling_lose_no_request(build) -> None:
     scheduler = build(RandomPlanner(3, preempt=0.1), cls=AsyncSloScheduler)
     engine = Engine(scheduler, depth=2)

@@ -20,6 +20,7 @@ from slos_serve.sim.capacity.study import FULL, QUICK, Study
 from slos_serve.sim.capacity.table import OURS, OURS_AR, as_text
 from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.hardware import hardware_names, load_hardware
+from slos_serve.sim.replica.replica import ASYNC_LAG
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.workloads.scenarios import HARDWARE_SETS, SCENARIOS, find_scenario
 from slos_serve.terminal.bar import Bar
@@ -68,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
     parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (200 to 1000, quick half)")
     parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
+    parser.add_argument("--async-lag", action=argparse.BooleanOptionalAction, default=None, help=ASYNC_LAG)
     parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
     parser.add_argument("--slo-scale", metavar="F", type=float, default=1.0, help="multiply every promise (1)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
@@ -156,6 +158,7 @@ def read_study(args: argparse.Namespace) -> Study:
         is_quick=args.quick,
         max_requests=args.requests,
         acceptance=args.acceptance,
+        async_lag=args.async_lag,
         known_lengths=args.known_lengths,
         slo_scale=args.slo_scale,
         seed=args.seed,

@@ -19,6 +19,7 @@ KEYS = {
     "ttft_allowance_ms": "added to every slowdown: what the way to the client may take",
     "max_best_effort_queue": "so many requests without a promise may wait, then 429; null: no limit",
     "max_promises_per_tenant": "so many live requests of one tenant may hold or ask for a promise; null: no limit",
+    "max_requests_per_tenant": "so many answers of one tenant may be under way, then 429; null: no limit",
     "client_numbers": "whether clients may bring numbers of their own, or name classes only",
     "slo_limits": "number: [least, most] that a client may ask for; default: 1 ms to a day, slowdowns 1 to 1000",
     "unknown_keys": "requests without one of api_keys: default (served in the default class) or refuse (401)",

@@ -21,6 +21,7 @@ from slos_serve.http.picture import picture
 from slos_serve.records.reader import Recording, read_recording
 
 WIDTHS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+SAID = {"declined": "best-effort", "rejected": "rejected"}
 MOST_BUCKETS, MOST_LISTED, MOST_TOLD = 120, 1000, 300
 Document = dict[str, Any]
 
@@ -113,7 +114,7 @@ def _of_row(one: Mapping[str, Any], folder: Path) -> Document:
             "class": one["class"],
             "arrival_s": sent_s,
             **{key: one[key] for key in ("outcome", "promised", "stages")},
-            "verdict": one.get("verdict") or ("promised" if one["promised"] else "pending"),
+            "verdict": one.get("verdict") or SAID.get(one["outcome"], "promised" if one["promised"] else ""),
             "reason": one.get("reason") or "",
             "promise" if one["promised"] else "asked": slo,
             "ttft_ms": times["ttft"],

@@ -21,7 +21,7 @@ from slos_serve.named import check_router
 from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.cluster.faults import FORM, parse_fault
 from slos_serve.sim.hardware import hardware_names, load_hardware
-from slos_serve.sim.replica.replica import ReplicaOptions
+from slos_serve.sim.replica.replica import ASYNC_LAG, ReplicaOptions
 from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import SYSTEMS, System, find_system
 from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
@@ -93,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--acceptance-drift", metavar="D", type=float, default=0.0, help="added to the acceptance every 100 s (0)"
     )
-    parser.add_argument("--async-lag", action="store_true", help="plan one step ahead, as asynchronous scheduling does")
+    parser.add_argument("--async-lag", action=argparse.BooleanOptionalAction, default=None, help=ASYNC_LAG)
     parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write results.json, requests.jsonl, steps.jsonl: for show"
@@ -232,6 +232,7 @@ def simulate(
         wall_s = time.perf_counter() - start
     entry = result.entry(system=system.name, wall_s=wall_s)
     entry["hardware"] = hardware.name
+    entry["async_lag"] = result.replica.options.async_lag
     entry["settings"] = settings
     if args.scenario is not None:
         entry["data"] = args.data or SYNTHETIC

@@ -57,6 +57,9 @@ def story(record: Record, explanation: Mapping[str, Any] | None = None) -> list[
 
 
 def _verdict(record: Record) -> Iterator[str]:
+    if record.get("verdict") == "":
+        yield "Nothing was said about a promise."
+        return
     verdict, reason = str(record.get("verdict") or Said.PENDING), str(record.get("reason") or "")
     meaning = MEANINGS[Said].get(verdict)
     yield f"Verdict: {verdict}{f' ({meaning})' if meaning else ''}" + (

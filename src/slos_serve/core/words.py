@@ -34,6 +34,7 @@ class Reason(StrEnum):
     PAUSED = "paused"
     SHARE = "share"
     QUEUE_FULL = "queue-full"
+    TENANT_FULL = "tenant-full"
     TTL_EXPIRED = "ttl-expired"
 
 
@@ -70,6 +71,7 @@ MEANINGS: dict[type[StrEnum], dict[str, str]] = {
         Reason.PAUSED: "the operator has paused the engine; it may be promised when that ends",
         Reason.SHARE: "its tenant holds as many promises as the operator allows",
         Reason.QUEUE_FULL: "as many requests without a promise wait as the operator allows",
+        Reason.TENANT_FULL: "its tenant has as many requests under way as the operator allows",
         Reason.TTL_EXPIRED: "it waited longer than its class allows and was never begun",
     },
     Outcome: {

@@ -123,6 +123,18 @@ class EmulatedWorker(WorkerBase):
         """Compile nothing."""
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
+    def reset_encoder_cache(self) -> None:
+        """Empty nothing."""
+
+    def reset_mm_cache(self) -> None:
+        """Empty nothing."""
+
+    def sleep(self, level: int = 1) -> None:
+        """Free nothing: there are no weights."""
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Bring nothing back."""
+
     def get_supported_tasks(self) -> tuple[str, ...]:
         """Return that text is generated, and nothing else."""
         return ("generate",)

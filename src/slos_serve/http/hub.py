@@ -12,6 +12,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,13 @@ class Hub:
         self.controls: list[Callable[[dict[str, Any]], Mapping[str, Any]]] = []
         self.num_malformed = 0
         self.delivery = Delivery()
+        self.is_front = False  # no engine is beside it: it stands before replicas, which are watched by others
         self._client = 0
         self._lock = threading.Lock()
         self._records = Records(max_records)
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         self._snapshots = Snapshots()
+        self._under_way: Counter[str] = Counter()  # answers by tenant, where the operator bounds them
 
     def configure(self, *, slo: Mapping[str, Any] | None = None, model: str | None = None, client: int = 0) -> None:
         """Take over `additional_config["slo"]`: class configuration, mode and profile. `ConfigError` if bad.
@@ -318,6 +321,11 @@ class Hub:
         return self._snapshots.age_s
 
     @property
+    def stalled_s(self) -> float:
+        """Seconds since an engine was last seen to have made a step; infinite before the first."""
+        return self._snapshots.idle_s
+
+    @property
     def is_heard(self) -> bool:
         """Tell whether an engine of ours is publishing, so that a verdict is worth a moment's wait."""
         return self.snapshot_age_s <= SILENT_S
@@ -346,6 +354,20 @@ class Hub:
         if rejects and headroom is not None and headroom <= 0:
             return "compute"
         return None
+
+    def admit(self, tenant: str, count: int) -> bool:
+        """Count answers of a tenant as under way, until `leave`; False where that is more than the operator allows."""
+        limit = self.config.max_requests_per_tenant
+        if limit is not None and self._under_way[tenant] + count > limit:
+            return False
+        self._under_way[tenant] += count
+        return True
+
+    def leave(self, tenant: str, count: int) -> None:
+        """Count answers as over that were admitted."""
+        self._under_way[tenant] -= count
+        if self._under_way[tenant] <= 0:
+            del self._under_way[tenant]
 
     @property
     def delivery_lead_s(self) -> float:

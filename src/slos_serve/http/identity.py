@@ -17,7 +17,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 AUTHORIZATION, API_KEY = b"authorization", b"x-api-key"
 OURS = (b"x-slo-", b"x-llm-d-slo-")
-FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"})
+FORWARDED_FOR = b"x-forwarded-for"
+FORWARDED = frozenset({b"forwarded", b"via", FORWARDED_FOR, b"x-forwarded-host", b"x-real-ip"})
 
 
 class RequestError(SlosServeError, ValueError):
@@ -64,7 +65,7 @@ class Identities:
 
     def caller(self, named: Mapping[bytes, bytes], peer: str | None) -> Caller:
         """Return who sends a request with these headers (see `single`) from the address `peer`."""
-        is_proxy = self._is_proxy(peer)
+        is_proxy = self._is_proxy(peer) and not _is_hearsay(peer, named)
         tenant, key = self._keys.get(_digest(named), ("", None)) if self._keys else ("", None)
         return Caller(
             tenant=tenant,
@@ -97,7 +98,7 @@ def single(headers: Headers) -> dict[bytes, bytes]:
     for name, value in headers:
         if name in named and (name in {AUTHORIZATION, API_KEY} or name.startswith(OURS)):
             raise RequestError(param=name.decode("latin-1"), value="(written twice)", expected="this header once")
-        named[name] = value
+        named[name] = named[name] + b"," + value if name == FORWARDED_FOR and name in named else value
     return named
 
 
@@ -124,6 +125,18 @@ def _address(peer: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_hearsay(peer: str | None, named: Mapping[bytes, bytes]) -> bool:
+    """Tell whether a peer's address may be none but what a header says: Uvicorn puts that in its place."""
+    said = named.get(FORWARDED_FOR, b"").decode("latin-1").split(",")
+    return any(_address(peer) in {_address(form) for form in _without_port(one.strip())} for one in said if one.strip())
+
+
+def _without_port(said: str) -> tuple[str, ...]:
+    """Return what may be the address in a text such as 1.2.3.4:80 or [::1]:80."""
+    inside, _, after = said.removeprefix("[").partition("]")
+    return (inside, said.rpartition(":")[0]) if not after or after.startswith(":") else (said,)
 
 
 def _is_loopback(peer: str | None) -> bool:

@@ -1,5 +1,5 @@
 "use strict";
-const AGAIN_MS = 4000, SILENT_MS = 9000, MOST_BARS = 120, MOST_REQUESTS = 400;
+const AGAIN_MS = 4000, SILENT_MS = 9000, MOST_BARS = 120, MOST_REQUESTS = 200;
 const base = location.pathname.replace(/\/slo\/?$/, "/");
 const given = JSON.parse(document.getElementById("data").textContent);  // a run that is over; null: a server is asked
 const at = id => document.getElementById(id);
@@ -55,14 +55,17 @@ function take(document) {
   const oldest = document.now - 3600;
   if (!given) for (const t of buckets.keys()) if (t < oldest) buckets.delete(t);
   for (const one of document.requests) requests.set(one.id, one);
-  for (const id of requests.keys()) {
-    if (requests.size <= MOST_REQUESTS) break;
-    requests.delete(id);
-  }
+  if (!given) forget();
   seen = document;
   heardAt = Date.now();
   show();
 }
+function forget() {  // the oldest requests, those in trouble apart from the others
+  const kinds = { true: 0, false: 0 };
+  for (const one of [...requests.values()].sort((a, b) => (b.arrival_s || 0) - (a.arrival_s || 0)))
+    if (++kinds[isTrouble(one)] > MOST_REQUESTS) requests.delete(one.id);
+}
+const isTrouble = one => one.state === "broken" || one.state === "declined";
 const SUMMED = (into, from) => {
   for (const [name, value] of Object.entries(from || {}))
     if (typeof value === "object") SUMMED(into[name] ||= {}, value);
@@ -117,10 +120,11 @@ function showMode(status) {
   const wanted = status.mode && status.effective_mode && status.mode !== status.effective_mode;
   const classes = Object.entries(status.class_modes || {}).map(([name, one]) => name + ": " + one).join(", ");
   const isOld = status.snapshot_age_s > 5;
-  put("mode", status.said || (status.profiling ? "Profiling: nothing is promised yet. " : "") +
-    (said[mode] || "No engine has been heard yet.") + (wanted ? " Asked for: " + status.mode + "." : "") +
-    (reason ? " Why: " + reason + "." : "") + (classes ? " By class: " + classes + "." : "") +
-    (isOld ? " The engine was last heard " + Math.round(status.snapshot_age_s) + " s ago: is it down?" : ""));
+  const last = Math.round(status.snapshot_age_s);
+  put("mode", status.said || (isOld ? "The engine is not heard, for " + last + " s now: is it down? What is shown is old. " : "") +
+    (status.profiling ? "Profiling: nothing is promised yet. " : "") +
+    (isOld ? "" : said[mode] || "No engine has been heard yet.") + (wanted ? " Asked for: " + status.mode + "." : "") +
+    (reason ? " Why: " + reason + "." : "") + (classes ? " By class: " + classes + "." : ""));
   at("mode").className = isOld || (wanted && !status.profiling) ? "notice" : "";
   put("model", status.model || "");
   at("emulated").hidden = !status.device;
@@ -135,13 +139,13 @@ function showLoad(snapshot, whole) {
   const blocks = now.num_kv_blocks;
   tiles("tiles", [
     [percent(sums.met || 0, sums.counted), "of SLOs met, " + when()],
-    [percent(sums.kept || 0, (sums.kept || 0) + (sums.broken || 0)), "of promises kept, " + plural(sums.broken || 0, "broken one")],
+    [percent(sums.kept || 0, (sums.kept || 0) + (sums.broken || 0)), "of promises kept, " + (sums.broken || "none") + " broken"],
     ...(snapshot ? [
       tile("num_promised", "promised"), tile("num_best_effort", "best-effort"), tile("num_waiting", "waiting to run"),
       [number(now.num_pending), "without a verdict, now"],
       [number(now.headroom_tokens_per_s), "prompt tokens/s still to promise"],
       [blocks ? percent(blocks - now.free_kv_blocks, blocks) : "–", "of the KV cache in use"],
-    ] : [[plural(sums.counted || 0, "request"), "with an SLO"]]),
+    ] : [[number(sums.counted || 0), "requests with an SLO"]]),
   ]);
 }
 const when = () => given ? "all of the run" : at("span").selectedOptions[0].textContent;
@@ -247,7 +251,7 @@ function showSteps(snapshot, steps) {
   at("steps").hidden = !snapshot && !steps.n;
   tiles("predicted", [
     [steps.foretold ? percent(steps.error_s, steps.foretold_s) : "–", "mean error of a step's predicted time" + away],
-    [steps.n ? percent(steps.n - (steps.late || 0), steps.n) : share(one.margin_coverage), "of steps within prediction and margin"],
+    [percent(steps.n - (steps.late || 0), steps.n), "of steps within prediction and margin"],
     ...(snapshot ? [
       [share(one.margin_coverage), "margin coverage as the scheduler sees it (under 90 %: steps down)"],
       [isNumber(plan.p50) ? ms(plan.p50 * 1000) : "–", "to plan a step, median"],
@@ -276,7 +280,7 @@ function titleOf(one) {
   return [NAMES[one.state] || one.state, one.class, one.reason, time, one.tenant].filter(Boolean).join(" · ");
 }
 function showRequests() {
-  const which = at("which").value, tests = { all: () => true, trouble: one => one.state === "broken" || one.state === "declined" };
+  const which = at("which").value, tests = { all: () => true, trouble: isTrouble };
   const all = [...requests.values()].sort((a, b) => (b.arrival_s || 0) - (a.arrival_s || 0));
   const shown = all.filter(tests[which] || (one => one.state === which)), before = new Map();
   for (const node of at("list").children) before.set(node.dataset.id, node);

@@ -2,25 +2,15 @@
 
 Theory of operation. vLLM puts a `--middleware` outside everything else, its API key check included. So
 nothing is read or decided before the server inside asks for the request's body, which it does only for a
-client it lets in; then the body is read, checked and handed on with `vllm_xargs` written into it. What a
-refused client gets replaces the server's own complaint about the empty body it is given instead.
-
-On the way back a streamed response's headers wait for the verdict, or for the first chunk, or for the
-deadline, whichever comes first; vLLM submits a request only when its stream is first read, so the server
-inside is never made to wait. What is answered in the place of the server inside goes out with the headers of that
-server's own middlewares (CORS, request ids). A class whose wait is bounded (`ttl_ms`) may still be refused until it
-begins, so its headers wait for its first chunk. The last data event carries `slo` and `service_tier`, every other
-byte passes untouched. Requests that say nothing about latency cost one scan of their body.
+client it lets in (`exchange`), and our own pages replace a 404 of the server inside. What is answered in its place
+goes out with the headers of its own middlewares (CORS, request ids). Requests that say nothing about latency cost one
+scan of their body.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -28,30 +18,21 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slos_serve.config import short
-from slos_serve.core.words import Reason, Said
-from slos_serve.http import answers, modes, openapi, replies, routes, seal
+from slos_serve.http import answers, health, modes, openapi, replies
 from slos_serve.http.broadcast import Broadcast
+from slos_serve.http.exchange import Exchange
+from slos_serve.http.headers import bodiless, dress, is_json, length_header, peer, without_length
 from slos_serve.http.hub import HUB, Hub
-from slos_serve.http.identity import RequestError, UnknownKeyError, text
+from slos_serve.http.identity import RequestError
 from slos_serve.http.live import LIVE
 from slos_serve.http.records import Record
-from slos_serve.http.routes import ROUTES, SILENT, Route
-from slos_serve.http.slo import SloRequest
-from slos_serve.http.stream import EventTail, StreamTail, write_into
+from slos_serve.http.routes import ROUTES
+from slos_serve.http.stream import write_into
 from slos_serve.http.tracing import RequestSpan, process_tracer
 
 RESPONSES, OPENAPI = "/v1/responses", "/openapi.json"
 MODE_PATH = replies.SLO_PREFIX + "mode"
 MAX_BODY = 1 << 16  # of what is posted to us
-LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
-PROBE_HEADER = (b"x-slos-serve-probe", b"1")
-INVALID_BODY = b"{"
-LAST_WAIT_S = 0.1
-OWN_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"})
-EXPOSED = ", ".join(answers.EXPOSED_HEADERS).encode()
-
-RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class SloMiddleware:
@@ -68,6 +49,10 @@ class SloMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
+        if scope["type"] == "websocket" and not self._may_connect(scope):
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "this server serves known API keys only"})
+            return
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             method = scope["method"]
@@ -86,9 +71,13 @@ class SloMiddleware:
             if method == "GET" and path == OPENAPI:
                 await self._rewritten(scope, receive, send, partial(openapi.augmented, config=self.hub.config))
                 return
-            if path == "/health" and self.hub.is_profiling and PROBE_HEADER not in scope["headers"]:
-                await replies.profiling()(scope, receive, send)
-                return
+            if path in health.PATHS:
+                response = health.answer(self.hub, path, is_own=health.PROBE_HEADER in scope["headers"])
+                if response is not None:
+                    await response(scope, receive, send)
+                    return
+                if path == health.READY:
+                    scope = {**scope, "path": "/health", "raw_path": b"/health"}
         await self.app(scope, receive, send)
 
     async def _exchange(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,12 +85,20 @@ class SloMiddleware:
         span = None if tracer is None else RequestSpan(tracer, scope, path)
         if span is not None:
             scope, send = {**scope, "headers": span.passed_on(scope["headers"])}, span.watching(send)
-        exchange = _Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path])
+        exchange = Exchange(self.app, scope, receive, send, hub=self.hub, route=ROUTES[path])
         try:
             await exchange.run()
         finally:
             if span is not None:
                 span.end(self.hub, exchange.slo_id, exchange.num_choices)
+
+    def _may_connect(self, scope: Scope) -> bool:
+        """Tell whether somebody may talk over a WebSocket, which says nothing of an SLO and is served best-effort."""
+        if self.hub.config.unknown_keys != "refuse":
+            return True
+        with contextlib.suppress(RequestError):
+            return self.hub.operator.caller(scope["headers"], peer(scope)).is_known
+        return False
 
     async def _page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer in place of the 404 of the server inside, so that its API key check guards our pages too."""
@@ -116,12 +113,12 @@ class SloMiddleware:
         await self.app(scope, receive, send_page)
         if replaced:  # the server inside is done: a stream of ours is no long request of its
             response = await self._answer(path, scope, receive)
-            _dress(response, replaced[0]["headers"])
-            await response(scope, receive, _bodiless(send) if scope["method"] == "HEAD" else send)
+            dress(response, replaced[0]["headers"])
+            await response(scope, receive, bodiless(send) if scope["method"] == "HEAD" else send)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Response:
         try:
-            caller = self.hub.operator.caller(scope["headers"], _peer(scope))
+            caller = self.hub.operator.caller(scope["headers"], peer(scope))
         except RequestError as problem:
             return replies.bad_request(problem)
         if scope["method"] == "POST":
@@ -137,7 +134,7 @@ class SloMiddleware:
 
         async def send_rewritten(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if message["status"] == HTTPStatus.OK and _is_json(message):
+                if message["status"] == HTTPStatus.OK and is_json(message):
                     held.append(message)
                     return
             elif held:
@@ -145,7 +142,7 @@ class SloMiddleware:
                 if message.get("more_body", False):
                     return
                 body = rewrite(b"".join(one.get("body", b"") for one in held[1:]))
-                await send({**held[0], "headers": [*_without_length(held[0]["headers"]), _length(body)]})
+                await send({**held[0], "headers": [*without_length(held[0]["headers"]), length_header(body)]})
                 message = {"type": "http.response.body", "body": body}
             await send(message)
 
@@ -159,308 +156,9 @@ class SloMiddleware:
     def _record_for(self, name: str, scope: Scope) -> Record | None:
         operator = self.hub.operator
         with contextlib.suppress(RequestError):
-            caller = operator.caller(scope["headers"], _peer(scope))
+            caller = operator.caller(scope["headers"], peer(scope))
             return self.hub.find(name, lambda tenant: operator.identities.may_see(caller, tenant))
         return None
-
-
-class _Exchange:
-    """One request and its response."""
-
-    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, *, hub: Hub, route: Route) -> None:
-        self._app = app
-        self._hub = hub
-        self._route = route
-        self._scope = dict(scope)
-        self._client_receive = receive
-        self._client_send = send
-        self._received_s = self._arrival_s = time.time()
-        self._entered_s = time.monotonic()
-        self._body_was_read = False
-        self.slo_id = ""
-        self._request = SloRequest(slo_class="")
-        self.num_choices = 1
-        self._may_stop_early = False
-        self._is_background = False
-        self._start: Message | None = None
-        self._is_started = False
-        self._was_sent = False  # the first chunk of a stream
-        self._reply: Response | None = None  # in place of what the server inside answers
-        self._is_answered = False
-        self._refused = asyncio.Event()
-        self._starting = asyncio.Lock()
-        self._watch: asyncio.Task[None] | None = None
-        self._tail: StreamTail | EventTail | None = None
-        self._document: list[bytes] | None = None
-
-    async def run(self) -> None:
-        """Let the server inside answer."""
-        try:
-            await self._app(self._scope, self._receive, self._send)
-        finally:
-            if self._watch is not None:
-                self._watch.cancel()
-            if self._reply is not None:
-                await self._reply_with(())
-
-    # -- the request ------------------------------------------------------------------------------
-
-    async def _receive(self) -> Message:
-        if self._body_was_read:
-            return await self._receive_more()
-        chunks, size, limit = [], 0, self._hub.config.max_body_bytes
-        while True:
-            message = await self._client_receive()
-            if message["type"] != "http.request":
-                return message  # the client left while it was still sending
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > limit or not message.get("more_body", False):
-                break
-        self._body_was_read = True
-        # Only now: whoever sends slowly has not waited, and gains no seniority.
-        self._arrival_s, self._entered_s = time.time(), time.monotonic()
-        raw = b"".join(chunks)
-        chunks.clear()
-        body = await (self._prepared(raw) if size <= limit else self._answer(replies.too_large(limit)))
-        headers = [h for h in self._scope["headers"] if h[0] != b"content-length"]
-        self._scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def _receive_more(self) -> Message:
-        """Wait for the client to leave; a request that was refused meanwhile counts as gone."""
-        if not self._request.rejects:
-            return await self._client_receive()
-        client = asyncio.ensure_future(self._client_receive())
-        refused = asyncio.ensure_future(self._refused.wait())
-        try:
-            await asyncio.wait((client, refused), return_when=asyncio.FIRST_COMPLETED)
-            return client.result() if client.done() else {"type": "http.disconnect"}
-        finally:
-            client.cancel()
-            refused.cancel()
-
-    async def _prepared(self, raw: bytes) -> bytes:
-        """Return the body for the server inside; refuses what is malformed or has no room."""
-        hub, headers = self._hub, self._scope["headers"]
-        if not hub.operator.concerns(headers, raw):
-            reason = hub.refusal(best_effort=True, rejects=False)
-            return raw if reason is None else await self._refuse(reason)
-        try:
-            document = await asyncio.to_thread(json.loads, raw) if len(raw) > LARGE_BODY else json.loads(raw)
-        except (ValueError, RecursionError):
-            document = None
-        if self._route is SILENT:
-            document = document if isinstance(document, dict) else {}  # a form with a recording in it
-        if not isinstance(document, dict) or (not document and self._route is not SILENT):
-            return raw  # the server inside says what is wrong with it
-        own = self._route.arguments(document)
-        try:
-            request = hub.operator.read(headers, {**document, routes.VLLM_XARGS[0]: own}, _peer(self._scope))
-            self._check(request, document)
-        except RequestError as problem:
-            return await self._answer(replies.bad_request(problem))
-        except UnknownKeyError as problem:
-            return await self._answer(replies.error(HTTPStatus.UNAUTHORIZED, str(problem)))
-        self._request = request
-        reason = hub.refusal(best_effort=request.best_effort, rejects=request.rejects)
-        if reason is not None:
-            return await self._refuse(reason)
-        if self._route is SILENT or not isinstance(own, dict | None):
-            return raw
-        return self._stamped(raw, document, own or {})
-
-    def _check(self, request: SloRequest, document: Mapping[str, Any]) -> None:
-        """Refuse what could not be kept to."""
-        if self._route is SILENT and self._hub.operator.wishes(self._scope["headers"], document):
-            raise RequestError(param="slo", value="(asked)", expected="nothing on this route: it promises no latency")
-        if request.rejects and document.get("background"):
-            expected = "false for a class that asks to be refused: the answer comes before the verdict"
-            raise RequestError(param="background", value=True, expected=expected)
-
-    def _stamped(self, raw: bytes, document: Mapping[str, Any], own: Mapping[str, Any]) -> bytes:
-        """Return the body with what the engine is told, and nothing of that by anybody else."""
-        request = self._request
-        kept = {key: value for key, value in own.items() if not key.startswith("slo_")}
-        session = {"session_id": request.session} if request.session and "session_id" not in own else {}
-        if not (request.asked or request.xargs):
-            changed = {**kept, **session}
-            return raw if changed == own else self._route.written(raw, document, changed)
-        slo_id = uuid.uuid4().hex
-        stamped_s = self._arrival_s - self._hub.delivery_lead_s
-        xargs = {**request.xargs, "slo_id": slo_id, "slo_arrival_s": stamped_s}
-        if request.asked:
-            self.slo_id = slo_id
-            self._hub.open(
-                slo_id,
-                slo_class=request.slo_class,
-                tenant=request.tenant,
-                arrival_s=self._arrival_s,
-                best_effort=request.best_effort,
-                reason=request.reason,
-                shown_tenant=request.shown_tenant,
-                client_id=_client_id(self._scope["headers"], document),
-                upload_ms=round((self._arrival_s - self._received_s) * 1000, 1),
-                _stamped_s=stamped_s,
-            )
-            self.num_choices = routes.num_parts(document)
-            self._may_stop_early = bool(document.get("stop"))
-            self._is_background = bool(document.get("background"))
-            if request.rejects:
-                self._watch = asyncio.create_task(self._await_verdict())
-        return self._route.written(raw, document, {**kept, **session, **seal.sealed(xargs)})
-
-    # -- the response -----------------------------------------------------------------------------
-
-    async def _send(self, message: Message) -> None:
-        if self._reply is not None:
-            if message["type"] == "http.response.start":
-                await self._reply_with(message["headers"])
-            elif self._start is not None and self._scope.get("asgi", {}).get("spec_version", "2.0") >= "2.4":
-                raise OSError("the request was refused")  # how such servers say that the client has left
-        elif not self.slo_id:
-            await self._client_send(message)
-        elif message["type"] == "http.response.start":
-            await self._take_start(message)
-        elif message["type"] == "http.response.body":
-            await self._take_body(message)
-        else:
-            await self._begin()
-            await self._client_send(message)
-
-    async def _take_start(self, message: Message) -> None:
-        headers = dict(message["headers"])
-        kind = headers.get(b"content-type", b"")
-        if message["status"] != 200 or b"content-encoding" in headers:
-            self._is_started = True
-            named = [(b"x-slo-id", self.slo_id.encode())]  # an answer that is none can be asked about all the same
-            await self._client_send({**message, "headers": _exposed([*message["headers"], *named])})
-            return
-        self._start = message
-        if kind.startswith(b"text/event-stream"):
-            self._tail = self._route.tail(self._extra, self.num_choices)
-            if self._watch is None or self._watch.done():
-                self._watch = asyncio.create_task(self._await_verdict())
-        elif kind.startswith(b"application/json"):
-            self._document = []
-
-    async def _take_body(self, message: Message) -> None:
-        data: bytes = message.get("body", b"")
-        more = message.get("more_body", False)
-        if self._document is not None:
-            self._document.append(data)
-            if more:
-                return
-            await self._settle(ended=not self._is_background)
-            if await self._was_sent_away():
-                return
-            data = write_into(b"".join(self._document), self._extra())
-            await self._begin(content_length=len(data))
-        elif self._tail is not None:
-            ended = self._tail.ends_in(data)
-            if ended or (self._request.rejects and not self._is_started):
-                await self._settle(ended=ended)
-            if await self._was_sent_away():
-                return
-            await self._begin()
-            data = self._tail.feed(data)
-            if not more:
-                data += self._tail.close()
-            elif not data:
-                return
-        else:
-            await self._begin()
-        if self._reply is None:
-            await self._client_send({"type": "http.response.body", "body": data, "more_body": more})
-            if self._tail is not None and not self._was_sent:
-                self._was_sent = True
-                self._hub.annotate(self.slo_id, _sent_s=time.time())
-
-    async def _was_sent_away(self) -> bool:
-        """Refuse a request that the engine ended because it had waited too long; tell whether it did."""
-        ttl_s = self._request.ttl_s
-        if ttl_s is None or self._is_started or self._reply or time.time() - self._arrival_s < ttl_s:
-            return False
-        await self._hub.wait_end(self.slo_id, self.num_choices, LAST_WAIT_S)
-        if not self._hub.was_sent_away(self.slo_id):
-            return False
-        await self._answer(replies.refusal(Reason.TTL_EXPIRED, self._hub.retry_after_s))
-        return True
-
-    async def _settle(self, *, ended: bool) -> None:
-        """Wait a moment for what is on its way, where it cannot be told or acted on later.
-
-        That is the verdict, and of a request that has `ended` how it went. One that stops at a text of the
-        client's ends here before the engine hears of it: that one is not waited for.
-        """
-        if not self._hub.is_heard:
-            return
-        if ended and not self._may_stop_early:
-            await self._hub.wait_end(self.slo_id, self.num_choices, LAST_WAIT_S)
-            return
-        if self._watch is not None and not self._watch.done():
-            await asyncio.wait((self._watch,), timeout=LAST_WAIT_S)
-        else:
-            await self._hub.wait_verdict(self.slo_id, LAST_WAIT_S)
-
-    async def _begin(self, content_length: int | None = None) -> None:
-        """Send the response's start with what is known by now, once."""
-        if self._is_started:
-            return
-        async with self._starting:
-            if self._start is None or self._is_started or self._reply is not None:
-                return
-            headers = list(self._start["headers"])
-            if content_length is not None:
-                headers = [*_without_length(headers), (b"content-length", str(content_length).encode())]
-            headers = _exposed([*headers, *answers.headers(self._record())])
-            await self._client_send({**self._start, "headers": headers})
-            self._is_started = True
-
-    async def _await_verdict(self) -> None:
-        left_s = self._request.hold_s - (time.monotonic() - self._entered_s)
-        verdict = await self._hub.wait_verdict(self.slo_id, left_s)
-        with contextlib.suppress(OSError):  # the client has left
-            if self._request.rejects and verdict is not None and _is_no(verdict):
-                async with self._starting:
-                    if not self._is_started:
-                        await self._refuse(verdict["reason"])
-            elif self._document is None and (self._request.ttl_s is None or _is_yes(verdict)):
-                await self._begin()
-
-    async def _refuse(self, reason: str) -> bytes:
-        request = self._request
-        slo_class = request.slo_class or self._hub.config.default_class
-        self.slo_id = slo_id = self.slo_id or uuid.uuid4().hex
-        is_retry = replies.is_retry(
-            dict(self._scope["headers"]).get(replies.RETRIES_HEADER.encode(), b"").decode("latin-1")
-        )
-        self._hub.reject(slo_id, slo_class=slo_class, tenant=request.tenant, reason=reason, is_retry=is_retry)
-        wait_s = self._hub.retry_after_s
-        return await self._answer(replies.refusal(reason, wait_s, slo_id=slo_id, slo_class=slo_class))
-
-    async def _answer(self, response: Response) -> bytes:
-        """Answer in place of the server inside, as soon as its headers are known; returns a body it will not act on."""
-        self._reply = response
-        self._refused.set()
-        if self._start is not None:
-            await self._reply_with(self._start["headers"])
-        return INVALID_BODY
-
-    async def _reply_with(self, headers: RawHeaders) -> None:
-        """Send the reply, once, with what the middlewares of the server inside wrote beside its own answer."""
-        if self._is_answered or self._reply is None:
-            return
-        self._is_answered = True
-        _dress(self._reply, headers)
-        await self._reply(self._scope, self._client_receive, self._client_send)
-
-    def _record(self) -> Record:
-        unknown = {"id": self.slo_id, "class": self._request.slo_class, "verdict": "pending", "reason": ""}
-        return self._hub.find(self.slo_id) or unknown
-
-    def _extra(self) -> Mapping[str, Any]:
-        return answers.annotation(self._record(), tier=self._request.tier, has_tier=self._route.has_tier)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -472,61 +170,3 @@ async def _read(receive: Receive) -> bytes:
         if not message.get("more_body", False):
             break
     return body if len(body) <= MAX_BODY else b""
-
-
-def _is_no(verdict: Record) -> bool:
-    return bool(verdict["verdict"] == Said.BEST_EFFORT and verdict["reason"] != Reason.OBSERVE)
-
-
-def _is_yes(verdict: Record | None) -> bool:
-    return verdict is not None and verdict["verdict"] in answers.PROMISED
-
-
-def _client_id(headers: RawHeaders, document: Mapping[str, Any]) -> str:
-    """Return what a client calls its request."""
-    named = next((text(value) for name, value in headers if name == b"x-request-id"), None)
-    given = named or document.get("request_id")
-    return short(given) if isinstance(given, str) else ""
-
-
-def _peer(scope: Scope) -> str | None:
-    client = scope.get("client")
-    return client[0] if client else None
-
-
-def _is_json(start: Message) -> bool:
-    kind: bytes = dict(start["headers"]).get(b"content-type", b"")
-    return kind.startswith(b"application/json")
-
-
-def _without_length(headers: RawHeaders) -> list[tuple[bytes, bytes]]:
-    return [header for header in headers if header[0] != b"content-length"]
-
-
-def _length(body: bytes) -> tuple[bytes, bytes]:
-    return b"content-length", str(len(body)).encode()
-
-
-def _exposed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Let pages of other sites, which the server inside lets read its answers, read our headers too."""
-    if not any(name == b"access-control-allow-origin" for name, _ in headers):
-        return headers
-    before = [value for name, value in headers if name == b"access-control-expose-headers"]
-    others = [header for header in headers if header[0] != b"access-control-expose-headers"]
-    return [*others, (b"access-control-expose-headers", b", ".join([*before, EXPOSED]))]
-
-
-def _dress(response: Response, headers: RawHeaders) -> None:
-    """Put the headers of the server inside, but for those about its own body, on a response of ours."""
-    ours = {name for name, _ in response.raw_headers}
-    kept = [header for header in headers if header[0] not in OWN_HEADERS and header[0] not in ours]
-    response.raw_headers = _exposed([*response.raw_headers, *kept])
-
-
-def _bodiless(send: Send) -> Send:
-    async def send_headers(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            message = {**message, "body": b""}
-        await send(message)
-
-    return send_headers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeGuard
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from slos_serve.config import SloConfig
 from slos_serve.errors import ConfigError
@@ -17,6 +17,7 @@ from slos_serve.http import replies
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import Caller, RequestError
 
+Control = Callable[[dict[str, Any]], Mapping[str, Any]]
 MODES = ("observe", "enforce")
 KEYS = ("mode", "class")
 MAX_ENGINES = 64
@@ -73,7 +74,7 @@ def refusal(hub: Hub, caller: Caller, headers: Iterable[tuple[bytes, bytes]]) ->
 async def switch(hub: Hub, body: bytes) -> Response:
     """Answer a POST: 200 once every engine has taken the order up, 400 for a bad one, 503 where one is silent.
 
-    All engines are asked at once, on threads of their own, so that a silent one holds up nobody else.
+    Where one does not take it up, those that did are asked to go back to what was before.
     """
     try:
         order = read_mode(body, hub.config)
@@ -81,28 +82,48 @@ async def switch(hub: Hub, body: bytes) -> Response:
         return replies.bad_request(problem)
     if not hub.controls:
         return replies.error(HTTPStatus.SERVICE_UNAVAILABLE, "no engine that plans is behind this server")
+    way_back = _way_back(hub)
+    answers = await _ask(hub.controls, order)
+    switched = [control for control, one in zip(hub.controls, answers, strict=True) if _is_taken(one)]
+    if len(switched) < len(answers):
+        for step in way_back if switched else ():
+            await _ask(switched, step)
+        return _failure(
+            answers, "" if not switched or way_back else f" ({len(switched)} of {len(answers)} engines have switched)"
+        )
+    return replies.Json({"object": "slo.mode", **replies.mode(next(filter(_is_taken, answers)))})
+
+
+def _way_back(hub: Hub) -> list[dict[str, str | None]]:
+    """Return the orders that lead back to what holds now, as the engines last said; none where nobody has."""
+    now = hub.snapshot or {}
+    if now.get("mode") not in MODES:
+        return []
+    classes = now.get("class_modes") or {}
+    return [{"mode": now["mode"], "class": None}, *({"mode": mode, "class": name} for name, mode in classes.items())]
+
+
+async def _ask(controls: Sequence[Control], order: dict[str, str | None]) -> list[Mapping[str, Any] | BaseException]:
+    """Give an order to engines, all at once, on threads of their own, so that a silent one holds up nobody else."""
     loop = asyncio.get_running_loop()
-    threads = ThreadPoolExecutor(min(MAX_ENGINES, len(hub.controls)), thread_name_prefix="slos-serve-mode")
+    threads = ThreadPoolExecutor(min(MAX_ENGINES, len(controls)), thread_name_prefix="slos-serve-mode")
     try:
-        asked = [loop.run_in_executor(threads, control, order) for control in hub.controls]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        asked = [loop.run_in_executor(threads, control, order) for control in controls]
+        return await asyncio.gather(*asked, return_exceptions=True)
     finally:
         threads.shutdown(wait=False)
-    return _answer(answers)
 
 
-def _answer(answers: list[Mapping[str, Any] | BaseException]) -> Response:
-    taken = [one for one in answers if isinstance(one, Mapping) and "error" not in one]
-    for one in answers:
+def _is_taken(answer: Mapping[str, Any] | BaseException) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(answer, Mapping) and "error" not in answer
+
+
+def _failure(answers: Sequence[Mapping[str, Any] | BaseException], left: str) -> Response:
+    """Return what the engines said that did not take an order up; raises what is a fault of ours."""
+    failed = [one for one in answers if not _is_taken(one)]
+    for one in failed:
         if isinstance(one, BaseException) and not isinstance(one, TimeoutError):
             raise one
-    said = [str(one) if isinstance(one, BaseException) else str(one["error"]) for one in answers if one not in taken]
-    if not said:
-        return JSONResponse({"object": "slo.mode", **replies.mode(taken[-1])})
-    status = (
-        HTTPStatus.SERVICE_UNAVAILABLE
-        if any(isinstance(one, BaseException) for one in answers)
-        else (HTTPStatus.BAD_REQUEST)
-    )
-    done = f" ({len(taken)} of {len(answers)} engines have switched)" if taken else ""
-    return replies.error(status, said[0] + done)
+    is_silent = any(isinstance(one, BaseException) for one in failed)
+    said = str(failed[0]) if isinstance(failed[0], BaseException) else str(failed[0]["error"])
+    return replies.error(HTTPStatus.SERVICE_UNAVAILABLE if is_silent else HTTPStatus.BAD_REQUEST, said + left)

@@ -8,6 +8,7 @@ from typing import Any
 
 from slos_serve.config import OVERRIDES, PROMISES, STAGES, SloConfig
 from slos_serve.core.words import MEANINGS, Outcome, Reason, Said
+from slos_serve.http.health import ALIVE, READY
 from slos_serve.http.routes import ROUTES, VLLM_XARGS
 
 PREFIX = "#/components/schemas/"
@@ -19,6 +20,7 @@ SUMMARIES = {
     "/v1/slo/requests/{id}": "What is known of a recent request, by any of its ids",
     "/v1/slo/mode": "Whether plans are carried out",
 }
+PROBES = {ALIVE: "Does the server live?", READY: "May requests be sent to it?"}
 
 
 def augmented(raw: bytes, config: SloConfig) -> bytes:
@@ -78,6 +80,9 @@ def _augment(operation: dict[str, Any], components: Mapping[str, Any], *, in_bod
 
 def _pages() -> dict[str, Any]:
     paths: dict[str, Any] = {}
+    for path, summary in PROBES.items():
+        answers = {"200": {"description": "yes"}, "503": {"description": "no, and `status` says why"}}
+        paths[path] = {"get": {"summary": summary, "tags": ["slo"], "responses": answers}}
     for path, summary in SUMMARIES.items():
         page: dict[str, Any] = {"summary": summary, "tags": ["slo"], "responses": {"200": {"description": "JSON"}}}
         if "{id}" in path:

@@ -14,7 +14,7 @@ from slos_serve.core.slo.deadlines import CHECK_EVERY, due_s
 from slos_serve.core.story import milliseconds, points_of
 from slos_serve.core.types import Slo
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 46, 16, 14, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 236, 46, 16, 14, 52
 NUM_CHECKS = 64  # deadlines that are drawn, at most
 Points = list[tuple[float, float]]
 
@@ -25,7 +25,7 @@ def picture(record: Mapping[str, Any]) -> str:
     due = _deadlines(record, int(came[-1][1]) if came else 1)
     if not came and not due:
         return ""
-    longest_ms = 1.05 * max(at for at, _ in (*came, *due))
+    longest_ms = 1.05 * max(1.0, *(at for at, _ in (*came, *due)))
     most = max(count for _, count in (*came, *due))
 
     def place(points: Points) -> Points:
@@ -34,9 +34,11 @@ def picture(record: Mapping[str, Any]) -> str:
 
     said = _said(came, due)
     parts = [f"<title>{escape(said)}</title>", *_axes(longest_ms, most)]
-    parts += _line(place(due), "due", 'stroke-dasharray="6 4"') + _line(place(came), "came", 'stroke-width="2.5"')
+    parts += _line(place(_bent(due, came)), "due", 'stroke-dasharray="6 4"') + _line(
+        place(came), "came", 'stroke-width="2.5"'
+    )
     parts += _crosses(place([point for point in came if _is_late(point, due)]))
-    parts.append(_text(LEFT, HEIGHT - 3, said))
+    parts += [_text(LEFT, HEIGHT - 21, said), _text(LEFT, HEIGHT - 6, "solid: tokens out; dashed: due; ×: late")]
     return f'<svg class="tokens" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" fill="none">{"".join(parts)}</svg>'
 
 
@@ -64,6 +66,12 @@ def _deadlines(record: Mapping[str, Any], count: int) -> Points:
     return [(at, token) for at, token in due if at < float("inf")]
 
 
+def _bent(due: Points, came: Points) -> Points:
+    """Return the deadlines as a line that waits where the first token is late: the others are due from then."""
+    is_late = len(due) > 1 and came and due[0][1] == came[0][1] and came[0] > due[0]
+    return [due[0], came[0], *due[1:]] if is_late else due
+
+
 def _is_late(point: tuple[float, float], due: Points) -> bool:
     """Tell whether a token came after the deadline of the last checked token up to it."""
     mine = [at for at, token in due if token <= point[1]]
@@ -88,7 +96,6 @@ def _axes(longest_ms: float, most: float) -> list[str]:
         _text(LEFT - 5, floor, "0", "end"),
         _text(right, floor + 14, milliseconds(longest_ms), "end"),
         _text(LEFT, floor + 14, "arrival"),
-        _text(right, TOP + 8, "solid: tokens out; dashed: due; ×: late", "end"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers
@@ -28,6 +29,7 @@ NUM_RECENT = 100
 RETRIES_HEADER = "x-stainless-retry-count"  # what the OpenAI and Anthropic SDKs count their attempts with
 REFUSALS: dict[str, str] = {
     Reason.QUEUE_FULL: "the queue for requests without a promise is full",
+    Reason.TENANT_FULL: "as many requests of this tenant are under way as the operator allows",
     Reason.TTL_EXPIRED: "the request waited longer than its class allows (ttl_ms) and was never begun",
     Reason.TOO_TIGHT: "it asks for more than this engine can do even when idle, and its class asks to be refused then",
 }
@@ -38,11 +40,22 @@ PAGES = "classes, status, mode, live, events, requests, requests/ID, requests/ID
 OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status page
 
 
+class Json(Response):
+    """An answer in JSON; what no encoding holds, such as half a surrogate pair out of a request, is escaped in it."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Return the body."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
+
+
 def error(status: HTTPStatus, message: str, *, param: str | None = None, headers: Mapping[str, str] = {}) -> Response:
     """Return an error as vLLM words it: `BadRequestError` for 400, else the status's own phrase."""
     kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else status.phrase
     content = {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
-    return JSONResponse(content, status_code=status, headers=dict(headers))
+    return Json(content, status_code=status, headers=dict(headers))
 
 
 def bad_request(problem: RequestError) -> Response:
@@ -76,11 +89,6 @@ def is_retry(count: str | None) -> bool:
     return bool((count or "").strip("0 "))
 
 
-def profiling() -> Response:
-    """Return what /health says until the performance profile is there."""
-    return JSONResponse({"status": "profiling"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
-
-
 def metrics() -> Response:
     """Return this process's metrics as Prometheus reads them."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
@@ -102,12 +110,12 @@ async def page(hub: Hub, broadcast: Broadcast, path: str, caller: Caller) -> Res
 
     documents: dict[str, Callable[[], Response]] = {
         LIVE: live,
-        SLO_PREFIX + "classes": lambda: JSONResponse(classes(hub)),
-        SLO_PREFIX + "mode": lambda: JSONResponse({"object": "slo.mode", **mode(hub.snapshot or {})}),
-        SLO_PREFIX + "status": lambda: JSONResponse(answers.finite(status(hub, whole=may_see_all))),
+        SLO_PREFIX + "classes": lambda: Json(classes(hub)),
+        SLO_PREFIX + "mode": lambda: Json({"object": "slo.mode", **mode(hub.snapshot or {})}),
+        SLO_PREFIX + "status": lambda: Json(answers.finite(status(hub, whole=may_see_all))),
         SLO_PREFIX + "live": lambda: Response(broadcast.document(audience), media_type="application/json"),
         EVENTS: lambda: StreamingResponse(broadcast.events(audience), media_type=EVENT_STREAM, headers=UNBUFFERED),
-        REQUESTS_PREFIX.rstrip("/"): lambda: JSONResponse(answers.finite(recent())),
+        REQUESTS_PREFIX.rstrip("/"): lambda: Json(answers.finite(recent())),
     }
     if path in documents:
         return documents[path]()
@@ -122,9 +130,9 @@ async def _request(hub: Hub, request_id: str, caller: Caller) -> Response:
     record = hub.find(name, lambda tenant: identities.may_see(caller, tenant))
     if record is not None and is_why:
         document = await explanation(record, hub.controls, whole=identities.is_operator(caller))
-        return JSONResponse(answers.finite(document))
+        return Json(answers.finite(document))
     if record is not None:
-        return JSONResponse(answers.finite({"object": "slo.request", **answers.told(record)}))
+        return Json(answers.finite({"object": "slo.request", **answers.told(record)}))
     message = f"nothing is known of request {name[:100]!r}: only recent requests with an SLO are kept"
     return error(HTTPStatus.NOT_FOUND, message, param="id")
 

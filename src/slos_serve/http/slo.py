@@ -90,7 +90,7 @@ class Operator:
         self.config = config
         self.identities = Identities(config)
         self._model = model
-        mapped = bool(config.tenants or config.models or config.api_keys)
+        mapped = bool(config.tenants or config.models or config.api_keys or config.max_requests_per_tenant is not None)
         self._always = config.default_class != BEST_EFFORT or mapped or self._ttl_s(BEST_EFFORT) is not None
 
     def _ttl_s(self, label: str) -> float | None:
@@ -337,8 +337,8 @@ def _session(named: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
 def _tenant(param: str, value: object) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
-        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} characters")
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+        raise RequestError(param=param, value=value, expected=f"a name of 1 to {MAX_TEXT} characters that print")
     return value.strip()
 
 

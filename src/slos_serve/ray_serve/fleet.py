@@ -103,7 +103,7 @@ class Fleet:
         self.on_update()
 
     def choose(self, hop: Hop, candidates: Sequence[str]) -> list[str]:
-        """Rank candidates for a hop, best first; those that are silent or suspect come in only where all are."""
+        """Rank candidates for a hop, best first; silent, suspect or paused ones come in only where all are."""
         with self._lock:
             usable = [name for name in candidates if self._is_usable(name)] or list(candidates)
             same = [name for name in usable if self._is_alike(name)] or usable
@@ -223,7 +223,7 @@ class Fleet:
 
     def _is_usable(self, replica_id: str) -> bool:
         member = self._members.get(replica_id)
-        if member is None:
+        if member is None or (member.report is not None and member.report.status.get("paused")):
             return False
         return self._monotonic() >= member.suspect_until_s and not self._is_silent(replica_id)
 

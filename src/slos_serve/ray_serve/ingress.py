@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from slos_serve.config import BEST_EFFORT, short
 from slos_serve.core.warmup import warm_up_router
@@ -61,6 +61,7 @@ class SloIngress(OpenAiIngress):
         slo = dict(slo or {})
         profile = slo.pop("profile", None)
         HUB.configure(slo=slo, model=", ".join(model_cards))
+        HUB.is_front = True
         HUB.metrics.know_hops()
         self._estimator = Estimator(HUB.config, profile)
         self._fleets: dict[str, Fleet] = {}
@@ -168,7 +169,7 @@ class SloIngress(OpenAiIngress):
         """Answer 200 while a replica can serve, else 503; behind Ray's own router, only Serve knows which can."""
         if any(fleet.num_usable or fleet.is_unwatched for fleet in self._fleets.values()):
             return Response(status_code=HTTPStatus.OK)
-        return JSONResponse({"status": "no replica"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        return replies.Json({"status": "no replica"}, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics(self) -> Response:
         """Answer what Prometheus asks of this ingress: SLO counters; Ray exports the engines' own metrics."""

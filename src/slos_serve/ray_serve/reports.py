@@ -20,7 +20,7 @@ from slos_serve.http.status import KEYS
 
 KEY = "slos_serve"  # in Ray's routing statistics
 VERSION = 1
-SAID = ("effective_mode", "reason", "device")  # beside numbers
+SAID = ("effective_mode", "reason", "paused", "device")  # beside numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Reporter:
         replica = heard.get("replica")
         silent_s = self._hub.snapshot_age_s
         is_idle = not (heard.get("num_running") or heard.get("num_waiting"))
-        if heard.get("steps") != self._steps or is_idle:
+        if heard.get("steps") != self._steps or is_idle or heard.get("paused"):
             self._steps, self._stepped_s = heard.get("steps"), now
         if isinstance(replica, Mapping) and is_idle and math.isfinite(silent_s):
             # An idle engine repeats its last state, and that is still its state.

@@ -114,7 +114,7 @@ def emulated_settings(
     hardware = emulation.hardware
     limits = {
         "max-model-len": min(hardware.max_model_len, hardware.kv_tokens),
-        "max-num-seqs": min(hardware.max_num_seqs, hardware.kv_tokens // _block_size(emulation, arguments)),
+        "max-num-seqs": max(1, min(hardware.max_num_seqs, hardware.kv_tokens // _block_size(emulation, arguments))),
         "max-num-batched-tokens": hardware.max_num_batched_tokens,
     }
     flags = [part for name, n in limits.items() if not arguments.has(name) for part in (f"--{name}", str(n))]

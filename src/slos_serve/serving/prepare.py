@@ -14,12 +14,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slos_serve.cache import cache_folder, why_not_usual
+from slos_serve.config import load_slo_config
 from slos_serve.emulated.emulation import LEAVES_OUT
 from slos_serve.emulated.emulation import parse as parse_emulation
 from slos_serve.errors import ConfigError, SlosServeError
@@ -46,6 +47,7 @@ SCHEDULER = "slos_serve.vllm_plugin.scheduler.AutoSloScheduler"
 MIDDLEWARE = "slos_serve.http.middleware.SloMiddleware"
 VLLM_SERVE = "slos_serve.serving.vllm_command"
 LOGGING = "VLLM_LOGGING_CONFIG_PATH"
+PEERS = "FORWARDED_ALLOW_IPS"  # from whom Uvicorn takes the word about the address of a client
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -204,6 +206,8 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
     slo["may_enforce"] = not problem
     if args.slo_config:
         slo["config"] = str(args.slo_config.resolve())
+        if PEERS not in environ and load_slo_config(args.slo_config).trusted_proxies:
+            env[PEERS] = ""  # a gateway is known by its address: that of the peer, not what a header says
     profile, must_profile = choose_profile(args.profile, key, again=args.reprofile)
     record: Path | None = args.record.resolve() if args.record else None
     scratch: Path | None = None
@@ -260,7 +264,7 @@ def measure(plan: Launch, out: Path, record: Path) -> None:
     from slos_serve.bench.profiling import profile_server  # noqa: PLC0415
 
     say("measuring how long steps take (once for this model, machine and flags) ...")
-    show = _show_progress if sys.stderr.isatty() else None
+    show = _show_progress if sys.stderr.isatty() else _teller()
     profile_server(plan.url, record, out, plan.model_name, key=plan.key, api_key=plan.api_key, on_progress=show)
     _judge(read_profile(out))
     if plan.scratch is not None:
@@ -284,6 +288,19 @@ def _judge(profile: Mapping[str, Any]) -> None:
 
 def _show_progress(share: float) -> None:
     print(f"\rslos-serve: measured {share:4.0%} ", end="", file=sys.stderr, flush=True)
+
+
+def _teller() -> Callable[[float], None]:
+    """Return what tells of progress in a log: a line for each quarter."""
+    told = 0
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if int(4 * share) > told:
+            told = int(4 * share)
+            say(f"measured {told / 4:.0%}")
+
+    return tell
 
 
 def say(text: str) -> None:

@@ -8,6 +8,8 @@ A hardware file is JSON, schema `slos-serve-hardware/1`, shipped beside this mod
      "block_size": 16, "provenance": {"perf_model": {"kind": "measured", "source": "..."}, ...}}
 
 `kind` is `published` (a paper's own constants), `measured` (fitted to measured steps) or `derived`.
+`"async_scheduling": false` says that the engine plans a step when the one before has ended, as on CPUs; a file that
+does not say stands for a GPU, where vLLM plans one step ahead.
 
 The file that `slos-serve profile` writes is hardware too. What it does not hold is filled in and labelled
 `derived`: KV room for every seat at full length (memory never binds; `kv_tokens` in the file says better),
@@ -32,12 +34,17 @@ from slos_serve.records.profile import Profile
 SCHEMA = "slos-serve-hardware/1"
 DRAFTER_SHARE = 0.125  # of a decode step: OPT-125M beside OPT-6.7B in the SLOs-Serve paper's constants
 PROFILE_DEFAULTS = {"max-model-len": 4096, "max-num-seqs": 256}
+CPU_SUFFIX = " cores"  # of the hardware in the profile of an engine that runs on a CPU
+NO_ASYNC = "no-async-scheduling"  # the flag among those of a profile
 KINDS = ("published", "measured", "derived")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """One replica's engine; token counts, and `num_gpus` behind one replica."""
+    """One replica's engine; token counts, and `num_gpus` behind one replica.
+
+    `async_scheduling`: a step is planned while the one before it runs.
+    """
 
     name: str
     perf_model: PerfModel
@@ -47,6 +54,7 @@ class Hardware:
     max_num_seqs: int = 256
     block_size: int = 16
     num_gpus: int = 1
+    async_scheduling: bool = False
     description: str = ""
     provenance: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -88,6 +96,7 @@ class Hardware:
             "name": self.name,
             "description": self.description,
             "num_gpus": self.num_gpus,
+            "async_scheduling": self.async_scheduling,
             "perf_model": self.perf_model.to_json(),
             "kv_tokens": self.kv_tokens,
             "max_model_len": self.max_model_len,
@@ -132,6 +141,7 @@ def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -
     key = key if isinstance(key, Mapping) else {}
     texts = [flag.partition("=") for flag in key.get("flags", ()) if isinstance(flag, str)]
     flags = {flag: int(value) for flag, _, value in texts if value.isdecimal()}
+    is_sync = str(key.get("hardware")).endswith(CPU_SUFFIX) or any(flag == NO_ASYNC for flag, *_ in texts)
     longest, seats = (document.get(flag.replace("-", "_"), flags.get(flag, n)) for flag, n in PROFILE_DEFAULTS.items())
     measured = f"fit to {document.get('num_steps')} steps of {key.get('model')} on {key.get('hardware')}"
     provenance = {
@@ -159,6 +169,7 @@ def hardware_of_profile(document: Mapping[str, Any], *, name: str, where: str) -
         "max_model_len": longest,
         "max_num_seqs": seats,
         "max_num_batched_tokens": profile.max_num_batched_tokens,
+        "async_scheduling": not is_sync,
         "provenance": provenance,
     }
 
@@ -180,6 +191,10 @@ def parse_hardware(document: object, *, where: str) -> Hardware:
         value = values.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(where=where, key=key, value=value, expected="a whole number of at least 1")
+    if not isinstance(values.setdefault("async_scheduling", True), bool):
+        raise ConfigError(
+            where=where, key="async_scheduling", value=values["async_scheduling"], expected="true or false"
+        )
     if values["kv_tokens"] < values.get("block_size", 16):
         raise ConfigError(where=where, key="kv_tokens", value=values["kv_tokens"], expected="room for one KV block")
     for key, source in values.get("provenance", {}).items():

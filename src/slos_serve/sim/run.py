@@ -112,6 +112,8 @@ def run_workload(
     """
     kernel = Kernel()
     options, cluster = options or ReplicaOptions(), cluster or ClusterOptions()
+    if options.async_lag is None:
+        options = replace(options, async_lag=hardware.async_scheduling)
     if cluster.router == POOLED:
         if plan_model is not None:
             plan_model = pooled(replace(hardware, perf_model=plan_model), cluster.num_replicas).perf_model
@@ -138,7 +140,10 @@ def run_workload(
         return Replica(
             kernel,
             planner,
-            limits=hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
+            limits=replace(
+                hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
+                steps_ahead=int(bool(options.async_lag)),
+            ),
             true_model=hardware.perf_model,
             lengths=workload.length_model(),
             rng=np.random.default_rng([seed, number] if number else seed),

@@ -112,6 +112,7 @@ def facts(runtime: SloRuntime) -> dict[str, Any]:
         **runtime.modes.to_json(),
         "effective_mode": runtime.effective_mode,
         "reason": runtime.mode_reason,
+        "paused": runtime.pauses.kind,
         "profile": runtime.learner.summary,
         **({} if runtime.device is None else {"device": runtime.device}),
     }

@@ -48,6 +48,33 @@ def pretend(one):
     return outcome(met=round(10_000 * max(0.0, 1 - 0.05 * one.rate_rps)))
 
 
+DAMAGE = {
+    "torn": b'{"key": "{\\"system',
+    "no text": b"\xff\xfe\x00\x80",
+    "no key": b'{"by_class": {}, "drain_s": 0, "stopped": false, "code": "other"}',
+    "key of another shape": b'{"key": "[1]", "by_class": {}, "drain_s": 0, "stopped": false, "code": "other"}',
+    "system of another shape": (
+        b'{"key": "{\\"system\\": []}", "by_class": {}, "drain_s": 0, "stopped": false, "code": "other"}'
+    ),
+    "deep": b"[" * 100_000,
+    "no object": b"[1, 2]\n3\nnull",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_costs_itself_alone_and_no_search_that_goes_on(tmp_path, damage):
+    path = tmp_path / "runs.jsonl"
+    with Journal(path, code="then") as journal:
+        run_lanes([lane("a")], journal, run=pretend)
+    with path.open("ab") as file:
+        file.write(damage)
+    known, made = len(journal), []
+    with Journal(path, code="now", reuse=["a"]) as journal:
+        assert journal.num_reused == known > 0
+        run_lanes([lane("a")], journal, run=lambda one: made.append(one) or pretend(one))
+    assert made == []
+
+
 def test_an_outcome_is_on_disk_before_the_next_run(tmp_path):
     path = tmp_path / "runs.jsonl"
     seen = []

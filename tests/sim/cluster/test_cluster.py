@@ -426,6 +426,17 @@ def test_dropping_what_is_declined_turns_it_away_and_computes_nothing_for_it():
     assert dropped.replica.tokens_computed == 21
 
 
+def test_planning_one_step_ahead_who_is_turned_away_leaves_when_the_step_under_way_has_ended():
+    load = workload(
+        sim("running", 50, 40, ttft_s=2.0),
+        sim("hopeless", 900, 2, at_s=0.2, ttft_s=0.1),
+        sim("fine", 20, 2, ttft_s=2.0),
+    )
+    result = run(load, 1, planner=SloPlanner(), options=ReplicaOptions(drops_declined=True, async_lag=True))
+    assert outcomes(result) == {"rejected": 1, "met": 2}
+    assert result.replica.tokens_computed < 900
+
+
 def test_a_fixed_batch_never_holds_more_than_its_size():
     sizes = []
     planner = fixed_batch(token_budget=64)

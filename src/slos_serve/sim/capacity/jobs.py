@@ -95,8 +95,8 @@ class Journal:
                     stopped=row["stopped"],
                 )
                 key, code = str(row["key"]), row["code"]
-                system = json.loads(key)["system"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+                system = str(json.loads(key)["system"])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # the line that an interruption cut short
             if code == self.code:
                 self._keep(key, outcome)

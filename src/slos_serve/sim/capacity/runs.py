@@ -40,7 +40,8 @@ class Cell:
 
     `window` numbers the scenario's windows of a `part` (tune, report). `slo_scale` multiplies every promise.
     `seed` is behind accepted drafts. `max_requests` per replica cuts the window short. `replicas` counts
-    units of a system that needs several. `may_stop` bears on how far a hopeless run goes, not on what it is.
+    units of a system that needs several. `async_lag`: steps are planned one ahead; None: where the hardware's engine
+    does so. `may_stop` bears on how far a hopeless run goes, not on what it is.
     """
 
     scenario: str
@@ -52,6 +53,7 @@ class Cell:
     rate_rps: float
     settings: str = "{}"
     acceptance: float = 0.7
+    async_lag: bool | None = None
     known_lengths: bool = False
     max_requests: int | None = None
     slo_scale: float = 1.0
@@ -121,7 +123,9 @@ def simulate(cell: Cell) -> RunResult:
         settings=json.loads(cell.settings),
         num_replicas=cell.replicas,
         router=cell.router,
-        engine=ReplicaOptions(acceptance={"": cell.acceptance}, known_lengths=cell.known_lengths),
+        engine=ReplicaOptions(
+            acceptance={"": cell.acceptance}, known_lengths=cell.known_lengths, async_lag=cell.async_lag
+        ),
         seed=1000 * cell.seed + cell.window,
         max_model_len=find_scenario(cell.scenario).max_model_len(hardware),
         miss_budget=budget if cell.may_stop else None,

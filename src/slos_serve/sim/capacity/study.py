@@ -52,6 +52,7 @@ class Study:
     is_quick: bool = False
     max_requests: int | None = None
     acceptance: float = 0.7
+    async_lag: bool | None = None
     known_lengths: bool = False
     slo_scale: float = 1.0
     seed: int = 0
@@ -88,6 +89,7 @@ class Study:
             "window": 0,
             "rate_rps": 1.0,
             "acceptance": self.acceptance,
+            "async_lag": self.async_lag,
             "known_lengths": self.known_lengths,
             "max_requests": self.max_requests or enough,
             "slo_scale": self.slo_scale,
@@ -121,6 +123,7 @@ class Study:
             "num_windows": self.effort.num_windows,
             "max_requests": self.max_requests,
             "acceptance": self.acceptance,
+            "async_lag": self.async_lag,
             "known_lengths": self.known_lengths,
             "slo_scale": self.slo_scale,
             "routers": list(self.routers),

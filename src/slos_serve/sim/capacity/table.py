@@ -160,10 +160,12 @@ def labels(document: Mapping[str, Any]) -> list[str]:
     known = "every system knows the true output lengths" if facts.get("known_lengths") else ""
     scale = facts.get("slo_scale", 1.0)
     scaled = f"every promise times {scale:g}" if scale != 1 else ""
+    in_turn = "each step planned when the one before has ended" if facts.get("async_lag") is False else ""
+    ahead = "each step planned while the one before runs, on all hardware" if facts.get("async_lag") else ""
     quick = f"a quick look: {facts['num_windows']} short windows, few settings" if facts.get("is_quick") else ""
     reused = f"runs of {', '.join(facts['reuse'])} kept from earlier code" if facts.get("reuse") else ""
     made_up = SYNTHETIC if facts.get("data") == SYNTHETIC else ""
-    return [text for text in (known, scaled, quick, made_up, reused) if text]
+    return [text for text in (known, scaled, in_turn, ahead, quick, made_up, reused) if text]
 
 
 def as_text(document: Mapping[str, Any]) -> str:

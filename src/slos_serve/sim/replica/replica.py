@@ -52,28 +52,25 @@ if TYPE_CHECKING:
 POLL_S = 1e-3  # how soon the engine asks again after an empty plan
 STARVED_S = 60.0  # empty plans for longer than this are a planner's fault
 CHECK_EVERY_STEPS = 64
+ASYNC_LAG = "plan one step ahead, as asynchronous scheduling does (default: where the hardware's engine does: on GPUs)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOptions(StreamOptions):
     """How the simulated engine differs from an ideal one, beside what `StreamOptions` says.
 
-    `noise_sigma`: lognormal spread of step times, mean 1. `pace`: how long a step takes that starts at a time, from
-    its seconds on the hardware (replays). `drafter_step_s`: seconds each drafter step
-    adds to what the hardware model says. `learns_times`: the planner's model is corrected online.
-    `drops_declined`: what gets a "no" is turned away, not served.
+    `async_lag`: steps are planned one ahead; None: where the hardware's engine does so. `noise_sigma`: lognormal spread
+    of step times, mean 1. `pace`: how long a step takes that starts at a time, from its seconds on the hardware
+    (replays). `drafter_step_s`: seconds each drafter step adds to what the hardware model says. `learns_times`: the
+    planner's model is corrected online. `drops_declined`: what gets a "no" is turned away, not served.
     """
 
-    async_lag: bool = False
+    async_lag: bool | None = None
     noise_sigma: float = 0.0
     pace: Callable[[float, float], float] | None = None
     drafter_step_s: float = 0.0
     learns_times: bool = True
     drops_declined: bool = False
-
-    def __post_init__(self) -> None:
-        if self.async_lag and self.drops_declined:
-            raise ValueError("ReplicaOptions.drops_declined: expected synchronous scheduling (async_lag False)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +135,7 @@ class Replica:
         self._next_check = 0
         self._busy = False
         self._next_plan: Plan | None = None
+        self._turned_away: list[str] = []  # who leaves when the step under way has ended
         self._starved_since_s: float | None = None
         self._record: dict[str, Any] = {}  # of the step under way
 
@@ -236,14 +234,22 @@ class Replica:
         declined = {name for name in declined if not self.table.rows["num_output_tokens"][self.table.index(name)]}
         if not declined:
             return plan
-        for request_id in sorted(declined):
-            record = self.withdraw(request_id)
-            self.hooks.end(record.sim, record.fail(rejected=True))
+        self._turned_away += sorted(declined)
+        if not self.is_mid_step:
+            self._turn_away()
         batch = plan.batch
         kept = [i for i, name in enumerate(batch.request_ids) if name not in declined]
         ids = [batch.request_ids[i] for i in kept]
         tokens, drafts = batch.num_tokens[kept], batch.draft_lengths[kept]
         return replace(plan, batch=replace(batch, request_ids=ids, num_tokens=tokens, draft_lengths=drafts))
+
+    def _turn_away(self) -> None:
+        """Let those go whom a plan has turned away."""
+        for request_id in self._turned_away:
+            if request_id in self.table:
+                record = self.withdraw(request_id)
+                self.hooks.end(record.sim, record.fail(rejected=True))
+        self._turned_away.clear()
 
     def _plan_and_run(self) -> None:
         """Start the next step, or wait for work."""
@@ -297,6 +303,7 @@ class Replica:
         self.is_mid_step = False
         for index in self.streams.emit(step, self.kernel.now_s):
             self.finish(index)
+        self._turn_away()
         if self.hooks.first_token is not None:
             started = np.flatnonzero(self.table.rows["num_output_tokens"])
             for request_id in [self.table.request_ids[i] for i in started.tolist()]:

@@ -1,20 +1,24 @@
-"""Wall-clock time that never runs backwards."""
+"""The wall clock's time when the engine started, and the seconds since: it neither jumps nor runs backwards."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+NOISE_S = 0.05  # two clocks are not read at the same instant, and are kept at the same pace
+
 
 class Clock:
-    """Read `time.time()`; where it steps back, go on from the last reading.
+    """Tell the time in seconds, whatever is done to the system's clock meanwhile.
 
-    `skew_s` is what has been added; times stamped by other processes are moved by it too (`place`).
+    Other processes stamp with the system's clock; `place` puts their stamps on this one. With a `read` of one's own a
+    step backwards is made up for: `skew_s` is what has been added.
     """
 
-    def __init__(self, read: Callable[[], float] = time.time) -> None:
-        self._read = read
-        self._last = read()
+    def __init__(self, read: Callable[[], float] | None = None) -> None:
+        self._ahead_s = _ahead_s()
+        self._read = read or (lambda: self._ahead_s + time.monotonic())
+        self._last = self._read()
         self.skew_s = 0.0
         self._step_back_s = 0.0
 
@@ -36,8 +40,15 @@ class Clock:
 
     def place(self, stamp_s: float) -> float:
         """Return another process's wall-clock stamp on this clock, at most now."""
-        return min(stamp_s + self.skew_s, self._last)
+        set_by_s = _ahead_s() - self._ahead_s
+        moved_s = stamp_s - set_by_s if abs(set_by_s) > NOISE_S else stamp_s
+        return min(moved_s + self.skew_s, self._last)
 
     def peek(self) -> float:
         """Return the time without moving the clock; safe on any thread."""
         return max(self._last, self._read() + self.skew_s)
+
+
+def _ahead_s() -> float:
+    """Return by how much the system's clock is ahead of the one that nobody can set."""
+    return time.time() - time.monotonic()
