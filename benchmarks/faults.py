@@ -74,6 +74,7 @@ class Bed:
     port: int
     flags: tuple[str, ...] = ()
     engine: Engine | None = None
+    is_over: bool = False  # nothing is started any more
 
     @property
     def url(self) -> str:
@@ -81,7 +82,10 @@ class Bed:
         return f"http://127.0.0.1:{self.port}"
 
     def launch(self) -> Engine:
-        """Start, and return at once."""
+        """Start, and return at once; `EngineError` where somebody else has the port."""
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                raise EngineError(f"port {self.port} is taken")
         flags = [*FLAGS, *self.options.flags, *self.flags]
         self.engine = self.fleet.start("server", self.options.model, flags, port=self.port)
         return self.engine
@@ -326,7 +330,7 @@ def answers(bed: Bed) -> bool:
 
 def recover(bed: Bed, since: float) -> float | None:
     """Start the server again where it ended or does not live; return the seconds until it answers, None for never."""
-    while time.monotonic() - since < RECOVER_S:
+    while not bed.is_over and time.monotonic() - since < RECOVER_S:
         if bed.has_ended():
             bed.stop()
             with suppress(EngineError):
@@ -371,7 +375,11 @@ def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) 
         )
         if timer is not None:
             timer.start()
-        results = asyncio.run(offer(bed.url, MODEL, [one for _, one in requests], drain_timeout_s=DRAIN_S))
+        try:
+            results = asyncio.run(offer(bed.url, MODEL, [one for _, one in requests], drain_timeout_s=DRAIN_S))
+        except BaseException:
+            bed.is_over = True
+            raise
         if timer is not None:
             timer.join()
         row = {"fault": name, **account([one for _, one in requests], results), "recovered_s": recovered[-1]}

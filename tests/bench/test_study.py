@@ -21,6 +21,7 @@ from slos_serve.bench.study import (
     write_study,
 )
 from slos_serve.cache import write_json
+from slos_serve.emulated.emulation import parse
 from slos_serve.records.profile import Profile
 
 
@@ -165,6 +166,31 @@ def test_the_demo_writes_its_report(runs, tmp_path, profile):
     for name in ("report.html", "attainment.png", "timeline.png"):
         assert (tmp_path / name).stat().st_size > 1000
     assert Path(tmp_path / "report.html").read_text().count("<svg") == 2
+
+
+def test_the_demos_page_of_an_emulated_device_says_so_in_its_heading_and_before_any_number(runs, tmp_path, profile):
+    scaled = Scaled(profile=Profile.from_json(profile, where="here"))
+    engine = {"vllm": "0.29.0", "model": "small", "device": "emulated h100-8b-derived"}
+    outcome = Outcome(
+        scaled=scaled,
+        rates_rps=[1.0, 2.0],
+        runs=[r for r in runs if r["seed"] == 0],
+        engine=engine | parse("h100-8b-derived").describe(),
+        overhead={"stock_p50": None, "ours_p50": None},
+    )
+    write_report(outcome, Options(model="small", out=tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "on an emulated device</h1>" in page
+    assert page.index("nothing measured here is a claim about a GPU") < page.index('class="lead"')
+
+
+def test_the_studys_page_of_an_emulated_device_says_so_too(runs, tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("slos_serve.bench.study.describe_engine", lambda model, _: {"vllm": "x", "model": model})
+    write_json(profile | {"key": {"hardware": "emulated h100 #1"}}, tmp_path / "profile.json")
+    write_study(runs, StudyOptions(model="m", out=tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "on an emulated device</h1>" in page
+    assert "EMULATED" in page
 
 
 def test_the_step_overhead_is_that_of_equal_batches():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -10,9 +11,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve import emulated
+from slos_serve.core.perf import PerfModel
+from slos_serve.core.types import BatchPlan, Plan
 from slos_serve.emulated.config import EmulatedConfig
 from slos_serve.emulated.worker import EmulatedWorker
-from slos_serve.vllm_plugin.testing import Engine, make_config, make_request, make_scheduler
+from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
+from slos_serve.vllm_plugin.testing import Engine, make_config, make_request, make_scheduler, write_profile
 
 HARDWARE = {
     "schema": "slos-serve-hardware/1",
@@ -51,13 +55,13 @@ def make(tmp_path, monkeypatch):
     """Return an engine; `second` takes the paths of vLLM's second model runner."""
     (tmp_path / "quick.json").write_text(json.dumps(HARDWARE))
 
-    def _make(*, is_async, second=False, num_blocks=1000, switches="", **options):
+    def _make(*, is_async, second=False, num_blocks=1000, switches="", classes=(AsyncScheduler, Scheduler), **options):
         monkeypatch.setenv(emulated.VARIABLE, f"{tmp_path / 'quick.json'}{switches}")
         config = make_config(tmp_path, is_async=is_async, **options)
         if second:
             config.__class__ = EmulatedConfig
         worker = EmulatedWorker(config, 0, 0, "")
-        cls = AsyncScheduler if is_async else Scheduler
+        cls = classes[0] if is_async else classes[1]
         scheduler = make_scheduler(tmp_path, cls=cls, config=config, num_blocks=num_blocks)
         assert scheduler.use_v2_model_runner is (second and not options.get("speculative_tokens"))
         return Emulated(scheduler, worker, depth=2 if is_async else 1)
@@ -99,6 +103,52 @@ def test_drafts_are_accepted_at_the_chance_that_is_given_and_change_no_token(mak
     assert run(engine, max_tokens=200) == plain
     expected = (0.5 + 0.25 + 0.125) / 3
     assert engine.num_accepted / engine.num_drafted == pytest.approx(expected, rel=0.15)
+
+
+class Holding:
+    """Decodes get three drafts; every fifth step one of them is held."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def plan(self, state):
+        rows, shares = state.requests.rows, []
+        self.steps += 1
+        for i, name in enumerate(state.requests.request_ids):
+            left = int(rows["num_prompt_tokens"][i] + rows["num_output_tokens"][i] - rows["num_computed_tokens"][i])
+            is_held = self.steps % 5 == 0 and i == self.steps // 5 % len(state.requests)
+            if left > 0 and not is_held and rows["num_output_tokens"][i] < rows["max_output_tokens"][i]:
+                shares.append((name, left, 3 if left == 1 and rows["num_output_tokens"][i] else 0))
+        names, tokens, drafts = zip(*shares, strict=True) if shares else ((), (), ())
+        counts = np.array(tokens, np.int64), np.array(drafts, np.int64)
+        return Plan(batch=BatchPlan(request_ids=list(names), num_tokens=counts[0], draft_lengths=counts[1]))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize("acceptance", [0.3, 0.85])
+def test_the_plug_in_reads_the_acceptance_that_the_device_is_given(make, tmp_path, acceptance, is_async):
+    profile = write_profile(tmp_path / "profile.json", PerfModel.from_json(HARDWARE["perf_model"]))
+    slo = {"mode": "enforce", "profile": str(profile), "always_plan": True, "safety": {"is_enabled": False}}
+    engine = make(
+        is_async=is_async,
+        speculative_tokens=3,
+        switches=f",acceptance={acceptance}",
+        classes=(AsyncSloScheduler, SloScheduler),
+        slo={**slo, "state": False, "fault_dir": str(tmp_path / "faults")},
+    )
+    scheduler = engine.scheduler
+    scheduler.slo.learner.poll()
+    scheduler.slo.planner = Holding()
+    for number in range(8):
+        args = {"slo_class": "chat" if number % 2 else "coding"}
+        scheduler.add_request(make_request(f"r{number}", prompt_tokens=40 + number, max_tokens=400, args=args))
+    engine.run()
+    found = scheduler.slo.drafts.acceptance
+    scheduler.shutdown()
+    assert not scheduler.slo.faults.counts
+    assert set(found) == {"chat", "coding"}
+    for name, value in found.items():
+        assert value == pytest.approx(acceptance, abs=0.06), name
 
 
 def test_what_a_batch_computes_is_counted_as_the_plug_in_counts_it(make):

@@ -229,6 +229,26 @@ def test_a_name_that_no_encoding_holds_closes_no_page(client, hub):
         assert client.get(page).status_code in {200, 404}
 
 
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "raw", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 900 + b"]" * 900, b'{"model": "m", "x": ' + b"[" * 5000]
+)
+def test_what_is_nested_too_deeply_for_anybody_is_a_400_and_goes_no_further(client, vllm, path, raw):
+    refused = client.post(path, content=raw, headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "body")
+    assert vllm.seen == []
+
+
+def test_many_brackets_are_no_deep_nesting(client, vllm):
+    prompts = [[1, 2, 3]] * 2000
+    deep = json.loads("[" * 50 + "]" * 50)
+    for _ in range(2):
+        assert (
+            client.post("/v1/completions", json={"model": "m", "prompt": prompts, "metadata": deep}).status_code == 200
+        )
+    assert vllm.seen[0]["prompt"] == prompts
+
+
 # -- a gateway's address --------------------------------------------------------------------------
 
 

@@ -3,11 +3,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 pytest.importorskip("ray.serve.llm")
 pytest.importorskip("vllm")
 
 from slos_serve.errors import ConfigError, SlosServeError
+from slos_serve.http import replies
+from slos_serve.http.hub import Hub
+from slos_serve.http.metrics import SloMetrics
 from slos_serve.ray_serve.app import build_openai_app, read_slo, replica_document
 from slos_serve.ray_serve.ingress import summed
 from slos_serve.ray_serve.server import SloServer
@@ -130,6 +134,17 @@ def test_many_replicas_look_like_one_engine_to_the_middleware():
     assert (whole["num_waiting"], whole["steps"], whole["headroom_tokens_per_s"]) == (4, 10, 20.0)
     assert whole["drain_s"] == 1.0
     assert len(whole["replicas"]) == 3
+
+
+def test_where_replicas_are_emulated_status_and_metrics_of_the_front_door_say_so():
+    registry = CollectorRegistry()
+    hub = Hub(SloMetrics(registry))
+    one = {"usable": True, "effective_mode": "enforce", "device": {"emulated": "x"}}
+    hub.feed({"snapshot": summed([one, one])})
+    assert replies.status(hub)["device"] == {"emulated": "x"}
+    assert registry.get_sample_value("slos_serve_emulated_device") == 1.0
+    hub.feed({"snapshot": summed([{**one, "device": None}])})
+    assert "device" not in replies.status(hub)
 
 
 def test_a_headroom_that_one_replica_does_not_tell_is_unknown_for_all():

@@ -7,6 +7,7 @@ tells a client; `docs/http-api.md` lists them.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any, TypedDict
 
 
 class Said(StrEnum):
@@ -48,6 +49,42 @@ class Outcome(StrEnum):
     DECLINED = "declined"
     MET = "met"
     NONE = "none"
+
+
+class RequestTold(TypedDict):
+    """Whom a word of the engine is about; `slo_id` is None for what did not come through our edge."""
+
+    slo_id: str | None
+    request_id: str
+    slo_class: str
+    tenant: str
+    session: str | None
+    client: int  # which API server it came through
+
+
+class VerdictTold(RequestTold):
+    """A verdict as the engine sends it; `asked` is the SLO resolved for this prompt, in milliseconds by name."""
+
+    verdict: str  # of `Said`
+    reason: str  # of `Reason`
+    slack_ms: float | None
+    predicted_ttft_ms: float | None
+    asked: dict[str, float]
+
+
+class EndTold(RequestTold):
+    """How a request ended, as the engine sends it; `tokens` is its course, for a picture."""
+
+    outcome: str  # of `Outcome`
+    reason: str
+    promised: bool
+    stages: dict[str, str]
+    ttft_ms: float | None
+    tpot_ms: float | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    promise_lead_ms: float | None
+    tokens: Any
 
 
 MEANINGS: dict[type[StrEnum], dict[str, str]] = {

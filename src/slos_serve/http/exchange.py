@@ -35,6 +35,7 @@ from slos_serve.http.routes import SILENT, Route
 from slos_serve.http.slo import SloRequest
 from slos_serve.http.stream import EventTail, StreamTail, write_into
 
+MANY_BRACKETS, FRAMES_INSIDE = 400, 200
 LARGE_BODY = 1 << 20  # such bodies are parsed beside the event loop
 INVALID_BODY = b"{"
 LAST_WAIT_S = 0.1
@@ -122,6 +123,11 @@ class Exchange:
     async def _prepared(self, raw: bytes) -> bytes:
         """Return the body for the server inside; refuses what is malformed or has no room."""
         hub, headers = self._hub, self._scope["headers"]
+        if _is_too_deep(raw):
+            expected = "JSON that is not nested so deeply"
+            return await self._answer(
+                replies.bad_request(RequestError(param="body", value=raw[:20].decode("latin-1"), expected=expected))
+            )
         if not hub.operator.concerns(headers, raw):
             reason = hub.refusal(best_effort=True, rejects=False)
             return raw if reason is None else await self._refuse(reason)
@@ -354,6 +360,18 @@ class Exchange:
 
     def _extra(self) -> Mapping[str, Any]:
         return answers.annotation(self._record(), tier=self._request.tier, has_tier=self._route.has_tier)
+
+
+def _is_too_deep(raw: bytes) -> bool:
+    """Tell whether JSON is nested too deeply to be read by the server inside, which has fewer frames left for it."""
+    if raw.count(b"[") + raw.count(b"{") < MANY_BRACKETS:
+        return False
+    try:
+        with contextlib.suppress(ValueError):
+            json.loads(b"[" * FRAMES_INSIDE + raw + b"]" * FRAMES_INSIDE)
+    except RecursionError:
+        return True
+    return False
 
 
 def _is_no(verdict: Record) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.config import CUSTOM, SloConfig, load_slo_config
-from slos_serve.core.words import Outcome, Reason, Said
+from slos_serve.core.words import EndTold, Outcome, Reason, RequestTold, Said, VerdictTold
 from slos_serve.http.delivery import Delivery
 from slos_serve.http.history import History
 from slos_serve.http.metrics import OTHER, SloMetrics
@@ -112,7 +112,7 @@ class Hub:
     def _label(self, slo_class: object) -> str:
         return str(slo_class) if slo_class in self.config.classes or slo_class == CUSTOM else OTHER
 
-    def _take_verdict(self, item: Mapping[str, Any]) -> None:
+    def _take_verdict(self, item: VerdictTold) -> None:
         label, verdict, reason = self._label(item["slo_class"]), item["verdict"], item.get("reason") or ""
         if self._is_own(item):
             said = Said.REJECTED if self._will_reject(item, label, reason) else verdict
@@ -132,16 +132,16 @@ class Hub:
         for waiter in waiters:
             _wake(waiter)
 
-    def _will_reject(self, item: Mapping[str, Any], label: str, reason: str) -> bool:
+    def _will_reject(self, item: VerdictTold, label: str, reason: str) -> bool:
         """Tell whether the edge answers this verdict with a 429."""
         slo_class = self.config.classes.get(label)
         rejects = slo_class is not None and slo_class.on_unattainable == "reject" and bool(item.get("slo_id"))
         return rejects and item["verdict"] == Said.BEST_EFFORT and reason != Reason.OBSERVE
 
-    def _is_own(self, item: Mapping[str, Any]) -> bool:
+    def _is_own(self, item: RequestTold) -> bool:
         return bool(item.get("client", self._client) == self._client)
 
-    def _take_finished(self, item: Mapping[str, Any]) -> None:
+    def _take_finished(self, item: EndTold) -> None:
         label, outcome = self._label(item["slo_class"]), item["outcome"]
         slo_id, tenant = item.get("slo_id") or item["request_id"], item.get("tenant") or ""
         with self._lock:
@@ -167,7 +167,7 @@ class Hub:
             self.metrics.count_promise(label, outcome)
         self.metrics.count_stages(label, item.get("stages") or {})
 
-    def _end(self, record: Record, item: Mapping[str, Any]) -> None:
+    def _end(self, record: Record, item: EndTold) -> None:
         """Write into a record how a request, or a part of it, ended."""
         record["_ended"][item.get("request_id")] = item["outcome"]
         sent_s, ttft_ms = record.get("_sent_s"), item.get("ttft_ms")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slos_serve.config import short
 from slos_serve.core.slo import deadlines
 from slos_serve.core.types import Plan, Tier, Verdict
-from slos_serve.core.words import Reason
+from slos_serve.core.words import EndTold, Reason, RequestTold, VerdictTold
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.progress import Progress
 from slos_serve.vllm_plugin.report import Tally
@@ -108,16 +108,15 @@ class Promises:
     def _tell(
         self, live: Live, verdict: str, reason: str, slack_s: float | None = None, predicted_ttft_s: float = math.inf
     ) -> None:
-        self._outbox.verdicts.append(
-            {
-                **_names(live),
-                "verdict": verdict,
-                "reason": reason,
-                "slack_ms": _ms(slack_s),
-                "predicted_ttft_ms": _ms(predicted_ttft_s),
-                "asked": _asked(live),
-            }
-        )
+        told: VerdictTold = {
+            **_names(live),
+            "verdict": verdict,
+            "reason": reason,
+            "slack_ms": _ms(slack_s),
+            "predicted_ttft_ms": _ms(predicted_ttft_s),
+            "asked": _asked(live),
+        }
+        self._outbox.verdicts.append(dict(told))
 
     def finish(
         self, requests: Iterable[Request], now_s: float, outputs: Mapping[int, Any] | None, *, enforcing: bool
@@ -157,28 +156,27 @@ class Promises:
             else:
                 self._safety.add_promise(outcome == "met", live.tenant, arrival_s=live.arrival_s)
         first, last, count = live.first_token_s, live.last_token_s, live.num_output_tokens
-        self._outbox.finished.append(
-            {
-                **_names(live),
-                "outcome": outcome,
-                "reason": live.reason,
-                "promised": live.was_promised,
-                "stages": dict(grade.stages) if grade is not None else {},
-                "ttft_ms": _ms(first - live.arrival_s),
-                "tpot_ms": _ms((last - first) / (count - 1)) if count > 1 else None,
-                "num_prompt_tokens": live.request.num_prompt_tokens,
-                "num_output_tokens": count,
-                "promise_lead_ms": _ms(live.promise_lead_s),
-                "tokens": self._progress.take(live),
-            }
-        )
+        told: EndTold = {
+            **_names(live),
+            "outcome": outcome,
+            "reason": live.reason,
+            "promised": live.was_promised,
+            "stages": dict(grade.stages) if grade is not None else {},
+            "ttft_ms": _ms(first - live.arrival_s),
+            "tpot_ms": _ms((last - first) / (count - 1)) if count > 1 else None,
+            "num_prompt_tokens": live.request.num_prompt_tokens,
+            "num_output_tokens": count,
+            "promise_lead_ms": _ms(live.promise_lead_s),
+            "tokens": self._progress.take(live),
+        }
+        self._outbox.finished.append(dict(told))
         if live.slo_id is not None or not live.args:
             return ""  # the HTTP edge says it better; or nobody asked
         verdict = live.verdict or ("pending" if enforcing and not live.is_set_aside else "observe")
         return f"slo:{verdict}:{live.reason if outcome == 'none' else outcome}"
 
 
-def _names(live: Live) -> dict[str, Any]:
+def _names(live: Live) -> RequestTold:
     return {
         "slo_id": live.slo_id,
         "request_id": short(live.request_id),
