@@ -105,7 +105,8 @@ def test_step_records_are_lines_of_json(tmp_path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "new" / "steps.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "step": 1, "t": 5.0, "num_tokens": 10, "num_requests": 3, "context_tokens": 100, "draft_steps": 0,
-        "attention_pairs": 32.0, "has_prefill": 1, "num_prompt_tokens": 0, "seconds": 0.02, "planned_s": None, "predicted_s": 0.018,
+        "attention_pairs": 32.0, "has_prefill": 1, "num_prompt_tokens": 0,
+        "seconds": 0.02, "planned_s": None, "predicted_s": 0.018,
     }  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2]
 
