@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fitting else 1
 
 
-def write_report(document: Mapping[str, Any], folder: Path) -> None:
+def write_report(document: dict[str, Any], folder: Path) -> None:
     """Write the plan as a document and as a page."""
     from slos_serve.sim.capacity.plan_report import page_of  # noqa: PLC0415 - draws
 
