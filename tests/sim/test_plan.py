@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.sim.worlds import hardware, sim, workload
 
 from slos_serve.cli import main
-from slos_serve.sim.capacity.sizing import Deployment, faster, fewest, highest_factor, with_burst
+from slos_serve.sim.capacity.sizing import Deployment, faster, fewest, highest_factor, likely, with_burst
 from slos_serve.sim.systems import find_system
 
 
@@ -131,9 +131,61 @@ def test_several_kinds_of_hardware_are_compared_by_gpus(capsys, trace):
     assert "8 GPUs" in captured.out
 
 
+def test_the_cheapest_hardware_comes_first_by_price_where_all_have_one(capsys, trace):
+    names = "a100-80g-7b-measured,h100-70b-tp8-measured"
+    run = ["--trace", trace, "--rate", "2", "--system", "vllm", "--hardware", names]
+    prices = ["--price", "a100-80g-7b-measured=90", "--price", "h100-70b-tp8-measured=2"]
+    status, captured = plan(capsys, *run, *prices, "--json")
+    document = json.loads(captured.out)
+    assert status == 0
+    assert list(document["hardware"]) == ["h100-70b-tp8-measured", "a100-80g-7b-measured"]
+    assert document["hardware"]["h100-70b-tp8-measured"]["cost_per_hour"] == 16.0
+    assert document["best"] == "h100-70b-tp8-measured"
+
+
+def test_a_plan_says_what_so_few_requests_leave_open_and_draws_what_was_tried(capsys, trace, tmp_path):
+    run = ["--trace", trace, "--rate", "30", "--system", "vllm", "--out", str(tmp_path / "plan")]
+    status, captured = plan(capsys, *run, "--json")
+    assert status == 0
+    (entry,) = json.loads(captured.out)["hardware"].values()
+    low, high = entry["attainment_interval"]
+    assert low < entry["attainment"] <= high
+    tried = {row["replicas"]: row["attainment"] for row in entry["curve"]}
+    assert tried[entry["replicas"]] == entry["attainment"]
+    assert tried[entry["replicas"] - 1] == entry["attainment_one_fewer"]
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == json.loads(captured.out)
+    page = (tmp_path / "plan" / "plan.html").read_text()
+    assert "<svg" in page
+    assert "Attainment by replicas" in page
+
+
+def test_where_no_hardware_serves_it_the_closest_and_its_worst_class_are_named(capsys, trace, tmp_path):
+    config = tmp_path / "slo.yaml"
+    config.write_text("classes:\n  chat: {tpot_ms: 2000}\n  coding: {tpot_ms: 0.1}\n")
+    run = ["--trace", trace, "--slo-config", str(config), "--system", "vllm", "--max-replicas", "2"]
+    status, captured = plan(capsys, *run, "--json")
+    document = json.loads(captured.out)
+    assert (status, document["best"], document["closest"]) == (1, None, "a100-80g-7b-measured")
+    (entry,) = document["hardware"].values()
+    assert entry["lacking"] == "coding"
+    assert "of coding (0 of 60)" in entry["reason"]
+
+
+@given(st.integers(0, 400), st.integers(1, 400))
+def test_an_interval_holds_its_share_and_shrinks_with_more_requests(met, offered):
+    met = min(met, offered)
+    low, high = likely(met, offered)
+    assert 0.0 <= low <= met / offered + 1e-12
+    assert met / offered - 1e-12 <= high <= 1.0
+    lower, higher = likely(4 * met, 4 * offered)
+    assert higher - lower < high - low
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--price", "a100=1"], "--price"),
+        (["--price", "a100-80g-7b-measured=-1"], "--price"),
         (["--target-attainment", "1.5"], "target_attainment"),
         (["--burst", "0.5"], "burst"),
         (["--hardware", "abacus"], "abacus"),

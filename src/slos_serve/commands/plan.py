@@ -7,16 +7,27 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slos_serve.cache import write_json
 from slos_serve.config import load_slo_config
 from slos_serve.errors import ConfigError
 from slos_serve.sim.capacity.runs import work_rate
 from slos_serve.sim.capacity.search import pooled
-from slos_serve.sim.capacity.sizing import Deployment, faster, fewest, highest_factor, with_burst
+from slos_serve.sim.capacity.sizing import (
+    Deployment,
+    faster,
+    fewest,
+    highest_factor,
+    likely,
+    with_burst,
+    worst_class,
+)
 from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
@@ -61,6 +72,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-requests", metavar="N", type=int, default=900, help="simulate the busiest so many of a trace (900)"
     )
+    parser.add_argument(
+        "--price",
+        metavar="NAME=USD",
+        action="append",
+        default=[],
+        help="of a GPU and hour of a hardware; may be repeated",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write plan.json and plan.html, with pictures")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -70,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     names = args.hardware.split(",")
     hardware = {name: load_hardware(name) for name in names}
+    prices = parse_prices(args.price, [one.name for one in hardware.values()])
     document: dict[str, Any] = {"target_attainment": args.target_attainment, "system": args.system}
     document["burst_factor"] = args.burst
     if args.scenario is not None:
@@ -96,15 +116,53 @@ def run(args: argparse.Namespace) -> int:
             )
             found[one.name] = {"workload": describe(workloads), **size(args, deployment, workloads)}
             bar(len(found), num_runs, name)
-    document["hardware"] = found
-    fitting = {name: entry["gpus"] for name, entry in found.items() if entry["replicas"]}
-    document["best"] = min(fitting, key=lambda name: fitting[name], default=None)
+    document["hardware"] = {name: found[name] for name in cheapest_first(found, prices)}
+    fitting = [name for name, entry in document["hardware"].items() if entry["replicas"]]
+    document["best"] = next(iter(fitting), None)
+    document["closest"] = max(found, key=lambda name: found[name]["attainment"]) if not fitting else None
+    if args.out is not None:
+        write_report(document, args.out)
     if args.json:
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
         print(as_text(document))
     return 0 if fitting else 1
+
+
+def write_report(document: dict[str, Any], folder: Path) -> None:
+    """Write the plan as a document and as a page."""
+    from slos_serve.sim.capacity.plan_report import page_of  # noqa: PLC0415 - draws
+
+    write_json(document, folder / "plan.json")
+    (folder / "plan.html").write_text(page_of(document, as_text(document)), encoding="utf-8")
+
+
+def parse_prices(texts: list[str], names: list[str]) -> dict[str, float]:
+    """Return the price of a GPU and hour by hardware; `ConfigError` for what is none."""
+    prices: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            prices[name] = float(value)
+        except ValueError:
+            prices[name] = math.nan
+        if name not in names or not 0 < prices[name] < math.inf:
+            expected = f"NAME=USD, NAME of {', '.join(names)}, such as {names[0]}=2.5"
+            raise ConfigError(where="plan", key="--price", value=text, expected=expected)
+    return prices
+
+
+def cheapest_first(found: dict[str, dict[str, Any]], prices: Mapping[str, float]) -> list[str]:
+    """Return the hardware that serves the workload, the cheapest first, then what does not, the closest first.
+
+    By price where all have one, else by GPUs. Each entry is given its `cost_per_hour`.
+    """
+    for name, entry in found.items():
+        price = prices.get(name)
+        entry["cost_per_hour"] = None if price is None or entry["gpus"] is None else price * entry["gpus"]
+    key = "cost_per_hour" if all(name in prices for name in found) else "gpus"
+    return sorted(found, key=lambda n: (found[n]["replicas"] is None, found[n][key] or 0.0, -found[n]["attainment"]))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -188,9 +246,12 @@ def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workl
 
     count = fewest(passes, start=start, most=args.max_replicas)
     if count is None:
+        name, met, offered = worst_class(deployment.outcomes(workloads, args.max_replicas))
         best = deployment.attainment(workloads, args.max_replicas)
-        reason = f"{replicas(args.max_replicas)} attain {best:.1%}: some promises are too tight for this hardware"
-        return {"replicas": None, "gpus": None, "attainment": best, "reason": reason}
+        reason = f"{replicas(args.max_replicas)} attain {best:.1%}"
+        reason += f" of {name} ({met} of {offered}): its promises are too tight for this hardware"
+        curve = curve_of(deployment, workloads)
+        return {"replicas": None, "gpus": None, "attainment": best, "lacking": name, "curve": curve, "reason": reason}
     outcomes = deployment.outcomes(workloads, count)
     names = sorted({name for one in outcomes for name in one.by_class})
     by_class = {}
@@ -201,6 +262,8 @@ def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workl
         "replicas": count,
         "gpus": count * gpus_each,
         "attainment": pooled(outcomes),
+        "attainment_interval": list(likely(*worst_class(outcomes)[1:])),
+        "attainment_by_window": [pooled([one]) for one in outcomes],
         # `fewest` has run it: nothing is simulated for this.
         "attainment_one_fewer": deployment.attainment(workloads, count - 1) if count > 1 else None,
         "attainment_by_class": by_class,
@@ -209,8 +272,18 @@ def size(args: argparse.Namespace, deployment: Deployment, workloads: list[Workl
             lambda factor: deployment.attainment([faster(one, factor) for one in workloads], count) >= target
         ),
         "burst": burst(args, deployment, workloads, count, gpus_each) if args.burst else None,
+        "curve": curve_of(deployment, workloads),
         "reason": "",
     }
+
+
+def curve_of(deployment: Deployment, workloads: list[Workload]) -> list[dict[str, Any]]:
+    """Return attainment of the worst class, with its interval, by the numbers of replicas that were tried."""
+    rows = []
+    for count, outcomes in deployment.curve(workloads).items():
+        low, high = likely(*worst_class(outcomes)[1:])
+        rows.append({"replicas": count, "attainment": pooled(outcomes), "low": low, "high": high})
+    return rows
 
 
 def burst(
@@ -244,9 +317,8 @@ def as_text(document: dict[str, Any]) -> str:
     for name, entry in document["hardware"].items():
         load = entry["workload"]
         mix = ", ".join(f"{count} {slo_class}" for slo_class, count in load["by_class"].items())
-        lines.append(
-            f"{name}: {load['name']} at {load['rate_rps']:.2f} requests/s ({mix}; {load['num_dropped']} too long)"
-        )
+        lines.append(f"{name}: {load['name']} at {load['rate_rps']:.2f} requests/s")
+        lines.append(f"  {mix}" + (f"; {load['num_dropped']} too long" if load["num_dropped"] else ""))
         if entry["replicas"] is None:
             lines.append(f"  cannot be served: {entry['reason']}")
             continue
@@ -254,6 +326,12 @@ def as_text(document: dict[str, Any]) -> str:
         fewer = entry["attainment_one_fewer"]
         aside = "" if fewer is None else f" (with one fewer {fewer:.1%})"
         lines.append(f"  {replicas(entry['replicas'])}{gpus}: {entry['attainment']:.1%} of the worst class{aside}")
+        low, high = entry["attainment_interval"]
+        windows = entry["attainment_by_window"]
+        spread = f"; by window {min(windows):.1%} to {max(windows):.1%}" if len(windows) > 1 else ""
+        lines.append(f"  likely {low:.1%} to {high:.1%} (95 %, of so many requests){spread}")
+        if entry["cost_per_hour"] is not None:
+            lines.append(f"  {entry['cost_per_hour']:.2f} USD an hour")
         target = f"{document['target_attainment']:.0%}"
         lines.append(f"  headroom: holds {target} up to {entry['headroom_factor']:.2f} x the rate")
         if entry["burst"]:
@@ -263,6 +341,11 @@ def as_text(document: dict[str, Any]) -> str:
                 f"  a burst of {one['factor']:g} x: {one['attainment']:.1%} with those; {more} to hold {target}"
             )
     if document["best"] is not None and len(document["hardware"]) > 1:
-        lines.append(f"fewest GPUs: {document['best']}")
-    lines.append("Simulated with the step times of the hardware files; a profile of your own engine is better.")
+        is_priced = all(
+            entry["cost_per_hour"] is not None or not entry["replicas"] for entry in document["hardware"].values()
+        )
+        lines.append(f"{'cheapest' if is_priced else 'fewest GPUs'}: {document['best']}")
+    if document["closest"] is not None and len(document["hardware"]) > 1:
+        lines.append(f"closest: {document['closest']}")
+    lines.append("Simulated with the hardware files' step times; a profile of your engine is better.")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.perf import TERMS, PerfModel
-from slos_serve.core.roofline import SURE, fit_lines, standard_errors
+from slos_serve.core.roofline import doubts, fit_lines
 
 if TYPE_CHECKING:
     from typing import Self
@@ -262,8 +262,8 @@ def _fit_with_margins(steps: _Steps, num_lines: int) -> tuple[PerfModel, BoolArr
     if stalled.any():
         lines = steps.take(~stalled).fit_lines(num_lines)
     calm = steps.take(~stalled)
-    errors = SURE * standard_errors(lines, calm.terms, calm.seconds, calm.weight)
-    doubt = tuple(float(error) if term in FAR else 0.0 for term, error in zip(TERMS, errors, strict=True))
+    above = doubts(lines, calm.terms, calm.seconds, calm.weight)
+    doubt = tuple(float(value) if term in FAR else 0.0 for term, value in zip(TERMS, above, strict=True))
     model = PerfModel(lines=tuple(tuple(float(value) for value in line) for line in lines), doubt=doubt)
     ratios = steps.seconds / predicted_s(model, steps.terms)
     every = _upper_quantile(ratios)

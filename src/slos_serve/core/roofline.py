@@ -114,10 +114,11 @@ def _without_chance(lines: FloatArray, terms: FloatArray, seconds: FloatArray, w
         lines, rows = others[least], rows.without(least)
 
 
-def standard_errors(lines: FloatArray, terms: FloatArray, seconds: FloatArray, weight: FloatArray) -> FloatArray:
-    """Return how far chance may have moved each shared coefficient, one standard error; shape (k,), 0 for others.
+def doubts(lines: FloatArray, terms: FloatArray, seconds: FloatArray, weight: FloatArray) -> FloatArray:
+    """Return what each shared coefficient may be above its value: `SURE` standard errors; shape (k,), 0 for others.
 
-    The sandwich estimator (White 1980), which takes errors as they are. A coefficient that was left out has one too.
+    They count from what the steps say with every term present: one that was left out, for chance could have made it,
+    may be there all the same. The errors are the sandwich estimator's (White 1980), which takes them as they are.
     """
     rows = _Rows.of(lines, terms, seconds, weight)
     design = rows.design(len(lines))
@@ -129,7 +130,8 @@ def standard_errors(lines: FloatArray, terms: FloatArray, seconds: FloatArray, w
     spread = np.sqrt(np.maximum(np.diag(bread @ (shaken.T @ shaken) @ bread), 0.0)) / scale
     result = np.zeros(terms.shape[1])
     shared = np.delete(np.arange(terms.shape[1]), OWN)
-    result[shared] = spread[: len(shared)]
+    beyond = np.maximum(rows.refit(len(lines))[0] - lines[0], 0.0)
+    result[shared] = beyond[shared] + SURE * spread[: len(shared)]
     return result
 
 

@@ -7,6 +7,7 @@ has least, over all windows; a window that does not drain in time is met by nobo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from slos_serve.sim.workloads.workload import Workload
 
 BURST_SHARE = 0.2  # of the requests, in the middle, arrive faster
+Z95 = 1.959964
 FACTOR_STEP, HIGHEST_FACTOR = 1.05, 8.0
 
 
@@ -73,6 +75,12 @@ class Deployment:
         """Return the attainment of the class that has least."""
         return pooled(self.outcomes(workloads, num_replicas))
 
+    def curve(self, workloads: Sequence[Workload]) -> dict[int, list[Outcome]]:
+        """Return what came of the workloads with each number of replicas that all of them have been run with."""
+        counts = sorted({count for _, count in self._known})
+        tried = {count: [self._known.get((id(one), count)) for one in workloads] for count in counts}
+        return {count: [one[1] for one in every if one] for count, every in tried.items() if all(every)}
+
     def _run(self, workload: Workload, num_replicas: int) -> Outcome:
         key = id(workload), num_replicas
         if key not in self._known:
@@ -88,6 +96,26 @@ class Deployment:
             self._known[key] = workload, outcome_of(result)  # the workload stays alive, and its id its own
             self.on_run()
         return self._known[key][1]
+
+
+def worst_class(outcomes: Sequence[Outcome]) -> tuple[str, int, int]:
+    """Return the class that attains least over all windows: its name, the requests met and those offered."""
+    names = sorted({name for one in outcomes for name in one.by_class})
+    sums = {name: [one for one in outcomes if name in one.by_class] for name in names}
+    counts = {
+        name: (sum(o.met(name) for o in mine), sum(o.by_class[name][1] for o in mine)) for name, mine in sums.items()
+    }
+    name = min(counts, key=lambda one: counts[one][0] / max(1, counts[one][1]))
+    return name, *counts[name]
+
+
+def likely(met: int, offered: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson's): what so few requests leave open."""
+    offered = max(1, offered)
+    share, spread = met / offered, Z95**2 / offered
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z95 / (1 + spread) * math.sqrt(share * (1 - share) / offered + spread / (4 * offered))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def fewest(passes: Callable[[int], bool], *, start: int, most: int) -> int | None:
