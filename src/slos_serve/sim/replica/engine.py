@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(slots=True)
 class Step:
-    """A batch on its way: table rows, the batch and its totals (see `inner`).
+    """A batch on its way: table rows, the batch and its totals (see `loops`).
 
     `gone_tokens` were computed for requests that had ended meanwhile.
     """
@@ -53,7 +53,7 @@ class Engine:
         self._prefix_of: dict[str, str] = {}  # waiting request -> session whose cached prefix it counts on
 
     def room(self) -> IntArray:
-        """Return what `inner` must know of limits: block size, longest sequence, token budget, seats, free blocks."""
+        """Return what `loops` must know of limits: block size, longest sequence, token budget, seats, free blocks."""
         self._room[loops.FREE_BLOCKS] = self.pool.num_free
         return self._room
 

@@ -1,6 +1,6 @@
 """What comes out of a step: tokens, accepted drafts, grades, ends; the truth that no planner sees.
 
-`inner` does it for all requests of a batch. Python touches single ones only when they start, finish, or
+`loops` does it for all requests of a batch. Python touches single ones only when they start, finish, or
 outrun their predicted length.
 """
 
