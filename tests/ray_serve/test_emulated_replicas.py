@@ -1,0 +1,98 @@
+"""Real replicas on a real Ray, each on an emulated device: promised, kept, and said to be emulated everywhere."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+STEP_S = 0.01
+HARDWARE = {
+    "schema": "slos-serve-hardware/1",
+    "name": "small",
+    "perf_model": {"lines": [{"per_token_s": 1e-5, "fixed_s": STEP_S}]},
+    "kv_tokens": 8192,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "provenance": {"perf_model": {"kind": "derived", "source": "made up for a test"}},
+}
+START_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    pytest.importorskip("ray.serve.llm")
+    pytest.importorskip("vllm")
+    from slos_serve.bench.model import ensure_demo_model
+
+    folder = tmp_path_factory.mktemp("emulated")
+    model = folder / "model"
+    shutil.copytree(ensure_demo_model(), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "small.json").write_text(json.dumps(HARDWARE))
+    profile = {"schema": "slos-serve-profile/1", "key": "test", "perf_model": HARDWARE["perf_model"]}
+    (folder / "profile.json").write_text(json.dumps(profile))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "slos_serve.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--emulate", f"{folder / 'small.json'},output_tokens=0", "--profile", str(folder / "profile.json")]
+    command += ["--replicas", "2", "--served-model-name", "m", "--json"]
+    log = folder / "cluster.log"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=output)
+    try:
+        assert process.stdout.readline(), log.read_text(errors="replace")[-4000:]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
+            client.log = log
+            wait_for(client, lambda replicas: len(replicas) == 2 and all(one["plans"] for one in replicas))
+            yield client
+    finally:
+        process.terminate()
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def wait_for(client, holds):
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        snapshot = client.get("/v1/slo/status").json()["snapshot"] or {}
+        if holds(snapshot.get("replicas", [])):
+            return
+        time.sleep(0.25)
+    pytest.fail(client.log.read_text(errors="replace")[-4000:])
+
+
+def complete(client, **body):
+    answer = client.post("/v1/completions", json={"model": "m", "prompt": "Once upon a time", **body})
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_a_promise_is_given_and_kept_and_a_step_takes_as_long_as_the_file_says(cluster):
+    started = time.perf_counter()
+    answer = complete(cluster, max_tokens=30, slo={"ttft_ms": 60_000, "tpot_ms": 5_000})
+    assert time.perf_counter() - started >= 30 * STEP_S
+    assert answer.headers["x-slo-verdict"] == "promised"
+    assert answer.json()["slo"]["outcome"] == "met"
+    assert answer.json()["usage"]["completion_tokens"] == 30
+
+
+def test_log_status_metrics_and_each_replica_say_that_it_is_emulated(cluster):
+    complete(cluster, max_tokens=2)
+    status = cluster.get("/v1/slo/status").json()
+    assert status["device"]["hardware"] == "small"
+    assert all(one["device"]["hardware"] == "small" for one in status["snapshot"]["replicas"])
+    assert "slos_serve_emulated_device 1.0" in cluster.get("/metrics").text
+    assert "the device is EMULATED" in cluster.log.read_text(errors="replace")
