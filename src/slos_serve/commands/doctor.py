@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slos_serve import __version__
+from slos_serve.terminal.bar import said_if_slow
 
 HELP = "Check installation, versions, model, port, configuration and clock; say what to do."
 
@@ -48,18 +49,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any of them is a failure."""
-    findings = list(examine(args))
+    findings = []
+    with said_if_slow("checking; importing vLLM takes up to half a minute"):
+        for finding in examine(args):
+            findings.append(finding)
+            if not args.json:
+                tell(finding)
     status = 1 if any(finding.status == FAIL for finding in findings) else 0
     if args.json:
         counts = {status: sum(f.status == status for f in findings) for status in (OK, WARN, FAIL)}
         document = {"version": __version__, **counts, "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(document))
-        return status
-    for finding in findings:
-        print(f"{finding.status:<5} {finding.check:<14} {finding.detail}")
-        if finding.advice:
-            print(f"{'':<21}{finding.advice}")
     return status
+
+
+def tell(finding: Finding) -> None:
+    """Print a finding as soon as it is there, with what to do."""
+    print(f"{finding.status:<5} {finding.check:<14} {finding.detail}", flush=True)
+    if finding.advice:
+        print(f"{'':<21}{finding.advice}")
 
 
 def examine(args: argparse.Namespace) -> Iterator[Finding]:

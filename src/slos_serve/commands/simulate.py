@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slos_serve.cache import write_json
 from slos_serve.config import load_slo_config
 from slos_serve.core.routing.routers import ROUTERS
+from slos_serve.core.story import milliseconds
 from slos_serve.core.warmup import warm_up
 from slos_serve.errors import ConfigError
 from slos_serve.named import check_router
@@ -309,16 +310,16 @@ def as_text(entry: dict[str, Any]) -> str:
         share = "-" if group["attainment"] is None else f"{100 * group['attainment']:.1f} %"
         kept = f"{group['kept']}/{group['promised']}" if group["promised"] else "-"
         lost = group["failed"] + group["rejected"]
-        counts = f"{group['num_requests']:9}{share:>11}{kept:>13}{group['declined']:9}{lost:7}"
-        latencies = [f"{1000 * value:.0f}" if value is not None else "-" for value in (ttft, tpot)]
-        return f"{name:16}{counts}{latencies[0]:>12}{latencies[1]:>12}"
+        counts = f"{group['num_requests']:9}{share:>10}{kept:>11}{group['declined']:9}{lost:7}"
+        latencies = [milliseconds(1000 * value) if value is not None else "-" for value in (ttft, tpot)]
+        return f"{name:16}{counts}{latencies[0]:>9}{latencies[1]:>9}"
 
     where = entry["hardware"]
     if entry["replicas"] > 1:
         where = f"{entry['replicas']} x {where} ({entry['router']})"
     lines = [
         f"{entry['system']} on {where}, {entry['scenario']} at {entry['rate_rps']:.2f} requests/s",
-        "class            requests   attained         kept declined failed p99 TTFT ms p99 TPOT ms",
+        "class            requests  attained       kept declined failed p99 TTFT p99 TPOT",
         *(row(name, group) for name, group in entry["by_class"].items()),
         row("all", entry),
         f"{entry['num_steps']} steps, {entry['simulated_s']:.0f} s simulated in {entry['wall_s']:.1f} s",
