@@ -50,6 +50,7 @@ class Steered:
             send(message)
 
         self.slo.outbox.publisher.send = note
+        self.slo.outbox.sender.close()  # what is published is published by then
         time.sleep(1.0)  # the profile is picked up beside the engine's own thread
 
     def generate(self, prompts: list[str], *params: vllm.SamplingParams) -> list[Any]:
