@@ -213,6 +213,6 @@ def test_another_schema_is_an_error():
 def test_every_length_lies_in_the_bin_that_counts_it():
     for length in [*range(1, 3000), 5000, 65_535, 65_536, 1_000_000]:
         index = lengths._bin(length)
-        assert lengths._EDGE_LIST[index] < length <= lengths._EDGE_LIST[index + 1]
+        assert lengths._EDGES[index] < length <= lengths._EDGES[index + 1]
     widths = np.diff(lengths._EDGES)
     assert (widths[lengths._UNIT_BINS :] <= lengths._EDGES[lengths._UNIT_BINS + 1 :] / 15).all()
