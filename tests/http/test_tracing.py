@@ -1,6 +1,7 @@
 """A request's span says what was promised and kept, stands in the client's trace, and is the parent of vLLM's."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.middleware import Middleware
@@ -139,3 +140,52 @@ def test_where_nothing_exports_spans_headers_stay_as_they_are(client, vllm):
     assert tracing.process_tracer() is None
     client.post(CHAT, json=body(), headers=CONTEXT)
     assert vllm.headers[0]["traceparent"] == CONTEXT["traceparent"]
+
+
+class Collector:
+    """An OTLP collector over gRPC that keeps the names and attributes of the spans it is sent."""
+
+    def __init__(self):
+        grpc = pytest.importorskip("grpc")
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+        self._answer = trace_service_pb2.ExportTraceServiceResponse
+        self.spans = []
+        self._server = grpc.server(ThreadPoolExecutor(1))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.url = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request, context):  # noqa: N802 - the protocol's name
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans += [(scope.scope.name, span) for span in scope.spans]
+        return self._answer()
+
+    def close(self):
+        self._server.stop(0).wait()
+
+
+def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say):
+    """The exporter is the one that vLLM makes for `--otlp-traces-endpoint`."""
+    exporters = pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
+    collector, provider = Collector(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporters.OTLPSpanExporter(collector.url, insecure=True)))
+    hub.feed({"snapshot": {"steps": 0}})
+    says(vllm, hub, say)
+    try:
+        tracer = provider.get_tracer("slos_serve")
+        with TestClient(vllm.app(Middleware(SloMiddleware, hub=hub, tracer=tracer))) as client:
+            client.post(CHAT, json=body(), headers=CONTEXT)
+            client.portal.call(asyncio.sleep, 0.05)
+        provider.force_flush()
+        ((scope, span),) = collector.spans
+    finally:
+        provider.shutdown()
+        collector.close()
+    assert (scope, span.name) == ("slos_serve", f"POST {CHAT}")
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
+    said = {one.key: one.value for one in span.attributes}
+    assert said["slos_serve.promise_kept"].bool_value
+    assert said["slos_serve.first_token_slack_ms"].double_value == 29.0
+    assert said["slos_serve.class"].string_value == "chat"
