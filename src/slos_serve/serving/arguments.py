@@ -13,8 +13,13 @@ from typing import Any
 
 from slos_serve.errors import ConfigError
 
-SHORT = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "dp": "data-parallel-size"}
-SHORT |= {"q": "quantization", "asc": "api-server-count"}
+SHORT = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "ep": "enable-expert-parallel"}
+SHORT |= {"dcp": "decode-context-parallel-size", "pcp": "prefill-context-parallel-size"}
+SHORT |= {"dp": "data-parallel-size", "dpl": "data-parallel-size-local", "dpb": "data-parallel-backend"}
+SHORT |= {"dpn": "data-parallel-rank", "dpr": "data-parallel-start-rank", "dph": "data-parallel-hybrid-lb"}
+SHORT |= {"dpe": "data-parallel-external-lb", "dpm": "data-parallel-multi-port-external-lb"}
+SHORT |= {"dpa": "data-parallel-address", "dpp": "data-parallel-rpc-port", "n": "nnodes", "r": "node-rank"}
+SHORT |= {"q": "quantization", "asc": "api-server-count", "sc": "speculative-config", "cc": "compilation-config"}
 ADDITIONAL = "additional-config"
 
 

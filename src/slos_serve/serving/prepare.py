@@ -49,6 +49,12 @@ VLLM_SERVE = "slos_serve.serving.vllm_command"
 LOGGING = "VLLM_LOGGING_CONFIG_PATH"
 PEERS = "FORWARDED_ALLOW_IPS"  # from whom Uvicorn takes the word about the address of a client
 NOT_ASKED = ("uds", "headless", "grpc")  # with these nothing answers HTTP on --port
+RUST_FRONT_END = "VLLM_USE_RUST_FRONTEND"
+# with these each machine, or each engine, has API servers of its own
+OWN_FRONT_ENDS = (
+    *("data-parallel-hybrid-lb", "data-parallel-start-rank", "data-parallel-external-lb", "data-parallel-rank"),
+    "data-parallel-multi-port-external-lb",
+)
 POOR_PROFILE = 0.25  # mean relative error on held-out steps; an idle machine gives 3 to 10 %
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("config.json", "params.json", "*.gguf")
@@ -119,6 +125,27 @@ def check_engine(engine: Engine) -> None:
     if engine.standing == "older":
         expected = f"{TESTED_WORDS}, or --no-slo to serve with this one as it is"
         raise ConfigError(where="environment", key=engine.package, value=engine.version, expected=expected)
+
+
+def check_front_end(arguments: EngineArguments, environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for a server whose clients would not hear what its engines promise.
+
+    Engines and API servers meet on one machine, in a folder of this start; our middleware tells clients.
+    """
+    alternative = "--no-slo serves with it"
+    if environ.get(RUST_FRONT_END, "0") not in {"", "0"}:
+        expected = f"0: vLLM's front end in Rust runs no middleware; {alternative}"
+        raise ConfigError(where="environment", key=RUST_FRONT_END, value=environ[RUST_FRONT_END], expected=expected)
+    own_front_end = f"an API server beside these engines (--data-parallel-hybrid-lb on each machine); {alternative}"
+    if arguments.has("headless") and (arguments.get("node-rank") or "0") == "0":
+        raise ConfigError(where="arguments", key="--headless", value=True, expected=own_front_end)
+    if arguments.get("data-parallel-backend") == "ray":
+        expected = f"mp: Ray may put engines on other machines than their API server; {alternative}"
+        raise ConfigError(where="arguments", key="--data-parallel-backend", value="ray", expected=expected)
+    size, local = (arguments.get(name) or "" for name in ("data-parallel-size", "data-parallel-size-local"))
+    is_whole = not (size.isdigit() and local.isdigit()) or int(local) >= int(size)
+    if not is_whole and not arguments.has(*OWN_FRONT_ENDS):
+        raise ConfigError(where="arguments", key="--data-parallel-size-local", value=local, expected=own_front_end)
 
 
 def shutdown_timeout(arguments: EngineArguments) -> float:
@@ -194,6 +221,7 @@ def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str]
         value = arguments.get("scheduler-cls")
         expected = "none: serve brings its own (--no-slo keeps yours)"
         raise ConfigError(where="arguments", key="--scheduler-cls", value=value, expected=expected)
+    check_front_end(arguments, environ)
 
     if reason := why_not_usual():
         notes.append(f"profiles go to {cache_folder()} and may have to be measured again, for XDG_CACHE_HOME: {reason}")
@@ -270,9 +298,10 @@ def measure(plan: Launch, out: Path, record: Path) -> None:
     if plan.scratch is not None:
         # Nobody asked for this record: keep what was measured, let the rest of it go nowhere.
         shutil.copyfile(record, out.with_suffix(".steps.jsonl"))
-        link = record.with_name("null")
-        link.symlink_to(os.devnull)
-        link.replace(record)
+        for path in plan.scratch.glob(f"{record.stem}*{record.suffix}"):  # one for each data-parallel engine
+            link = path.with_name("null")
+            link.symlink_to(os.devnull)
+            link.replace(path)
 
 
 def _judge(profile: Mapping[str, Any]) -> None:

@@ -208,10 +208,11 @@ def _slo(name: str, build: Callable[..., Planner] = slo_planner, max_draft_lengt
     return System(name=name, build=build, max_draft_length=max_draft_length, **values)
 
 
-# What holds prompts back or requests out in today's vLLM: threshold and cadence of 0.31 to 0.33, and its queue limits.
+# What holds prompts back or requests out in today's vLLM: threshold, cadence and seats of 0.31 to 0.33, queue limits.
 _VLLM_KNOBS: tuple[Settings, ...] = (
     *({"token_budget": budget, "chunk_limit": 256, "chunk_rule": "adaptive"} for budget in (2048, 8192)),
     *({"token_budget": budget, "prefill_interval": steps} for budget in (512, 2048) for steps in (2, 4)),
+    *({"token_budget": 2048, "max_num_seqs": seats} for seats in (32, 64)),
     *({"token_budget": 2048, "max_num_queued_reqs": count} for count in (64, 128)),
     {"token_budget": 2048, "max_num_queued_tokens": 16384},
 )

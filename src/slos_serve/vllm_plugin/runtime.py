@@ -49,7 +49,7 @@ from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError, Watchdog
 from slos_serve.vllm_plugin.safety.work_limit import WorkLimit
 from slos_serve.vllm_plugin.settings import Settings
 from slos_serve.vllm_plugin.snapshot import capture, facts, snapshot
-from slos_serve.vllm_plugin.wire.channel import Publisher, Seat, engine_folder
+from slos_serve.vllm_plugin.wire.channel import Publisher, Seat, engine_folder, instance_name
 from slos_serve.vllm_plugin.wire.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -91,14 +91,14 @@ class SloRuntime:
         )
         self.tracker.hits.is_used = settings.use_prefix_hits
         self.learner = Learner(path=settings.profile, key=settings.profile_key)
-        self.recorder = StepRecorder(settings.record, max_bytes=int(settings.record_max_mb * 1e6))
         self.safety = StepDown(settings.safety)
         self.watchdog = Watchdog(settings.safety.max_plan_s)
         self.drafts = DraftWatch() if self.limits.max_draft_length else None
         self.faults = Faults(settings.fault_dir)
         index = int(config.parallel_config.data_parallel_index)
+        self.recorder = StepRecorder(settings.record_path(index), max_bytes=int(settings.record_max_mb * 1e6))
         self.learnt = Learnt(settings.state_path(index), self.learner, self.tracker, self.drafts)
-        self._seat = self._take_seat(str(config.instance_id), index)
+        self._seat = self._take_seat(instance_name(config), index)
         self.outbox = Outbox(
             self._publisher(),
             index,

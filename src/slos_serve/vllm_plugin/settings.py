@@ -107,8 +107,11 @@ class Settings:
         """Return the file of what one engine has learnt; None keeps nothing."""
         if self.state is False or (self.state is None and self.profile is None):
             return None
-        path = self.state or self.profile.with_suffix(STATE_SUFFIX)  # type: ignore[union-attr]
-        return path.with_stem(f"{path.stem}-{engine_index}") if engine_index else path
+        return _of_engine(self.state or self.profile.with_suffix(STATE_SUFFIX), engine_index)  # type: ignore[union-attr]
+
+    def record_path(self, engine_index: int) -> Path | None:
+        """Return the file of one engine's records; None writes none."""
+        return None if self.record is None else _of_engine(self.record, engine_index)
 
     def make_planner(self) -> Planner:
         """Import and construct the planner; `ConfigError` where there is none of that name."""
@@ -123,6 +126,11 @@ class Settings:
 
 def _path(value: object) -> Path | None:
     return Path(str(value)) if value else None
+
+
+def _of_engine(path: Path, index: int) -> Path:
+    """Return a file's name for one of several data-parallel engines; the first has the name itself."""
+    return path.with_stem(f"{path.stem}-{index}") if index else path
 
 
 def _class_modes(value: object, config: SloConfig) -> dict[str, str]:

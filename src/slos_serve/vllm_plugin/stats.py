@@ -85,12 +85,12 @@ class SloStatLogger(StatLoggerBase):
         if not is_ours(vllm_config.scheduler_config.scheduler_cls):
             return
         from slos_serve.http.hub import HUB  # noqa: PLC0415 - prometheus_client and all, only where used
-        from slos_serve.vllm_plugin.wire.channel import address  # noqa: PLC0415
+        from slos_serve.vllm_plugin.wire.channel import address, instance_name  # noqa: PLC0415
         from slos_serve.vllm_plugin.wire.control import ask  # noqa: PLC0415
 
         additional = vllm_config.additional_config
         slo = additional.get("slo") if isinstance(additional, dict) else None
-        model, instance = vllm_config.model_config, vllm_config.instance_id
+        model, instance = vllm_config.model_config, instance_name(vllm_config)
         client = max(0, vllm_config.parallel_config._api_process_rank)  # noqa: SLF001 -- vLLM has no public word for it
         HUB.configure(slo=slo or {}, model=model.served_model_name or model.model, client=client)
         below = (slo or {}).get("channel_dir")

@@ -1,7 +1,8 @@
 """The one-way channel out of the engine process: verdicts, finished requests, a snapshot.
 
-A ZeroMQ PUB socket in a folder of this engine alone, which both processes derive from what `serve` gave them, or
-from vLLM's instance id. Sending never waits: with nobody listening or a full queue the message is dropped.
+A ZeroMQ PUB socket in a folder of this engine alone, which both processes derive from what `serve` gave them and
+from vLLM's instance id, or where there are several API servers from this start's secret. Sending never waits: with
+nobody listening or a full queue the message is dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 import zmq as _zmq
 
+from slos_serve.http import seal
 from slos_serve.places import socket_root
 
 zmq: Any = _zmq  # its stubs are not followed where the checks run
@@ -28,6 +30,15 @@ HIGH_WATER_MARK = 1000
 LONGEST_NAME = 24
 SOCKETS = ("out.sock", "control.sock")
 LOCK = "lock"
+
+
+def instance_name(vllm_config: Any) -> str:
+    """Return the name under which an engine and its API servers know each other.
+
+    One API server hands its configuration to its engines. Several make one each, with an instance id of its own.
+    """
+    is_alone = vllm_config.parallel_config._api_process_count == 1  # noqa: SLF001 -- vLLM has no public word for it
+    return str(vllm_config.instance_id) if is_alone else seal.start_name()
 
 
 def engine_folder(instance_id: str, engine_index: int, below: str | None = None) -> Path:
