@@ -103,6 +103,21 @@ def test_a_placeholder_never_takes_the_place_of_a_real_package(name, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="scripts/install is for bash")
+def test_what_building_left_behind_does_not_keep_the_next_make_from_installing(tmp_path):
+    for name in ("scripts", "requirements", "stubs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    said = []
+    for _ in range(2):
+        done = subprocess.run([tmp_path / "scripts/install", "x"], capture_output=True, text=True, check=False)
+        said.append(done.stderr)
+        (tmp_path / "stubs" / STUBS[0] / "build").mkdir(exist_ok=True)
+    assert said == ["install: x: expected dev, cpu, bench, ray or docs\n"] * 2
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Build the sdist, the wheel from it, and install that into a folder of its own: what a user of a release gets."""

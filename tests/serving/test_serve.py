@@ -16,6 +16,7 @@ import pytest
 from slos_serve import cli
 from slos_serve.commands import serve
 from slos_serve.core.perf import PerfModel
+from slos_serve.errors import ConfigError
 from slos_serve.records.profile import SCHEMA
 from slos_serve.serving import prepare, single
 from slos_serve.serving.platforms import Engine
@@ -243,12 +244,53 @@ def test_the_bound_leaves_the_time_that_vllm_was_given_to_finish(model, free_por
 
 
 @pytest.mark.usefixtures("fake_vllm")
-@pytest.mark.parametrize("flags", [["--headless"], ["--uds", "/tmp/socket"], ["--grpc"]])
+@pytest.mark.parametrize("flags", [["--headless", "-r", "1"], ["--uds", "/tmp/socket"], ["--grpc"]])
 def test_where_nothing_answers_http_nobody_waits_for_an_answer(model, tmp_path, free_port, flags, monkeypatch):
     monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
     plan = prepare.prepare(parse(model, "--port", free_port, *flags), prepare.find_engine(), {})
     assert (plan.url, plan.must_profile) == ("", False)
     assert any("observing only" in note for note in plan.notes)
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--headless"], "--headless = True"),
+        (["--headless", "-dp", "4", "-dpl", "2", "-dpr", "2", "-dpa", "10.0.0.1"], "--headless = True"),
+        (["-dp", "4", "-dpl", "2"], "--data-parallel-size-local = '2'"),
+        (["--data-parallel-size=4", "--data-parallel-size-local", "0"], "--data-parallel-size-local = '0'"),
+        (["-dp", "2", "--data-parallel-backend=ray"], "--data-parallel-backend = 'ray'"),
+    ],
+)
+def test_engines_whose_promises_no_client_would_hear_are_refused_by_name(capsys, model, free_port, flags, named):
+    status, err = fail(capsys, model, "--port", free_port, *flags)
+    assert status == 2
+    assert named in err
+    assert "--no-slo" in err
+    plan = prepare.prepare(parse(model, "--port", free_port, "--no-slo", *flags), prepare.find_engine(), {})
+    assert plan.mode == "none"
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(
+    "flags", [["-asc", "2"], ["-dp", "2"], ["-dp", "4", "-dpl", "2", "-dph"], ["-dp", "2", "-dpn", "1"]]
+)
+def test_api_servers_beside_their_engines_are_served_as_one(model, free_port, flags):
+    plan = prepare.prepare(parse(model, "--port", free_port, *flags), prepare.find_engine(), {})
+    assert plan.mode == "enforce"
+    assert plan.arguments[-len(flags) :] == flags
+
+
+@pytest.mark.usefixtures("fake_vllm")
+@pytest.mark.parametrize(("value", "is_refused"), [("1", True), ("0", False)])
+def test_a_front_end_without_middleware_is_refused_by_name(model, free_port, value, is_refused):
+    args, environ = parse(model, "--port", free_port), {"VLLM_USE_RUST_FRONTEND": value}
+    if is_refused:
+        with pytest.raises(ConfigError, match="VLLM_USE_RUST_FRONTEND = '1': expected 0"):
+            prepare.prepare(args, prepare.find_engine(), environ)
+    else:
+        assert prepare.prepare(args, prepare.find_engine(), environ).mode == "enforce"
 
 
 @pytest.mark.parametrize(

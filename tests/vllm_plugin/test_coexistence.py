@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from slos_serve.http import seal
 from slos_serve.http.seal import sealed
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
@@ -163,6 +166,20 @@ def test_what_cannot_be_steered_is_refused_in_words(tmp_path, change, words) -> 
     scheduler = make_scheduler(tmp_path, cls=Scheduler)
     change(scheduler)
     assert view.unsupported(scheduler) == [words]
+
+
+@pytest.mark.parametrize(("num_servers", "is_shared"), [(1, False), (2, True)])
+def test_several_api_servers_of_one_start_find_the_engine_by_configurations_of_their_own(
+    tmp_path, num_servers, is_shared
+) -> None:
+    from slos_serve.vllm_plugin.wire.channel import instance_name
+
+    engine, server = (make_config(tmp_path) for _ in range(2))
+    for config in (engine, server):
+        config.parallel_config._api_process_count = num_servers
+    assert engine.instance_id != server.instance_id
+    assert (instance_name(engine) == instance_name(server)) == is_shared
+    assert os.environ[seal.ENVIRONMENT] not in instance_name(engine)
 
 
 def test_an_engine_of_several_publishes_on_an_address_of_its_own(tmp_path, perf) -> None:

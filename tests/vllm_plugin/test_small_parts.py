@@ -68,6 +68,12 @@ def test_settings_that_make_no_sense_are_named(document, key) -> None:
     assert caught.value.key == key
 
 
+def test_each_of_several_engines_has_a_record_of_its_own() -> None:
+    records = [Settings.parse({"record": "/tmp/steps.jsonl"}).record_path(index) for index in range(3)]
+    assert [path.name for path in records] == ["steps.jsonl", "steps-1.jsonl", "steps-2.jsonl"]
+    assert Settings.parse({}).record_path(1) is None
+
+
 def test_what_was_learnt_is_kept_beside_the_profile_by_engine_or_where_the_operator_says() -> None:
     paths = [
         Settings.parse(document).state_path(index)
