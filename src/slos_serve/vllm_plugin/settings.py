@@ -24,7 +24,9 @@ class Settings:
 
     `class_modes` are the classes whose mode differs. `profile` and `record` are file paths; `state` is the file
     that keeps what was learnt across restarts: None for one beside the profile, False for none. `record_max_mb`: what
-    records may take on disk, older ones beside the file included. `record_names`: let them say tenants and sessions.
+    records may take on disk, older ones beside the file included. The second of several
+    data-parallel engines keeps what it learns and records in NAME-1, and so on. `record_names`: let records say tenants
+    and sessions.
     `guard_s`: from the end of a step to the client seeing its token. `planner` is a dotted class name and
     `planner_options` its keyword arguments. `always_plan`: plan even while no request has an SLO (to compare planners).
     `report_s`: how often the attainment of each class is written to the log. `thinking_end` are the token ids (or one
