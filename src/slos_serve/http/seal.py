@@ -27,7 +27,7 @@ def prepare() -> None:
 def start_name() -> str:
     """Return a name of this start: the same in all of its processes, and in nobody else's."""
     prepare()
-    return hmac.digest(os.environ[ENVIRONMENT].encode(), b"start", "sha256").hex()
+    return hmac.digest(os.environ[ENVIRONMENT].encode(), b"start", "sha256").hex()[:16]
 
 
 def sealed(xargs: Mapping[str, Any]) -> dict[str, Any]:
