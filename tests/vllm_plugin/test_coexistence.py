@@ -174,6 +174,7 @@ def test_several_api_servers_of_one_start_find_the_engine_by_configurations_of_t
 ) -> None:
     from slos_serve.vllm_plugin.wire.channel import instance_name
 
+    seal.prepare()
     engine, server = (make_config(tmp_path) for _ in range(2))
     for config in (engine, server):
         config.parallel_config._api_process_count = num_servers
