@@ -130,6 +130,8 @@ def _foretell(
             return none
         is_alone, has_others = False, True
     if not is_alone:
+        if num_prompts:
+            return none  # where a prompt ends there may be room for a promise to who waits
         most = min(most, longest)
     margin = margin_prefill if num_prompts else margin_decode
     start_s = now_s
