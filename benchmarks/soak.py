@@ -242,7 +242,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
             points = [(one["s"] / 3600, one[name]) for one in document["samples"] if name in one]
             axis.plot(*zip(*points, strict=True))
             axis.set_title(name, fontsize=8, loc="left")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.15 * max(value for _, value in points))
         axes[-1, 0].set_xlabel("hours")
         figures.save(figure, path)
 
