@@ -7,10 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 STEP_S = 0.01
@@ -46,7 +48,7 @@ def server(tmp_path_factory):
     command += ["--served-model-name", "m"]
     log = folder / "server.log"
     with log.open("wb") as output:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
         process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
         try:
@@ -143,3 +145,100 @@ def test_preempted_requests_come_back_and_say_what_they_would_have_said(server):
     preempted = [line for line in metrics.splitlines() if line.startswith("vllm:num_preemptions_total")]
     assert float(preempted[0].split()[-1]) > 0
     assert server.get("/health").status_code == 200
+
+
+# -- an operator's pause ---------------------------------------------------------------------------
+
+PROMISED = {"ttft_ms": 5000, "tpot_ms": 200}
+PAUSE_S = 6.0  # 30 times what a token may take
+AFTER = {  # how a pause begins and ends, and what becomes of the streams that are under way
+    "keep": ("/pause?mode=keep", "/resume", "met"),
+    "wait": ("/pause?mode=wait", "/resume", "met"),
+    "abort": ("/pause?mode=abort", "/resume", "cancelled"),
+    "sleep": ("/sleep?level=0&mode=keep", "/wake_up?tags=scheduling", "met"),
+}
+
+
+def stream(client, began, *, max_tokens):
+    """Stream an answer; return its headers and the last `slo` in it. `began` is set with the headers."""
+    body = {"model": "m", "prompt": "Once", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json={**body, "slo": PROMISED}) as response:
+        began.set()
+        said = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    return dict(response.headers), next((one["slo"] for one in reversed(said) if "slo" in one), {})
+
+
+def broken(client):
+    """Return how many promises were broken and how often steering stopped, as counted."""
+    lines = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line.startswith("slos_serve_")]
+    missed = sum(float(value) for name, value in lines if "slos_serve_promises_total" in name and "broken" in name)
+    return missed + sum(float(value) for name, value in lines if name.startswith("slos_serve_step_downs_total"))
+
+
+@pytest.mark.parametrize("how", AFTER)
+def test_a_pause_breaks_no_promise_and_newcomers_hear_at_once(server, how):
+    pause, resume, outcome = AFTER[how]
+    before = broken(server)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        begun = [threading.Event() for _ in range(2)]
+        under_way = [pool.submit(stream, server, event, max_tokens=400) for event in begun]
+        assert all(event.wait(30) for event in begun)
+        paused = pool.submit(server.post, pause)
+        wait_for(lambda: server.get("/readyz").text == '{"status":"paused"}')
+        assert server.get("/livez").status_code == 200
+        heard, started = threading.Event(), time.monotonic()
+        newcomer = pool.submit(stream, server, heard, max_tokens=5)
+        assert heard.wait(30)
+        assert time.monotonic() - started < PAUSE_S
+        assert server.post("/reset_prefix_cache").status_code == 200
+        time.sleep(PAUSE_S)
+        assert paused.result().status_code == 200
+        assert server.get("/livez").status_code == 200
+        assert server.post(resume).status_code == 200
+        ids = [one.result()[0]["x-slo-id"] for one in under_way]
+        headers, slo = newcomer.result()
+    wait_for(lambda: [server.get(f"/v1/slo/requests/{one}").json().get("outcome") for one in ids] == [outcome] * 2)
+    assert (headers["x-slo-verdict"], headers["x-slo-reason"]) == ("best-effort", "paused")
+    assert slo["outcome"] in {"met", "declined"}
+    wait_for(lambda: server.get("/readyz").status_code == 200)
+    assert broken(server) == before
+    assert server.get("/v1/slo/status").json()["effective_mode"] == "enforce"
+    again = complete(server, max_tokens=5, ignore_eos=True, slo=PROMISED)
+    assert (again["slo"]["verdict"], again["slo"]["outcome"]) == ("promised", "met")
+
+
+def wait_for(holds, patience_s=30.0):
+    until = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+# -- what the server says of itself, taken at its word ---------------------------------------------
+
+ASKED = "^/(v1/(completions|chat/completions|slo/.*)|livez|readyz|health)$"
+
+
+def test_no_request_that_the_openapi_document_allows_is_a_fault_of_the_server(server):
+    schemathesis = pytest.importorskip("schemathesis")
+    schema = schemathesis.openapi.from_dict(server.get("/openapi.json").json()).include(path_regex=ASKED)
+    operations = [one.ok() for one in schema.get_all_operations()]
+    assert {one.path for one in operations} >= {"/v1/completions", "/v1/slo/classes", "/v1/slo/mode", "/livez"}
+    faults = []
+    for operation in operations:
+
+        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @given(case=operation.as_strategy())
+        def ask(case):
+            if isinstance(case.body, dict) and "max_tokens" in case.body:
+                case.body["max_tokens"] = 2
+            answer = case.call(base_url=str(server.base_url), timeout=30)
+            if answer.status_code >= 500:
+                faults.append((case.method, case.path, answer.status_code, str(case.body)[:300], answer.text[:300]))
+
+        ask()
+    assert faults == []
+    assert server.post("/v1/slo/mode", json={"mode": "enforce"}).status_code == 200  # it may have been asked to observe
+    status = server.get("/v1/slo/status").json()
+    assert (status["effective_mode"], status["malformed_messages"]) == ("enforce", 0)
+    assert not status["snapshot"]["planner_faults"]
