@@ -29,8 +29,8 @@ serve: ## OpenAI-compatible server on port 8000 (MODEL=... for your own, ARGS fo
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python -m slos_serve.bench.model) && \
 	    exec $(BIN)/slos-serve serve "$$model" --enforce-eager $(ARGS)
 
-test: ## the whole test suite, real engine and real cluster included
-	$(INSTALL) cpu bench dev ray
+test: ## the whole test suite, real engine, real cluster and real browser included
+	$(INSTALL) cpu bench dev ray browser
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: ## formatting, lint, types, import rules
