@@ -1,13 +1,14 @@
 """Why a request was not promised is found from its plan's own input, on a thread of its own."""
 
 import time
+from types import SimpleNamespace
 
 from tests.core.states import make_request, make_state
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import RequestTable
 from slos_serve.vllm_plugin.explaining import MAX_KEPT, Explainer
-from slos_serve.vllm_plugin.progress import MAX_POINTS, Progress
+from slos_serve.vllm_plugin.progress import MAX_POINTS, SPARE, Progress
 
 
 def refused(name="hard", **more):
@@ -77,3 +78,10 @@ def test_points_of_a_request_stay_bounded_however_long_it_lasts():
     assert 2 < len(points) <= MAX_POINTS
     assert [count for _, count in points] == sorted(count for _, count in points)
     assert progress.take(live) == []
+
+
+def test_requests_whose_end_is_never_told_leave_nothing_behind():
+    progress = Progress()
+    for number in range(1000):
+        progress.note([SimpleNamespace(request_id=f"{number}", arrival_s=0.0, grader=1, num_output_tokens=1)], 1.0)
+    assert len(progress._points) <= SPARE + 2

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.pipeline import InFlight
 
 MAX_POINTS = 48
+SPARE = 64
 
 
 class Progress:
@@ -20,6 +21,9 @@ class Progress:
 
     def note(self, live: Iterable[Live], now_s: float) -> None:
         """Look at the live requests; of one that lasts long every second point is kept, then every fourth, ..."""
+        live = list(live)
+        if len(self._points) > len(live) + SPARE:  # of some the end was never told
+            self._points = {one.request_id: self._points.get(one.request_id, []) for one in live}
         for one in live:
             if one.grader is None or not one.has_begun:
                 continue
