@@ -66,22 +66,25 @@ def test_a_planner_that_fails_is_told_and_others_can_be_asked_about():
     assert explainer._asked is None
 
 
-def test_points_of_a_request_stay_bounded_however_long_it_lasts():
-    class Live:
-        request_id, arrival_s, grader, num_output_tokens = "a", 0.0, object(), 0
+def live(name, count):
+    return SimpleNamespace(
+        request_id=name, arrival_s=0.0, grader=1, has_begun=True, request=SimpleNamespace(num_output_tokens=count)
+    )
 
-    progress, live = Progress(), Live()
+
+def test_points_of_a_request_stay_bounded_however_long_it_lasts():
+    progress, one = Progress(), live("a", 0)
     for second in range(100_000):
-        live.num_output_tokens += 1
-        progress.note([live], float(second))
-    points = progress.take(live)
+        one.request.num_output_tokens += 1
+        progress.note([one], float(second))
+    points = progress.take(one)
     assert 2 < len(points) <= MAX_POINTS
     assert [count for _, count in points] == sorted(count for _, count in points)
-    assert progress.take(live) == []
+    assert progress.take(one) == []
 
 
 def test_requests_whose_end_is_never_told_leave_nothing_behind():
     progress = Progress()
     for number in range(1000):
-        progress.note([SimpleNamespace(request_id=f"{number}", arrival_s=0.0, grader=1, num_output_tokens=1)], 1.0)
+        progress.note([live(f"{number}", 1)], 1.0)
     assert len(progress._points) <= SPARE + 2
