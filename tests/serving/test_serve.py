@@ -310,6 +310,16 @@ def test_a_vllm_that_lacks_what_is_started_is_told_in_one_line(fake_vllm, model,
     assert "Traceback" not in err
 
 
+def test_a_vllm_without_torch_is_told_in_one_line(fake_vllm, model, tmp_path, free_port):
+    missing = "import sys\nsys.modules['torch'] = None\nimport torch\n"
+    (fake_vllm.parent / "site/vllm/entrypoints/cli/main.py").write_text(missing)
+    child = serve_in_child(model, "--port", free_port, "--profile", write_profile(tmp_path / "profile.json"))
+    _, err = child.communicate(timeout=90)
+    assert child.returncode == 2
+    assert "cannot be started: import of torch halted" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 def test_a_fork_whose_scheduler_is_another_is_told_in_one_line(fake_vllm, model, tmp_path, free_port):
     (fake_vllm.parent / "site/vllm/v1/core/sched/scheduler.py").write_text("class OurOwn: ...")
     child = serve_in_child(model, "--port", free_port, "--profile", write_profile(tmp_path / "profile.json"))

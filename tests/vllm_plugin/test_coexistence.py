@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from vllm.lora.request import LoRARequest
@@ -14,7 +15,10 @@ from slos_serve.http import seal
 from slos_serve.http.seal import sealed
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler, SloScheduler
+from slos_serve.vllm_plugin.stats import Listener
 from slos_serve.vllm_plugin.testing import Engine, make_config, make_request, make_scheduler
+from slos_serve.vllm_plugin.wire.channel import address, instance_name
+from slos_serve.vllm_plugin.wire.control import ask
 
 CHAT = {"slo_class": "chat"}
 SLO = {"planner": "slos_serve.core.planner.SloPlanner", "always_plan": False}
@@ -172,8 +176,6 @@ def test_what_cannot_be_steered_is_refused_in_words(tmp_path, change, words) -> 
 def test_several_api_servers_of_one_start_find_the_engine_by_configurations_of_their_own(
     tmp_path, num_servers, is_shared
 ) -> None:
-    from slos_serve.vllm_plugin.wire.channel import instance_name
-
     seal.prepare()
     engine, server = (make_config(tmp_path) for _ in range(2))
     for config in (engine, server):
@@ -183,9 +185,40 @@ def test_several_api_servers_of_one_start_find_the_engine_by_configurations_of_t
     assert os.environ[seal.ENVIRONMENT] not in instance_name(engine)
 
 
-def test_an_engine_of_several_publishes_on_an_address_of_its_own(tmp_path, perf) -> None:
-    from slos_serve.vllm_plugin.wire.channel import address
+def test_each_of_two_api_servers_hears_verdicts_and_can_ask_the_engine(tmp_path) -> None:
+    def config(rank):
+        made = make_config(tmp_path, slo={"mode": "enforce", "channel_dir": str(tmp_path / "s")})
+        made.scheduler_config.scheduler_cls = "slos_serve.vllm_plugin.scheduler.SloScheduler"
+        made.parallel_config._api_process_count, made.parallel_config._api_process_rank = 2, rank
+        return made
 
+    seal.prepare()
+    scheduler = make_scheduler(tmp_path, cls=SloScheduler, config=config(-1))
+    heard: list[list[dict]] = [[], []]
+    where = [instance_name(config(rank)) for rank in range(2)]
+    listeners = [
+        Listener(address(name, 0, below=str(tmp_path / "s")), one.append)
+        for name, one in zip(where, heard, strict=True)
+    ]
+    try:
+        scheduler.add_request(make_request("r0", args={"slo_class": "chat"}, max_tokens=3))
+        Engine(scheduler).run()
+        for _ in range(1000):
+            if all(heard):
+                break
+            scheduler.slo.outbox.beat(0.0, at_once=True)
+            time.sleep(0.01)
+        assert all(messages[-1]["snapshot"]["steps"] > 0 for messages in heard)
+        for name in where:
+            answer = ask(address(name, 0, "control", str(tmp_path / "s")), {"mode": "observe"}, timeout_s=60)
+            assert "error" not in answer
+    finally:
+        for listener in listeners:
+            listener.close()
+        scheduler.shutdown()
+
+
+def test_an_engine_of_several_publishes_on_an_address_of_its_own(tmp_path, perf) -> None:
     config = make_config(tmp_path, slo={"mode": "enforce"})
     config.parallel_config.data_parallel_index = 3  # vLLM treats independent engines as one engine each
     scheduler = make_scheduler(tmp_path, cls=SloScheduler, config=config)
