@@ -9,6 +9,7 @@ from tests.core.states import make_request, make_state
 from tests.sim.records_made import write_record
 
 from slos_serve import cli
+from slos_serve.commands import explain
 from slos_serve.core.types import RequestTable
 
 
@@ -148,3 +149,11 @@ def test_a_servers_answer_says_what_was_promised_and_what_came():
         text = as_answer({**asked, "reason": reason})
         assert "asked for within 20 ms" in text
         assert "to spare" not in text
+
+
+def test_what_a_server_explains_has_the_fields_of_its_record(monkeypatch):
+    record = {"id": "a", "class": "chat", "verdict": "promised", "reason": ""}
+    monkeypatch.setattr(explain, "get_json", lambda url, key: {"request": record, "story": ["It was promised."]})
+    document = explain.ask("http://localhost:1", "a", None)
+    assert document["verdict"] == "promised"
+    assert document["story"] == ["It was promised."]

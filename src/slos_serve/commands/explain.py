@@ -75,7 +75,7 @@ def draw(path: Path | None, record: Mapping[str, Any]) -> None:
 
 
 def ask(target: str, request_id: str, api_key: str | None) -> dict[str, Any]:
-    """Return what a server knows of a request; `SlosServeError` where it does not answer."""
+    """Return what a server knows of a request, its record's own fields too; `SlosServeError` where it says nothing."""
     if not target.startswith(("http://", "https://")):
         expected = "a URL such as http://127.0.0.1:8000"
         raise ConfigError(where="arguments", key="--target", value=target, expected=expected)
@@ -87,7 +87,7 @@ def ask(target: str, request_id: str, api_key: str | None) -> dict[str, Any]:
         document = _ask_plainly(where, base, request_id, api_key)  # an older server, or it knows nothing
     if "verdict" not in document.get("request", document):
         raise SlosServeError(f"{base} does not answer like a server of slos-serve")
-    return document
+    return {**document, **document.get("request", {})}
 
 
 def _ask_plainly(where: str, base: str, request_id: str, api_key: str | None) -> dict[str, Any]:
