@@ -146,7 +146,9 @@ def test_a_grammar_that_gets_ready_inside_a_step_costs_nobody_the_promise(build,
     monkeypatch.setattr(view, "promote", lambda *_: False)  # not yet when the step is planned
     request.structured_output_request.grammar = SimpleNamespace()  # but when vLLM looks
     monkeypatch.setattr(scheduler, "get_grammar_bitmask", lambda *_: None)
-    monkeypatch.setattr(scheduler.structured_output_manager, "should_advance", lambda *_, **__: False)
+    manager = scheduler.structured_output_manager
+    advances = "should_advance" if hasattr(manager, "should_advance") else "accept_tokens"  # from 0.30 on
+    monkeypatch.setattr(manager, advances, lambda *_, **__: advances == "accept_tokens")
     for _ in range(9):
         engine.step()
         assert request.num_computed_tokens == 0
