@@ -396,18 +396,6 @@ def test_prompts_go_in_brief_batches_where_deadlines_hold_with_them():
     assert hurried_s > at_leisure_s
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
-def test_a_newcomer_waits_no_longer_for_the_batches_on_their_way_where_steps_are_planned_ahead(steps_ahead):
-    fixed_s = STEPPED.seconds(1)
-    limits = make_limits(max_num_batched_tokens=8192, steps_ahead=steps_ahead)
-    for ttft_s, multiple in ((10.0, 4), (1.2 * STEPPED.prefill_seconds(3000, 8192), 8)):
-        table = RequestTable()
-        table.add(make_request("long", prompt=3000, ttft_s=ttft_s, tpot_s=1.0))
-        batch = SloPlanner().plan(make_state(table, limits=limits)).batch
-        assert batch.request_ids == ["long"]
-        assert (1 + steps_ahead) * batch.predicted_s <= multiple * fixed_s + 1e-9
-
-
 # -- one source, two ways to run it -----------------------------------------------------------------
 
 RECORDED = [

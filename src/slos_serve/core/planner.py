@@ -67,10 +67,9 @@ MAX_CANDIDATES = 256
 class SloPlanner:
     """Plan for the SLOs of every request; see the module's text.
 
-    `batch_fixed_multiple`: a batch, with those on their way when it is planned, lasts at most this many times
-    the fixed cost of a step, so that a newcomer never waits long; `brief_fixed_multiple`: the same for batches
-    with prompts where deadlines hold with it (a TTFT of five times the unloaded prefill leaves the shortest
-    prompt four).
+    `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step, so that a
+    newcomer never waits long behind it; `brief_fixed_multiple`: the same for batches with prompts where
+    deadlines hold with it (a TTFT of five times the unloaded prefill leaves the shortest prompt four).
     `reserve`: a promise is given early where it would hold with prompts that take so many times as long
     (1: wherever it holds). `admission_name`: `dp` (the dynamic programme) or `greedy` (by value density,
     for comparison). `beam_width`: most labels of the programme.

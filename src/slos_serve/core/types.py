@@ -287,9 +287,8 @@ class Limits:
     """What the engine can hold and do in one step. Token and block counts.
 
     `guard_s` is subtracted from every deadline: the time between the end of a step and the client
-    seeing its token. `steps_ahead`: steps on their way when one is planned, 1 under asynchronous scheduling.
-    `work_limit` bounds a plan's search in elementary operations (labels expanded and request-steps
-    simulated); hosts calibrate it to about 2 ms.
+    seeing its token. `work_limit` bounds a plan's search in elementary operations (labels expanded and
+    request-steps simulated); hosts calibrate it to about 2 ms.
     """
 
     max_num_batched_tokens: int
@@ -299,7 +298,6 @@ class Limits:
     num_kv_blocks: int
     max_draft_length: int = 0
     guard_s: float = 0.0
-    steps_ahead: int = 0
     work_limit: int = DEFAULT_WORK_LIMIT
 
     def __post_init__(self) -> None:
@@ -313,8 +311,6 @@ class Limits:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"Limits.{name} = {getattr(self, name)!r}: expected at least 1")
-        if self.steps_ahead < 0:
-            raise ValueError(f"Limits.steps_ahead = {self.steps_ahead!r}: expected at least 0")
         if self.max_draft_length < 0 or not (math.isfinite(self.guard_s) and self.guard_s >= 0):
             raise ValueError("Limits.max_draft_length and Limits.guard_s: expected finite and not negative")
 

@@ -140,10 +140,7 @@ def run_workload(
         return Replica(
             kernel,
             planner,
-            limits=replace(
-                hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
-                steps_ahead=int(bool(options.async_lag)),
-            ),
+            limits=hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
             true_model=hardware.perf_model,
             lengths=workload.length_model(),
             rng=np.random.default_rng([seed, number] if number else seed),

@@ -82,9 +82,7 @@ class SloRuntime:
             self.differences = [f"{name} cannot be steered" for name in view.unsupported(scheduler)]
         self.differences += view.mismatch(scheduler, is_async=is_async)
         self._work_limit = WorkLimit()
-        self.limits = view.limits(
-            scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value, is_async=is_async
-        )
+        self.limits = view.limits(scheduler, guard_s=settings.guard_s, work_limit=self._work_limit.value)
         self.clock = Clock()
         self.tracker = Tracker(
             scheduler, settings.config, self.clock, self._sets_aside, is_async=is_async, edge_only=settings.edge

@@ -41,8 +41,7 @@ def states(draw):
         table.add(make_request(f"n{i}", arrival_s=arrival_s, prompt=draw(st.integers(1, 3000)), **slo), tier=tier)
     held = int(table.rows["num_kv_blocks"].sum())
     spare = draw(st.sampled_from((1, 50, 20_000)))
-    seats, ahead = draw(st.sampled_from((8, 64))), draw(st.integers(0, 1))
-    limits = make_limits(num_kv_blocks=held + spare, max_num_seqs=seats, steps_ahead=ahead)
+    limits = make_limits(num_kv_blocks=held + spare, max_num_seqs=draw(st.sampled_from((8, 64))))
     return make_state(table, now_s=now_s, model=draw(st.sampled_from(list(MODELS.values()))), limits=limits)
 
 

@@ -40,14 +40,14 @@ from slos_serve.core.slo.due import PROMISED, is_late, row_pace, row_scheduled, 
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
-    from slos_serve.core.types import BoolArray, IntArray, Limits, ReplicaState, Rows
+    from slos_serve.core.types import BoolArray, IntArray, ReplicaState, Rows
 
 
 RUNNING = int(Status.RUNNING)
 PENDING, BEST_EFFORT = int(Tier.PENDING), int(Tier.BEST_EFFORT)
 MAX_ACCEPTANCE = 0.99
 MIN_TPOT_S = 1e-6
-BATCH_FIXED_MULTIPLE = 8.0  # what a newcomer waits for lasts at most so many times the fixed cost of a step
+BATCH_FIXED_MULTIPLE = 8.0  # a batch lasts at most so many times the fixed cost of a step
 
 # rows of the flags
 IS_RUNNING, IS_PENDING, IS_PROMISED, IS_BROKEN, IS_DECLINED, IS_CANDIDATE, IS_UNDECIDED, IS_LIVE, IS_ENDED = range(9)
@@ -218,19 +218,10 @@ def growth_of(table: Demand, index: IntArray, block_size: float) -> FloatArray:
     return growth
 
 
-def longest_batch_s(limits: Limits, fixed_s: float, multiple: float = BATCH_FIXED_MULTIPLE) -> float:
-    """Return how many seconds a batch may last; `fixed_s`: the fixed cost of a step.
-
-    A newcomer waits for the batch in which it comes and for those that are planned by then: for `multiple` times the
-    fixed cost at most. So where steps are planned one ahead, each batch is half as long.
-    """
-    return multiple * fixed_s / (1 + limits.steps_ahead)
-
-
 class Columns:
     """The columns that one plan reads, one entry per row of the request table, and the machine.
 
-    `batch_fixed_multiple`: see `longest_batch_s`.
+    `batch_fixed_multiple`: a batch lasts at most this many times the fixed cost of a step.
     """
 
     def __init__(self, state: ReplicaState, batch_fixed_multiple: float) -> None:
@@ -262,7 +253,7 @@ class Columns:
             max_seqs=float(limits.max_num_seqs - int(self.ended.sum())),
             block_size=float(limits.block_size),
             free_blocks=state.num_free_kv_blocks + float(sums[RECLAIMABLE]) - float(sums[OWED]),
-            max_batch_s=longest_batch_s(limits, fixed, batch_fixed_multiple),
+            max_batch_s=batch_fixed_multiple * fixed,
         )
         if limits.max_draft_length > 0:
             self.choose_lengths((self.is_promised | flags[IS_CANDIDATE]).nonzero()[0], float(sums[READ]))

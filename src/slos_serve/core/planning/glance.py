@@ -25,7 +25,6 @@ from slos_serve.core.planning.columns import (
     OWED,
     RECLAIMABLE,
     derive,
-    longest_batch_s,
     pick,
 )
 from slos_serve.core.planning.demand import (
@@ -72,7 +71,7 @@ def glance(
         max_seqs=float(limits.max_num_seqs),
         block_size=float(limits.block_size),
         free_blocks=float(state.num_free_kv_blocks),
-        max_batch_s=longest_batch_s(limits, fixed_s, batch_fixed_multiple),
+        max_batch_s=batch_fixed_multiple * fixed_s,
     )
     order, demand, tokens, finished_at, given, predicted_s, work = _glance(
         table.rows, state.now_s, limits.guard_s, fixed_s, limits.block_size, machine, limits.num_kv_blocks,

@@ -21,7 +21,7 @@ import numpy as np
 
 from slos_serve.core.perf import FIXED, PER_REQUEST, FloatArray, PerfModel, batch_seconds
 from slos_serve.core.planning import columns, demand
-from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, longest_batch_s, read_rows
+from slos_serve.core.planning.columns import BATCH_FIXED_MULTIPLE, MIN_TPOT_S, read_rows
 from slos_serve.core.planning.demand import Demand, Machine
 from slos_serve.core.planning.programme import tiers_of
 from slos_serve.core.types import Limits
@@ -288,7 +288,7 @@ def machine_of(snapshot: ReplicaSnapshot) -> Machine:
         max_seqs=max(1.0, float(limits.max_num_seqs) - hidden),
         block_size=float(limits.block_size),
         free_blocks=snapshot.free_kv_blocks,
-        max_batch_s=longest_batch_s(limits, fixed_s, snapshot.batch_fixed_multiple),
+        max_batch_s=snapshot.batch_fixed_multiple * fixed_s,
     )
 
 

@@ -331,11 +331,8 @@ def cached_tokens(scheduler: Any, request: Request) -> int:
     return int(manager.get_computed_blocks(request)[1])
 
 
-def limits(scheduler: Any, *, guard_s: float, work_limit: int, is_async: bool = False) -> Limits:
-    """Return what one engine can do in a step; `guard_s` and `work_limit` as in `Limits`.
-
-    `is_async`: a step is scheduled while the one before it is in flight.
-    """
+def limits(scheduler: Any, *, guard_s: float, work_limit: int) -> Limits:
+    """Return what one engine can do in a step; `guard_s` and `work_limit` as in `Limits`."""
     per_unit = blocks_per_unit(scheduler)
     blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
     seats = scheduler.max_num_running_reqs
@@ -347,7 +344,6 @@ def limits(scheduler: Any, *, guard_s: float, work_limit: int, is_async: bool = 
         num_kv_blocks=int(max(1, blocks // per_unit)),
         max_draft_length=int(scheduler.num_spec_tokens),
         guard_s=guard_s,
-        steps_ahead=int(is_async),
         work_limit=work_limit,
     )
 
