@@ -17,7 +17,11 @@ from slos_serve.ray_serve.ingress import summed
 from slos_serve.ray_serve.server import SloServer
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "ray"
-PROFILE = {"perf_model": {"lines": [{"per_token_s": 1e-3, "fixed_s": 0.02}]}, "max_num_batched_tokens": 256}
+PROFILE = {
+    "schema": "slos-serve-profile/1",
+    "perf_model": {"lines": [{"per_token_s": 1e-3, "fixed_s": 0.02}]},
+    "max_num_batched_tokens": 256,
+}
 
 
 def filled(document=None, **slo):
