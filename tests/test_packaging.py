@@ -115,7 +115,7 @@ def test_what_building_left_behind_does_not_keep_the_next_make_from_installing(t
         done = subprocess.run([tmp_path / "scripts/install", "x"], capture_output=True, text=True, check=False)
         said.append(done.stderr)
         (tmp_path / "stubs" / STUBS[0] / "build").mkdir(exist_ok=True)
-    assert said == ["install: x: expected dev, cpu, bench, ray or docs\n"] * 2
+    assert said == ["install: x: expected dev, cpu, bench, ray, docs or browser\n"] * 2
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ PACKAGE = Path(slos_serve.__file__).parent
 LOOP = """
 import numpy as np
 from slos_serve.core import jit
-from slos_serve.core.perf import PerfModel, batch_seconds
+from slos_serve.core.perf import PerfModel, line_seconds
 line = PerfModel.from_terms([{"per_token_s": 1e-3, "fixed_s": 2e-3}]).as_array()
-print(round(float(batch_seconds(line, 3.0, 1.0, 0.0, 0.0, 0.0)), 6), jit.why_not_kept())
+print(round(float(line_seconds(line, 0, 3.0, 1.0, 0.0, 0.0, 0.0)), 6), jit.why_not_kept())
 """
 # The two findings of `doctor` that this is about, without the seconds that importing vLLM takes.
 DOCTOR = """
@@ -107,8 +107,8 @@ def test_a_full_disk_costs_the_compiled_loop_and_nothing_else(python):
 def test_a_damaged_cache_is_found_by_doctor_and_replaced(python, copy):
     folder = copy / "slos_serve/core/__pycache__"
     assert python("-c", LOOP)[1] == "0.005 \n"
-    index = next(folder.glob("perf.batch_seconds-*.nbi"))
-    code = next(folder.glob("perf.batch_seconds-*.nbc"))
+    index = next(folder.glob("perf.line_seconds-*.nbi"))
+    code = next(folder.glob("perf.line_seconds-*.nbc"))
     index.write_bytes(b"not a pickle")
     assert "1 compiled loops" in findings(python("-c", DOCTOR)[1])["numba"]["detail"]
     for path, damage in ((index, b""), (index, bytes(300)), (code, code.read_bytes()[:40])):

@@ -101,7 +101,7 @@ def feed(hub, say, slo_id, verdict="promised", reason="", outcome="met", **more)
 @pytest.mark.timeout(60)
 async def test_a_browser_shows_the_load_the_attainment_and_why_a_request_was_late(hub, say, server, tab):
     hub.metrics.know(hub.config)
-    hub.feed({"snapshot": {**SNAPSHOT, "device": "a device of the mind"}})
+    hub.feed({"snapshot": {**SNAPSHOT, "device": {"emulated": "h100", "description": "a device of the mind"}}})
     feed(hub, say, "good", ttft_ms=180.0)
     feed(hub, say, "late", outcome="missed", ttft_ms=612.0, stages={"prefill": "missed", "answer": "met"})
     feed(hub, say, "busy", "best-effort", "compute", "declined")
@@ -109,7 +109,7 @@ async def test_a_browser_shows_the_load_the_attainment_and_why_a_request_was_lat
     await tab.until("document.querySelectorAll('#list details').length === 2")
     text = await tab.value("document.body.innerText")
     assert "Enforcing: plans are carried out." in text
-    assert "a device of the mind" in text
+    assert "(h100: a device of the mind)" in text
     assert "33.3 % of 3" in text
     assert "50.0 %, 1 broken" in text
     assert "97.0 %" in text

@@ -131,7 +131,8 @@ function showMode(status) {
   put("emulated", "Emulated device: no model runs and answers are made up (" + nameOf(status.device) +
     "). Times are those of a hardware file, nothing here is a measurement of a GPU.");
 }
-const nameOf = device => typeof device === "string" ? device : JSON.stringify(device || "");
+const nameOf = device => device && device.emulated
+  ? [device.emulated, device.description].filter(Boolean).join(": ") : String(device || "");
 
 function showLoad(snapshot, whole) {
   const sums = SUMMED({}, Object.values(whole.classes).reduce((all, one) => SUMMED(all, one), {})), load = whole.load;
