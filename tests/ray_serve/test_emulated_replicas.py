@@ -1,28 +1,14 @@
 """Real replicas on a real Ray, each on an emulated device: promised, kept, and said to be emulated everywhere."""
 
-import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
 import time
 
 import httpx
 import pytest
+from tests.emulated.small import STEP_S, serve_small_device
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-STEP_S = 0.01
-HARDWARE = {
-    "schema": "slos-serve-hardware/1",
-    "name": "small",
-    "perf_model": {"lines": [{"per_token_s": 1e-5, "fixed_s": STEP_S}]},
-    "kv_tokens": 8192,
-    "max_model_len": 512,
-    "max_num_seqs": 16,
-    "max_num_batched_tokens": 256,
-    "provenance": {"perf_model": {"kind": "derived", "source": "made up for a test"}},
-}
 START_S = 300.0
 
 
@@ -30,20 +16,9 @@ START_S = 300.0
 def cluster(tmp_path_factory):
     pytest.importorskip("ray.serve.llm")
     pytest.importorskip("vllm")
-    from slos_serve.bench.model import ensure_demo_model
-
     folder = tmp_path_factory.mktemp("emulated")
-    model = folder / "model"
-    shutil.copytree(ensure_demo_model(), model, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "small.json").write_text(json.dumps(HARDWARE))
-    profile = {"schema": "slos-serve-profile/1", "key": "test", "perf_model": HARDWARE["perf_model"]}
-    (folder / "profile.json").write_text(json.dumps(profile))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "slos_serve.cli", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--emulate", f"{folder / 'small.json'},output_tokens=0", "--profile", str(folder / "profile.json")]
-    command += ["--replicas", "2", "--served-model-name", "m", "--json"]
+    command, port = serve_small_device(folder, kv_tokens=8192, output_tokens=0)
+    command += ["--replicas", "2", "--json"]
     log = folder / "cluster.log"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
