@@ -7,10 +7,10 @@
 
 Real vLLM, our plug-in, our HTTP edge. By default the device is emulated: steps last as long as a hardware file says, so
 that a busy machine does not change them. Load comes in three phases of equal length: normal (half of what the device
-can serve), overflow (two and a half times that), recovery (normal again); the fault strikes as the overflow begins, or
-where its name says so. Where the server ends by it, or `/livez` says that it does not live, it is started again, as
-whoever supervises it would. `recovered_s`: from the fault to the first short request with an SLO that is answered in
-full; for faults that a server is started with, from its start.
+can serve), overflow (two and a half times that), recovery (normal again, once it answers); the fault strikes as the
+overflow begins, or where its name says so. Where the server ends by it, or `/livez` says that it does not live, it is
+started again, as whoever supervises it would. `recovered_s`: from the fault to the first short request with an SLO that
+is answered in full; for faults that a server is started with, from its start.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,17 +304,14 @@ FAULTS = {
 QUICK = ("none", "stall of 4 s", "clients gone")
 
 
-def requests_of(scaled: Scaled, options: argparse.Namespace) -> list[tuple[str, BenchRequest]]:
-    """Return the run's requests with the phase that each belongs to."""
-    found = []
+def requests_of(scaled: Scaled, options: argparse.Namespace) -> dict[str, list[BenchRequest]]:
+    """Return each phase's requests, at offsets from its own beginning."""
+    found = {}
     for number, (phase, share) in enumerate(PHASES.items()):
         rate = share * min(scaled.service_capacity_rps, options.most_rps)
-        start = number * options.phase_s
         offered = scaled.requests(rate_rps=rate, duration_s=options.phase_s, seed=options.seed + number)
-        found += [
-            (phase, replace(one, request_id=f"{phase}-{one.request_id}", offset_s=start + one.offset_s))
-            for one in offered
-            if one.offset_s < options.phase_s
+        found[phase] = [
+            replace(one, request_id=f"{phase}-{one.request_id}") for one in offered if one.offset_s < options.phase_s
         ]
     return found
 
@@ -344,65 +340,78 @@ def recover(bed: Bed, since: float) -> float | None:
     return None
 
 
+def begin(fault: Fault, bed: Bed, folder: Path) -> float | None:
+    """Have the server up, with the fault that it is started with; return the seconds until it answers, 0 if it did."""
+    if fault.is_of_start:
+        bed.stop()
+        bed.flags = flags_of(fault, folder)
+    since = time.monotonic()
+    if fault.phase == STARTING:
+        bed.launch()
+        time.sleep(STARTING_S)
+        since = time.monotonic()
+        fault.strike(bed)
+    if bed.has_ended():
+        bed.stop()
+        bed.start()
+    return recover(bed, since) if fault.is_of_start else 0.0
+
+
+async def offer_and_strike(
+    fault: Fault, bed: Bed, requests: Mapping[str, Sequence[BenchRequest]], phase_s: float
+) -> tuple[dict[str, list[StreamResult]], list[float | None]]:
+    """Offer the phases and strike in one; return what came of each phase, and the seconds to recover where it struck.
+
+    The last phase begins once the server answers again; where the fault strikes in it, when its turn comes.
+    """
+    starts = {phase: number * phase_s for number, phase in enumerate(PHASES)}
+
+    async def strike() -> list[float | None]:
+        if fault.strike is nothing or fault.phase == STARTING:
+            return []
+        await asyncio.sleep(starts[fault.phase] + STRIKES_AFTER_S)
+        struck = time.monotonic()
+        say("strikes")
+        await asyncio.to_thread(fault.strike, bed)
+        return [await asyncio.to_thread(recover, bed, struck)]
+
+    async def offer_phase(phase: str) -> list[StreamResult]:
+        await asyncio.sleep(starts[phase])
+        if phase == "recovery" and fault.phase != phase:
+            await striking
+        return await offer(bed.url, MODEL, requests[phase], drain_timeout_s=DRAIN_S)
+
+    striking = asyncio.ensure_future(strike())
+    try:
+        results = await asyncio.gather(*map(offer_phase, PHASES))
+        return dict(zip(PHASES, results, strict=True)), await striking
+    except BaseException:
+        bed.is_over = True
+        raise
+
+
 def run_fault(name: str, bed: Bed, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer the three phases, strike once, and account for every request."""
-    fault, since = FAULTS[name], time.monotonic()
+    fault, began = FAULTS[name], time.monotonic()
+    requests = requests_of(scaled, options)
+    say(name)
     with tempfile.TemporaryDirectory(prefix="slos-serve-fault-") as folder:
-        if fault.is_of_start:
-            bed.stop()
-            bed.flags = flags_of(fault, Path(folder))
-        if fault.phase == STARTING:
-            bed.launch()
-            time.sleep(STARTING_S)
-            since = time.monotonic()
-            fault.strike(bed)
-        if bed.has_ended():
-            bed.stop()
-            bed.start()
-        recovered = [recover(bed, since) if fault.is_of_start else 0.0]
-        requests = requests_of(scaled, options)
-
-        def hit() -> None:
-            struck = time.monotonic()
-            say(f"{name}: strikes")
-            fault.strike(bed)
-            recovered.append(recover(bed, struck))
-
-        timer = (
-            threading.Timer(list(PHASES).index(fault.phase) * options.phase_s + STRIKES_AFTER_S, hit)
-            if fault.strike is not nothing and fault.phase != STARTING
-            else None
-        )
-        if timer is not None:
-            timer.start()
-        try:
-            results = asyncio.run(offer(bed.url, MODEL, [one for _, one in requests], drain_timeout_s=DRAIN_S))
-        except BaseException:
-            bed.is_over = True
-            raise
-        if timer is not None:
-            timer.join()
-        row = {"fault": name, **account([one for _, one in requests], results), "recovered_s": recovered[-1]}
-        row["phases"] = {phase: account(*by_phase(phase, requests, results)) for phase in PHASES}
-        row["left_over"] = left_over(bed)
+        started_s = begin(fault, bed, Path(folder))
+        results, recovered = asyncio.run(offer_and_strike(fault, bed, requests, options.phase_s))
+        phases = {phase: account(requests[phase], results[phase]) for phase in PHASES}
+        row = {"fault": name, **{column: sum(one[column] for one in phases.values()) for column in COLUMNS}}
+        row |= {"recovered_s": [started_s, *recovered][-1], "phases": phases, "left_over": left_over(bed)}
         if fault.is_of_start:
             bed.stop()
             bed.flags = ()
             os.environ.pop(PRELOAD, None)
-    return row
+    return {**row, "took_s": round(time.monotonic() - began, 1)}
 
 
 def flags_of(fault: Fault, folder: Path) -> tuple[str, ...]:
     slo = fault.slo(folder) if fault.slo is not None else {}
     more = fault.flags(folder) if fault.flags is not None else ()
     return ("--additional-config", json.dumps({"slo": slo}), *more)
-
-
-def by_phase(
-    phase: str, requests: Sequence[tuple[str, BenchRequest]], results: Sequence[StreamResult]
-) -> tuple[list[BenchRequest], list[StreamResult]]:
-    pairs = [(one, result) for (name, one), result in zip(requests, results, strict=True) if name == phase]
-    return [one for one, _ in pairs], [result for _, result in pairs]
 
 
 def left_over(bed: Bed) -> int | None:
@@ -497,7 +506,8 @@ def main() -> int:
             path.write_text(json.dumps({"device": device, "rows": list(rows.values())}, indent=1))
     in_order = [rows[name] for name in FAULTS if name in rows]
     print(f"device: {device}; capacity {scaled.service_capacity_rps:.1f} requests/s, "
-          f"{min(scaled.service_capacity_rps, options.most_rps):.1f} taken as such\n{table(in_order)}")  # fmt: skip
+          f"{min(scaled.service_capacity_rps, options.most_rps):.1f} taken as such; "
+          f"{sum(row['took_s'] for row in in_order) / 60:.1f} minutes\n{table(in_order)}")  # fmt: skip
     rows = {name: rows[name] for name in options.only}
     return 1 if any(row["lost"] or row["doubled"] for row in rows.values()) else 0
 

@@ -11,6 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import slos_serve
 from slos_serve.commands import doctor
@@ -76,13 +78,18 @@ def test_every_locked_package_has_one_version_and_the_hash_of_its_file():
         assert len(names) == len(set(names))
 
 
-def test_a_lock_holds_what_the_requirements_ask_for():
+def test_a_lock_holds_what_requirements_and_extras_ask_for_in_a_version_that_they_allow():
     (cpu,) = (path for path in LOCKS if path.name.startswith("cpu-linux-x86_64-py311"))
-    text = cpu.read_text(encoding="utf-8")
-    for requirements in ("vllm-cpu.txt", "ray-cpu.txt"):
-        for line in (ROOT / "requirements" / requirements).read_text(encoding="utf-8").splitlines():
-            name = re.match(r"[a-z-]+", line)
-            assert not name or f"\n{name[0]}==" in text, line
+    pins = (line.split()[0].split("==") for line in cpu.read_text(encoding="utf-8").splitlines() if line[0] != "#")
+    locked = dict(pins)
+    extras = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *extras["bench"], *extras["dev"]]
+    for name in ("vllm-cpu.txt", "ray-cpu.txt"):
+        asked += (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    for line in asked:
+        if not line.startswith(("#", "./")):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
 
 
 def test_no_requirement_is_without_a_bound():
