@@ -49,10 +49,12 @@ faults: ## every kind of trouble on one real server under load: a table of what 
 	$(INSTALL) cpu bench dev
 	@$(BIN)/python benchmarks/faults.py $(ARGS)
 
-audit: ## known vulnerabilities of the locked packages (asks the public advisory database; what it cannot judge is an error)
+audit: ## known vulnerabilities of the locked packages (asks PyPI's advisories, ARGS='-s osv' OSV's; what cannot be judged is an error)
 	$(INSTALL) dev
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
-	@for lock in requirements/lock/*.txt; do $(BIN)/pip-audit --strict --disable-pip --no-deps -r "$$lock" || exit 1; done
+	@for lock in requirements/lock/*.txt; do sed 's/+cpu / /' "$$lock" | \
+	    $(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off $(ARGS) -r /dev/stdin || \
+	    { echo "audit: $$lock: a package above is vulnerable, or its advisories could not be asked for"; exit 1; }; done
 
 conformance: ## vLLM's own scheduler tests (fetched, never kept here) on vLLM's class and on ours: the same must pass
 	$(INSTALL) cpu dev

@@ -122,6 +122,7 @@ def test_batches_as_far_apart_as_needed_are_in_time_for_every_token_but_none_far
     ends = min(due, each) + each * np.arange(batches)
     at = due + gain * tpot * np.arange(batches)
     assert (ends <= at * (1 + 1e-9)).all()
+    assert each <= gap
     if due >= gain * tpot and gap == math.inf:
         assert ends[-1] == pytest.approx(at[-1])
 

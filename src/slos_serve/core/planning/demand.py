@@ -99,9 +99,11 @@ def needed_s(demand, i, now):  # type: ignore[no-untyped-def]
     """
     gain = demand[GAIN, i]
     period = gain * demand[TPOT, i]
-    ahead, tokens = demand[DUE, i] + demand[LEAD, i] - now - period, demand[OUTPUT_LEFT, i]
+    ahead, tokens = 0.0, demand[OUTPUT_LEFT, i]
     if demand[LEFT, i] > 0.0:
         ahead, tokens = demand[DEADLINE, i] - now, tokens - 1.0  # the prompt's batch yields the first
+    elif period < math.inf:
+        ahead = demand[DUE, i] + demand[LEAD, i] - now - period
     if tokens <= 0.0:
         return math.inf
     if 0.0 < ahead < math.inf:
