@@ -120,7 +120,7 @@ def settle(scheduler: Any, engine: Timed) -> None:
     """Give the plug-in the model and virtual time, and keep its thread out of the measurement."""
     slo = scheduler.slo
     slo.learner.poll()
-    slo.house.stop()
+    slo.housekeeper.stop()
     slo.clock._read = lambda: engine.now
     slo.clock._last = 0.0
     learn = slo._learn

@@ -109,7 +109,7 @@ if KIND != "stock":
             RUNTIMES.append(self.slo)
             if KIND == "enforce":
                 slo = self.slo
-                slo.modes = Modes(engine="enforce")
+                slo.standing.modes = Modes(engine="enforce")
                 slo.settings = dataclasses.replace(slo.settings, always_plan=True)
                 slo.planner = InOrder(self)
                 slo.learner._new = ({"schema": "conformance"}, MODEL)  # noqa: SLF001 - as if a profile had been read
@@ -120,8 +120,8 @@ if KIND != "stock":
             """Count the step."""
             output = super().schedule(*args, **kwargs)
             slo = self.slo
-            STEPS["steered" if slo.last_plan is not None and slo.is_enforcing else "own order"] += 1
-            for name in slo.differences:
+            STEPS["steered" if slo.last_plan is not None and slo.standing.is_enforcing else "own order"] += 1
+            for name in slo.standing.differences:
                 STEPS[f"not steered: {name}"] += 1
             if slo.divergences:
                 DIVERGENCES.update(slo.divergences)

@@ -147,8 +147,8 @@ MUTATIONS = (
     Mutation(
         "no reconciling",
         f"{PLUGIN}/runtime.py",
-        'self.faults.counts["reconciled"] += self.tracker.reconcile()',
-        "pass",
+        "if count := self.tracker.reconcile():",
+        "if count := 0:",
         ODD,
     ),
     Mutation(
@@ -162,9 +162,9 @@ MUTATIONS = (
     Mutation("a pause delays who runs on", f"{PLUGIN}/pauses.py", 'self.kind == "all" or', "True or", ODD),
     Mutation(
         "seats of sessions are free",
-        f"{PLUGIN}/runtime.py",
-        "self.limits.max_num_seqs - taken",
-        "self.limits.max_num_seqs",
+        f"{PLUGIN}/next_step.py",
+        "return max(1, most - taken)",
+        "return max(1, most)",
         ODD,
     ),
     Mutation("sessions uncapped", f"{PLUGIN}/engine/steer.py", "max(1, stock_tokens // len(stock))", "UNCAPPED", ODD),

@@ -141,10 +141,10 @@ def test_every_feature_gives_the_same_output_observed_and_enforced(engine) -> No
         params({"slo_ttft_ms": 1, "slo_tpot_ms": 1}, n=3, temperature=0.7, seed=3),
         params(max_tokens=1),
     )
-    engine.slo.set_mode("observe")
+    engine.slo.housekeeper.set_mode("observe")
     observed = engine.generate(prompts, *wishes)
     assert {one["reason"] for one in engine.said["verdicts"]} == {"observe", "requested"}
-    engine.slo.set_mode("enforce")
+    engine.slo.housekeeper.set_mode("enforce")
     enforced = engine.generate(prompts, *wishes)
     assert [ids(output) for output in enforced] == [ids(output) for output in observed]
     assert enforced[1].outputs[0].text in {"yes", "no"}

@@ -19,7 +19,7 @@ class Virtual(Engine):
         self.preempted: list[str] = []
         scheduler.slo.clock._read = lambda: self.now
         scheduler.slo.clock._last = 0.0
-        scheduler.slo._work_limit.spend = lambda *_: None
+        scheduler.slo.work_limit.spend = lambda *_: None
         learn, preempt = scheduler.slo._learn, scheduler._preempt_request
         scheduler.slo._learn = lambda entry, _, overhead, now: learn(entry, entry.predicted_s, 0.0, now)
 

@@ -112,7 +112,7 @@ def test_a_plan_is_made_anew_where_blocks_are_short(engine, monkeypatch) -> None
     add(engine, "r", max_tokens=300)
     steps(engine, 40)
     slo = engine.scheduler.slo
-    while slo._carried is None or 1 not in slo._carried.foretold.blocks[slo._carried.num_steps :][:1]:
+    while slo._next.carried is None or 1 not in slo._next.carried.foretold.blocks[slo._next.carried.num_steps :][:1]:
         engine.step()
     monkeypatch.setattr(view, "free_units", lambda *_: 0)
     assert steps(engine, 1) == 1
@@ -124,16 +124,16 @@ def test_a_plan_is_made_anew_after_vllm_did_something_else(engine) -> None:
     steps(engine, 40)
     steps(engine, 1)
     slo = engine.scheduler.slo
-    slo._carried.steering.expected["r0"] = 2  # as if one token had been too few
+    slo._next.carried.steering.expected["r0"] = 2  # as if one token had been too few
     steps(engine, 1)
-    assert slo._carried is None
+    assert slo._next.carried is None
     assert steps(engine, 1) == 1
 
 
 def test_a_change_of_mode_is_planned_for_at_once(engine) -> None:
     add(engine, "r", max_tokens=300)
     steps(engine, 40)
-    engine.scheduler.slo.set_mode("observe")
+    engine.scheduler.slo.housekeeper.set_mode("observe")
     assert steps(engine, 1) == 1
     assert engine.scheduler.slo.last_plan is not None
 

@@ -206,7 +206,7 @@ def test_each_of_two_api_servers_hears_verdicts_and_can_ask_the_engine(tmp_path)
         for _ in range(1000):
             if all(heard):
                 break
-            scheduler.slo.outbox.beat(0.0, at_once=True)
+            scheduler.slo.outbox.heartbeat(0.0, at_once=True)
             time.sleep(0.01)
         assert all(messages[-1]["snapshot"]["steps"] > 0 for messages in heard)
         for name in where:
@@ -223,7 +223,7 @@ def test_an_engine_of_several_publishes_on_an_address_of_its_own(tmp_path, perf)
     config.parallel_config.data_parallel_index = 3  # vLLM treats independent engines as one engine each
     scheduler = make_scheduler(tmp_path, cls=SloScheduler, config=config)
     try:
-        assert scheduler.slo.differences == []
+        assert scheduler.slo.standing.differences == []
         assert scheduler.slo.outbox.publisher.where == address(config.instance_id, 3)
         assert scheduler.slo.outbox._message(0.0)["engine"] == 3
     finally:

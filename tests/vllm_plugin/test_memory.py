@@ -22,7 +22,7 @@ def census() -> Counter[str]:
 def test_twenty_thousand_requests_leave_as_many_objects_as_two_thousand(build, tmp_path) -> None:
     slo = {"record": str(tmp_path / "steps.jsonl"), "always_plan": False, "config": None}
     scheduler = build(slo=slo, max_num_seqs=256, max_num_batched_tokens=8192, num_blocks=4000, prefix_caching=False)
-    scheduler.slo.house.stop()  # what it does is done here
+    scheduler.slo.housekeeper.stop()  # what it does is done here
     engine = Engine(scheduler)
 
     def serve(first: int, count: int) -> None:

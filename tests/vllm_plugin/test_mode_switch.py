@@ -81,7 +81,7 @@ def test_an_order_from_outside_is_carried_out_with_the_next_step_and_answered(sc
 @pytest.mark.parametrize("question", [{}, {"mode": "loud"}, {"mode": "observe", "class": "nobody"}, {"mode": None}])
 def test_a_bad_order_is_answered_with_an_error_and_changes_nothing(scheduler, question) -> None:
     assert "error" in tell(scheduler, **question)
-    assert scheduler.slo.modes == Modes(engine="enforce")
+    assert scheduler.slo.standing.modes == Modes(engine="enforce")
     assert tell(scheduler, mode="enforce")["mode"] == "enforce"
 
 
@@ -107,11 +107,11 @@ def test_one_class_can_be_enforced_on_an_engine_that_observes(build) -> None:
     scheduler.schedule_all = Engine(scheduler)
     arrive(scheduler, "chat", "chat")
     arrive(scheduler, "coding", "coding")
-    assert scheduler.slo.effective_mode == "enforce"
+    assert scheduler.slo.standing.effective_mode == "enforce"
     assert told(scheduler, "chat") == ("promised", False)
     assert told(scheduler, "coding") == ("", True)
     tell(scheduler, mode=None, **{"class": "chat"})
-    assert scheduler.slo.effective_mode == "observe"
+    assert scheduler.slo.standing.effective_mode == "observe"
 
 
 def test_a_promise_stands_when_its_class_is_switched_to_observe(scheduler) -> None:
@@ -143,7 +143,7 @@ def test_nobody_answers_once_the_engine_is_gone(build) -> None:
     scheduler = build(PromiseAll())
     where = address(scheduler.vllm_config.instance_id, 0, "control")
     started = time.monotonic()
-    scheduler.slo.house.stop()
+    scheduler.slo.housekeeper.stop()
     assert time.monotonic() - started < 3  # a stop does not wait for the next tick's question
     with pytest.raises(TimeoutError):
         ask(where, {"mode": "observe"}, timeout_s=0.1)
@@ -151,10 +151,10 @@ def test_nobody_answers_once_the_engine_is_gone(build) -> None:
 
 def test_an_engine_that_nobody_verified_is_not_switched_to_enforcing(scheduler) -> None:
     tell(scheduler, mode="observe")
-    scheduler.slo.may_enforce = False
+    scheduler.slo.standing.may_enforce = False
     for question in ({"mode": "enforce"}, {"mode": "enforce", "class": "chat"}):
         assert "slos-serve verify" in tell(scheduler, **question)["error"]
-    assert not scheduler.slo.modes.is_steering
+    assert not scheduler.slo.standing.modes.is_steering
 
 
 def test_an_engine_may_enforce_that_was_verified_or_started_so_or_runs_on_a_cpu(build, monkeypatch) -> None:
@@ -162,4 +162,4 @@ def test_an_engine_may_enforce_that_was_verified_or_started_so_or_runs_on_a_cpu(
 
     monkeypatch.setattr(view, "is_cpu", lambda: False)
     settings = ({"mode": "observe"}, {"mode": "enforce"}, {"mode": "observe", "may_enforce": True})
-    assert [build(slo=one).slo.may_enforce for one in settings] == [False, True, True]
+    assert [build(slo=one).slo.standing.may_enforce for one in settings] == [False, True, True]

@@ -95,7 +95,7 @@ def test_a_request_with_an_image_is_planned_as_best_effort_work_whatever_it_asks
     scheduler.requests["image"] = request
     live = scheduler.slo.tracker.add(request)
     assert live is not None
-    scheduler.slo.promises.welcome(live, enforcing=True)
+    scheduler.slo.promises.first_verdict(live, enforcing=True)
     scheduler.slo.outbox.flush(scheduler.slo.clock.now(), is_idle=False)
     assert live.has_row
     assert live.is_set_aside
@@ -246,7 +246,7 @@ def test_the_time_of_a_pause_breaks_no_promise(build, kind) -> None:
         step()
     add(scheduler, "waiting", clock, prompt_tokens=64, max_tokens=5, args={"slo_ttft_ms": 500, "slo_tpot_ms": 50})
     scheduler.set_pause_state(kind)
-    assert scheduler.slo.mode_reason == "paused by the operator"
+    assert scheduler.slo.standing.mode_reason == "paused by the operator"
     add(scheduler, "during", clock, prompt_tokens=64, max_tokens=5, args={"slo_ttft_ms": 500, "slo_tpot_ms": 50})
     assert [(v["verdict"], v["reason"]) for v in told["verdicts"] if v["request_id"] == "during"] == [
         ("best-effort", "paused")

@@ -35,7 +35,7 @@ def served(build, tmp_path, *, depth=1, cls=SloScheduler, mode="enforce", count=
         if i % 3 == 0:
             engine.step()
     engine.run()
-    scheduler.slo.house.stop()
+    scheduler.slo.housekeeper.stop()
     scheduler.slo.recorder.flush()
     return scheduler, read_recording(path)
 
@@ -160,7 +160,7 @@ def test_records_name_nobody_unless_asked_and_only_their_user_reads_them(build, 
         scheduler = build(slo={"record": str(path), "record_names": names})
         scheduler.add_request(make_request("r", max_tokens=2, args=sealed(said)))
         Engine(scheduler).run()
-        scheduler.slo.house.stop()
+        scheduler.slo.housekeeper.stop()
         scheduler.slo.recorder.flush()
         (line,) = read_recording(path).requests
         assert (line.get("tenant") == "acme", "session" in line) == (names, names)

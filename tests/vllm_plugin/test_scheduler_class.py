@@ -28,14 +28,14 @@ def make(tmp_path):
 def test_the_automatic_class_is_the_one_that_fits_and_nothing_is_said(make, is_async, expected):
     scheduler = make(AutoSloScheduler, is_async=is_async)
     assert type(scheduler) is expected
-    assert not scheduler.slo.differences
+    assert not scheduler.slo.standing.differences
 
 
 @pytest.mark.parametrize(("is_async", "cls"), [(True, AsyncSloScheduler), (False, SloScheduler)])
 def test_a_class_that_fits_is_taken_as_it_is(make, is_async, cls):
     scheduler = make(cls, is_async=is_async)
     assert type(scheduler) is cls
-    assert not scheduler.slo.differences
+    assert not scheduler.slo.standing.differences
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_a_class_that_fits_is_taken_as_it_is(make, is_async, cls):
 )
 def test_a_class_that_does_not_fit_only_observes_and_says_so_in_one_line(make, cls, is_async, kind, other):
     scheduler = make(cls, is_async=is_async)
-    assert scheduler.slo.effective_mode == "observe"
+    assert scheduler.slo.standing.effective_mode == "observe"
     reason = f"unsupported: {cls.__name__} is for {kind} scheduling and this engine's is {other}: give it "
-    assert scheduler.slo.mode_reason.startswith(reason)
+    assert scheduler.slo.standing.mode_reason.startswith(reason)
 
 
 def served(scheduler):

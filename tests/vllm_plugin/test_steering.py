@@ -108,7 +108,7 @@ def test_every_batch_is_the_planned_one(build, seed, policy) -> None:
     while scheduler.has_unfinished_requests():
         output = engine.step()
         batch = planner.plans[-1].batch
-        if not scheduler.slo._num_empty and len(batch.request_ids):
+        if not scheduler.slo._next._num_empty and len(batch.request_ids):
             assert output.num_scheduled_tokens == dict(zip(batch.request_ids, batch.num_tokens.tolist(), strict=True))
         assert output.preempted_req_ids >= set(batch.preempted)
     scheduler.slo.faults.counts.pop("starved", None)

@@ -58,12 +58,12 @@ def test_steps_that_outlast_their_margins_step_down_until_they_fit_again(traffic
     assert not traffic.run(lambda: traffic.scheduler.slo.safety.is_down, steps=200)
     traffic.slowdown = 50.0
     assert traffic.falls("margin coverage")
-    assert traffic.scheduler.slo.effective_mode == "observe"
+    assert traffic.scheduler.slo.standing.effective_mode == "observe"
     assert "ALERT: SLO scheduling stepped down" in vllm_log.text
     assert not traffic.run(lambda: not traffic.scheduler.slo.safety.is_down, steps=500)  # it goes on: so does the rule
     traffic.slowdown = 1.0
     assert traffic.rises()
-    assert traffic.scheduler.slo.effective_mode == "enforce"
+    assert traffic.scheduler.slo.standing.effective_mode == "enforce"
 
 
 def test_planning_that_costs_too_much_steps_down_until_it_is_cheap_again(traffic) -> None:
@@ -156,7 +156,7 @@ def test_a_planner_that_hangs_is_not_asked_again_before_the_hold_is_over(build) 
     scheduler.add_request(make_request("r", max_tokens=30, args={"slo_class": "chat"}))
     engine.run()
     assert set(engine.finished) == {"r"}
-    assert scheduler.slo.watchdog.num_bites == 1
+    assert scheduler.slo.watchdog.num_interrupts == 1
 
 
 def test_nothing_is_raised_in_code_that_runs_after_a_plan() -> None:
@@ -164,12 +164,12 @@ def test_nothing_is_raised_in_code_that_runs_after_a_plan() -> None:
     for _ in range(200):
         try:
             with dog:
-                dog.bite()
+                dog.interrupt()
         except PlannerHungError:
             pass
-        dog.bite()  # no plan is under way
+        dog.interrupt()  # no plan is under way
         sum(range(1000))
-    assert dog.num_bites > 0
+    assert dog.num_interrupts > 0
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5])

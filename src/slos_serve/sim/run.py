@@ -12,6 +12,7 @@ import numpy as np
 from slos_serve.core.slo.summary import GradedRequest, summarize
 from slos_serve.core.types import PlannerTraits
 from slos_serve.sim.cluster.cluster import POOLED, Cluster, ClusterOptions
+from slos_serve.sim.replica.fast_forward import FastReplica
 from slos_serve.sim.replica.invariants import check_apart, check_conservation, check_table
 from slos_serve.sim.replica.kernel import Kernel, Priority
 from slos_serve.sim.replica.replica import Hooks, Replica, ReplicaOptions
@@ -137,7 +138,7 @@ def run_workload(
         kernel.schedule(sim.request.arrival_s + sim.transit_s, Priority.ARRIVAL, lambda: front.submit(sim))
 
     def make_replica(name: str, number: int, hooks: Hooks) -> Replica:
-        return Replica(
+        return FastReplica(
             kernel,
             planner,
             limits=hardware.limits(max_model_len=max_model_len, max_draft_length=max_draft_length),
@@ -175,7 +176,7 @@ def run_workload(
 
 def _check(cluster: Cluster, now_s: float) -> None:
     for replica in cluster.replicas:
-        replica.coasting.settle()
+        replica.settle()
         check_table(replica.table, replica.engine.pool, replica.limits, now_s)
     check_apart(cluster.live_ids())
 

@@ -111,8 +111,8 @@ class VllmReplica:
             slo = self.scheduler.slo
             slo.clock = slo.tracker.clock = Clock(lambda: EPOCH_S + kernel.now_s)
             slo.tracker.lengths = workload.length_model()
-            slo._pipeline = self._pipeline  # noqa: SLF001 - its seconds are the virtual ones
-            slo._work_limit = _FixedWork()  # noqa: SLF001
+            slo.pipeline = self._pipeline  # its seconds are the virtual ones
+            slo.work_limit = _FixedWork()
             slo.learner.poll()
         self._engine = Engine(self.scheduler)
         self._records: dict[str, Record] = {}

@@ -15,7 +15,7 @@ from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.wire.control import ControlServer
 
 if TYPE_CHECKING:
-    from slos_serve.vllm_plugin.runtime import SloRuntime
+    from slos_serve.vllm_plugin.parts import Parts
 
 logger = logging.getLogger("vllm.slos_serve")
 
@@ -24,12 +24,12 @@ SAVE_EVERY_S = 30.0
 
 
 class Housekeeper:
-    """Run the thread of one runtime; it starts at once."""
+    """Run the thread beside one scheduler; it starts at once."""
 
-    def __init__(self, runtime: SloRuntime, control_address: str | None) -> None:
-        self._runtime = runtime
+    def __init__(self, parts: Parts, control_address: str | None) -> None:
+        self._parts = parts
         self._control = ControlServer(control_address, self._answer)
-        self._report_at = time.monotonic() + runtime.settings.report_s
+        self._report_at = time.monotonic() + parts.settings.report_s
         self._save_at = time.monotonic() + SAVE_EVERY_S
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="slos-serve", daemon=True)
@@ -45,13 +45,20 @@ class Housekeeper:
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         if "explain" in question:
-            return self._runtime.explainer.answer(str(question["explain"]))
-        return self._runtime.set_mode(question["mode"], question.get("class"))
+            return self._parts.explainer.answer(str(question["explain"]))
+        return self.set_mode(question["mode"], question.get("class"))
+
+    def set_mode(self, mode: str | None, slo_class: str | None = None) -> dict[str, Any]:
+        """Change the mode as `Standing.order` does, tell everybody at once, and return what holds then."""
+        parts = self._parts
+        parts.standing.order(mode, slo_class)
+        parts.outbox.heartbeat(parts.clock.peek(), at_once=True)
+        return parts.standing.facts()
 
     def _run(self) -> None:
-        runtime = self._runtime
+        parts = self._parts
         try:
-            runtime.tracker.thinking_end = view.thinking_end(runtime.scheduler, runtime.settings.thinking_end)
+            parts.tracker.thinking_end = view.thinking_end(parts.scheduler, parts.settings.thinking_end)
         except Exception as error:  # noqa: BLE001 - thinking is then graded as answer
             logger.info("SLO scheduler: no end-of-thinking token known (%s)", error)
         while not self._is_stopping:
@@ -60,22 +67,22 @@ class Housekeeper:
                 if not self._is_stopping:
                     self.tick()
             except Exception as error:  # noqa: BLE001 - the thread must go on
-                runtime.faults.add("housekeeping", error)
+                parts.faults.add("housekeeping", error)
         self._control.close()
 
     def tick(self) -> None:
         """Do what is due."""
-        runtime, now = self._runtime, time.monotonic()
-        runtime.watchdog.bite()
-        runtime.learner.poll()
-        runtime.recorder.flush()
-        runtime.outbox.beat(runtime.clock.peek())
+        parts, now = self._parts, time.monotonic()
+        parts.watchdog.interrupt()
+        parts.learner.poll()
+        parts.recorder.flush()
+        parts.outbox.heartbeat(parts.clock.peek())
         if now >= self._save_at:
             self._save_at = now + SAVE_EVERY_S
-            runtime.learnt.save()
-        if runtime.settings.report_s and now >= self._report_at:
-            self._report_at = now + runtime.settings.report_s
-            tally = runtime.promises.tally
+            parts.learnt.save()
+        if parts.settings.report_s and now >= self._report_at:
+            self._report_at = now + parts.settings.report_s
+            tally = parts.promises.tally
             if tally.is_news:
-                for line in tally.text(runtime.outbox.snapshot).splitlines():
+                for line in tally.text(parts.outbox.snapshot).splitlines():
                     logger.info("%s", line)

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import short
 from slos_serve.core.slo import deadlines
+from slos_serve.core.tight import is_too_tight
 from slos_serve.core.types import Plan, Tier, Verdict
 from slos_serve.core.words import EndTold, Reason, RequestTold, VerdictTold
 from slos_serve.vllm_plugin.engine import view
-from slos_serve.vllm_plugin.progress import Progress
 from slos_serve.vllm_plugin.report import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from slos_serve.core.types import Limits
     from slos_serve.vllm_plugin.engine.live import Live
     from slos_serve.vllm_plugin.engine.tracking import Tracker
+    from slos_serve.vllm_plugin.learning.learner import Learner
+    from slos_serve.vllm_plugin.progress import Progress
     from slos_serve.vllm_plugin.safety.faults import Faults
     from slos_serve.vllm_plugin.safety.rules import StepDown
     from slos_serve.vllm_plugin.wire.outbox import Outbox
@@ -39,15 +42,17 @@ class Promises:
     def __init__(
         self,
         tracker: Tracker,
+        learner: Learner,
+        limits: Limits,
         safety: StepDown,
+        *,
         outbox: Outbox,
         faults: Faults,
-        is_too_tight: Callable[[Live], bool] = lambda _: False,
-        *,
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> None:
-        self._is_too_tight = is_too_tight
-        self._progress = progress or Progress()
+        self._learner = learner
+        self._limits = limits
+        self._progress = progress
         self.tally = Tally()
         self.would_be: dict[str, Counter[str]] = {}
         self.num_outrun = 0  # broken by outputs longer than predicted: nothing that planning did wrong
@@ -56,7 +61,7 @@ class Promises:
         self._outbox = outbox
         self._faults = faults
 
-    def welcome(self, live: Live, *, enforcing: bool, is_paused: bool = False) -> None:
+    def first_verdict(self, live: Live, *, enforcing: bool, is_paused: bool = False) -> None:
         """Say at once what no plan can change, or that no plan is made."""
         if not live.has_slo and live.is_resolved:
             live.verdict = "best-effort"
@@ -104,6 +109,23 @@ class Promises:
             live.reason = Reason.TOO_TIGHT
         slack_s = verdict.slack_s if verdict.promised else None
         self._tell(live, word, live.reason, slack_s, verdict.predicted_ttft_s)
+
+    def _is_too_tight(self, live: Live) -> bool:
+        """Tell whether a request asks for more than this engine can do at all."""
+        model = self._learner.model
+        if model is None or not live.has_row:
+            return False
+        row = self._tracker.table.rows[self._tracker.table.index(live.request_id)]
+        return is_too_tight(
+            live.slo,
+            model,
+            prompt_tokens=int(row["num_prompt_tokens"]),
+            output_tokens=float(row["predicted_output_tokens"]),
+            budget=self._limits.max_num_batched_tokens,
+            cached_tokens=int(row["num_cached_tokens"]),
+            tokens_per_step=1 + self._limits.max_draft_length,
+            guard_s=self._limits.guard_s,
+        )
 
     def _tell(
         self, live: Live, verdict: str, reason: str, slack_s: float | None = None, predicted_ttft_s: float = math.inf

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from slos_serve.vllm_plugin.engine.tracking import Tracker
-    from slos_serve.vllm_plugin.runtime import SloRuntime
+    from slos_serve.vllm_plugin.parts import Parts
 
 NAMES = ("tenant", "session")  # of people: recorded only where the operator asks for them
 
 
-def engine_facts(runtime: SloRuntime, *, is_async: bool) -> dict[str, Any]:
+def engine_facts(parts: Parts, *, is_async: bool) -> dict[str, Any]:
     """Return the `engine` line: all that a replay needs to know beside what it is served. No keys, no tenants."""
-    settings, config = runtime.settings, runtime.scheduler.vllm_config
+    settings, config = parts.settings, parts.scheduler.vllm_config
     classes = settings.config.to_json()
     return {
         "vllm": str(vllm.__version__),
         "model": str(config.model_config.model),
-        **runtime.modes.to_json(),
-        "limits": asdict(runtime.limits),
+        **parts.standing.modes.to_json(),
+        "limits": asdict(parts.limits),
         "policy": str(config.scheduler_config.policy),
         "is_async": is_async,
         "planner": settings.planner,

@@ -11,59 +11,54 @@ from slos_serve.core.types import ReplicaState, RequestTable, Status, Tier
 from slos_serve.vllm_plugin.engine import view
 
 if TYPE_CHECKING:
-    from slos_serve.vllm_plugin.runtime import SloRuntime
+    from slos_serve.vllm_plugin.parts import Parts
 
 
-def snapshot(runtime: SloRuntime) -> dict[str, Any]:
-    """Return the state of the replica as the channel carries it."""
-    return capture(runtime)()
-
-
-def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
+def capture(parts: Parts) -> Callable[[], dict[str, Any]]:
     """Read what a step may change; return what makes the snapshot of it, which may run on any thread."""
-    table = runtime.tracker.table.copy()
-    plan, drafts = runtime.last_plan, runtime.drafts
+    table = parts.tracker.table.copy()
+    plan, drafts = parts.last_plan, parts.drafts
     headroom = plan.headroom_tokens_per_s if plan is not None else None
-    num_rowless = len(runtime.tracker.rowless)
+    num_rowless = len(parts.tracker.rowless)
     told: dict[str, Any] = {
-        "num_running": len(runtime.scheduler.running),
-        "num_waiting": sum(len(queue) for queue in view.waiting_queues(runtime.scheduler)),
-        "free_kv_blocks": view.free_units(runtime.scheduler, runtime.per_unit),
-        "num_kv_blocks": runtime.limits.num_kv_blocks,
+        "num_running": len(parts.scheduler.running),
+        "num_waiting": sum(len(queue) for queue in view.waiting_queues(parts.scheduler)),
+        "free_kv_blocks": view.free_units(parts.scheduler, parts.per_unit),
+        "num_kv_blocks": parts.limits.num_kv_blocks,
         "headroom_tokens_per_s": headroom,
-        "device_time_lost": runtime.safety.time_share,
-        "plans": runtime.num_plans,
-        "planner_faults": dict(runtime.faults.counts),
-        "divergences": dict(runtime.divergences),
-        "best_effort_preemptions": runtime.num_preempted,
-        "expired": runtime.num_expired,
-        "steps": runtime.num_steps,
-        "margin_coverage": runtime.learner.coverage,
-        "model_error": {"mape": runtime.learner.mape},
-        "invalid": runtime.tracker.asked.num_invalid,
-        "would_be_by_class": {name: dict(words) for name, words in runtime.promises.would_be.items()},
-        "outrun": runtime.promises.num_outrun,
+        "device_time_lost": parts.safety.time_share,
+        "plans": parts.num_plans,
+        "planner_faults": dict(parts.faults.counts),
+        "divergences": dict(parts.divergences),
+        "best_effort_preemptions": parts.num_preempted,
+        "expired": parts.num_expired,
+        "steps": parts.num_steps,
+        "margin_coverage": parts.learner.coverage,
+        "model_error": {"mape": parts.learner.mape},
+        "invalid": parts.tracker.asked.num_invalid,
+        "would_be_by_class": {name: dict(words) for name, words in parts.promises.would_be.items()},
+        "outrun": parts.promises.num_outrun,
         "draft_lengths": {} if drafts is None else dict(drafts.lengths),
         "acceptance": {} if drafts is None else drafts.acceptance,
-        "step_downs": runtime.safety.num_step_downs,
+        "step_downs": parts.safety.num_step_downs,
     }
-    make_replica = _capture_replica(runtime, table) if runtime.settings.publish_replica else None
+    make_replica = _capture_replica(parts, table) if parts.settings.publish_replica else None
 
     def make() -> dict[str, Any]:
         rows = table.rows
         tiers = rows["tier"]
         backlog = float(rows["num_prompt_tokens"][rows["status"] == Status.WAITING].sum())
         return {
-            **facts(runtime),
+            **parts.standing.facts(),
             **told,
             "num_promised": int((tiers == Tier.PROMISED).sum()),
             "num_best_effort": int((tiers == Tier.BEST_EFFORT).sum()) + num_rowless,
             "num_pending": int((tiers == Tier.PENDING).sum()),
             "drain_s": backlog / headroom if headroom else 0.0,
-            "plan_s": runtime.plan_times.quantiles(),
-            "overhead_s": runtime.ended.overheads.quantiles(),
-            "delay_s": runtime.ended.delays.quantiles(),
-            "clock_error_s": runtime.ended.clock_errors.quantiles(),
+            "plan_s": parts.plan_times.quantiles(),
+            "overhead_s": parts.ended.overheads.quantiles(),
+            "delay_s": parts.ended.delays.quantiles(),
+            "clock_error_s": parts.ended.clock_errors.quantiles(),
             "would_be": dict(sum(map(Counter, told["would_be_by_class"].values()), Counter())),
             **({} if make_replica is None else {"replica": make_replica()}),
         }
@@ -71,24 +66,24 @@ def capture(runtime: SloRuntime) -> Callable[[], dict[str, Any]]:
     return make
 
 
-def replica(runtime: SloRuntime) -> dict[str, Any] | None:
+def replica(parts: Parts) -> dict[str, Any] | None:
     """Return what a router plans with, None before there is a performance model. The router knows the name."""
-    return _capture_replica(runtime, runtime.tracker.table)()
+    return _capture_replica(parts, parts.tracker.table)()
 
 
-def _capture_replica(runtime: SloRuntime, table: RequestTable) -> Callable[[], dict[str, Any] | None]:
+def _capture_replica(parts: Parts, table: RequestTable) -> Callable[[], dict[str, Any] | None]:
     """Read what `replica` is made of, but for the rows of the `table`, and return what makes it."""
-    model, plan = runtime.learner.next_model, runtime.last_plan
+    model, plan = parts.learner.next_model, parts.last_plan
     if model is None:
         return lambda: None
-    drafts, live, mode, planner = runtime.drafts, runtime.tracker.live, runtime.effective_mode, runtime.planner
+    drafts, live, mode, planner = parts.drafts, parts.tracker.live, parts.standing.effective_mode, parts.planner
     state = ReplicaState(
-        now_s=runtime.clock.peek(),
+        now_s=parts.clock.peek(),
         requests=table,
-        num_free_kv_blocks=view.free_units(runtime.scheduler, runtime.per_unit),
-        limits=runtime.limits,
+        num_free_kv_blocks=view.free_units(parts.scheduler, parts.per_unit),
+        limits=parts.limits,
         perf_model=model,
-        **({} if drafts is None else drafts.state(table.classes, runtime.limits.max_draft_length)),
+        **({} if drafts is None else drafts.state(table.classes, parts.limits.max_draft_length)),
     )
     headroom = (plan.headroom_tokens_per_s if plan is not None else None) or 0.0
     step_s = plan.batch.predicted_s if plan is not None and len(table) else 0.0  # idle: no step is under way
@@ -104,15 +99,3 @@ def _capture_replica(runtime: SloRuntime, table: RequestTable) -> Callable[[], d
         return document
 
     return make
-
-
-def facts(runtime: SloRuntime) -> dict[str, Any]:
-    """Return what may change while no step runs; safe on any thread."""
-    return {
-        **runtime.modes.to_json(),
-        "effective_mode": runtime.effective_mode,
-        "reason": runtime.mode_reason,
-        "paused": runtime.pauses.kind,
-        "profile": runtime.learner.summary,
-        **({} if runtime.device is None else {"device": runtime.device}),
-    }

@@ -421,9 +421,9 @@ def test_a_plan_that_repeats_gives_what_every_step_planned_anew_gives(rows, plan
         return result.graded, result.simulated_s, counts, model, replica.engine.pool.lowest_free, len(replica.plan_s)
 
     # a run whose steps are recorded plans every one of them
-    *coasted, few = document()
+    *fast, few = document()
     *stepped, many = document(on_step=lambda _: None)
-    assert coasted == stepped
+    assert fast == stepped
     assert few <= many
 
 
@@ -477,9 +477,9 @@ def test_steps_that_a_planner_foretells_are_those_it_plans_one_by_one(rows, kv_b
             sum(len(one.plan_s) for one in replicas),
         )
 
-    *coasted, few = document()
+    *fast, few = document()
     *stepped, many = document(on_step=lambda _: None)
-    assert coasted == stepped
+    assert fast == stepped
     assert few <= many
 
 

@@ -5,7 +5,7 @@ sees, and the fields of the request's grader (`core.slo.deadlines`).
 
 They decide nothing. A batch that does not simply fit (new requests, too little memory, too many tokens) is
 left to the engine, which cuts it by vLLM's rules. Where a plan repeats, `foresee` works out when each of its
-steps ends and `coast` lets all their tokens out at once.
+steps ends and `repeat` lets all their tokens out at once.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def foresee(
 
 
 @jit
-def coast(chosen: IntArray, rows: Rows, live: Rows, block_size: int, ends: FloatArray) -> tuple[int, IntArray]:
+def repeat(chosen: IntArray, rows: Rows, live: Rows, block_size: int, ends: FloatArray) -> tuple[int, IntArray]:
     """Run a batch of decodes to each of `ends`; return the KV blocks it took, and flags as `emit_rows` does."""
     steps = len(ends)
     num_blocks = _growth(chosen, rows, steps, block_size)

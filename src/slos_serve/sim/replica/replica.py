@@ -10,7 +10,8 @@ and measured acceptance. True lengths and true times stay in here.
 A replica may be one of many: `hooks` tell whoever routes to it what it plans, and its requests can be
 withdrawn, handed over after their first token, or lost in a crash.
 
-Steps that run one batch again and again need not be taken one by one: see `coasting`.
+Steps that run one batch again and again need not be taken one by one: see `fast_forward`, whose replica overrides
+`begin`, `cut_short` and `settle`.
 
 With `async_lag` the plan for a step is made when the one before it starts, as under vLLM's asynchronous
 scheduling, for the state that it is expected to leave: arrivals and accepted drafts are seen one step late, and a
@@ -35,7 +36,6 @@ from slos_serve.core.planning.ageing import Ageing
 from slos_serve.core.types import PlannerTraits, ReplicaState, Tier
 from slos_serve.errors import ConfigError
 from slos_serve.sim.replica import loops
-from slos_serve.sim.replica.coasting import Coasting
 from slos_serve.sim.replica.engine import Engine
 from slos_serve.sim.replica.invariants import InvariantError, check_table
 from slos_serve.sim.replica.kernel import Kernel, Priority
@@ -126,12 +126,19 @@ class Replica:
         self.streams = Streams(self.table, lengths, draft_rng, self.options)
         self.lines = true_model.as_array()
         self.lines[:, PER_DRAFT] += self.options.drafter_step_s
-        self.coasting = Coasting(self)
+        # somebody looks at single steps, or how long one takes does not follow from its batch alone
+        self.is_step_by_step = bool(
+            self.options.async_lag
+            or self.options.noise_sigma
+            or self.options.pace
+            or self.hooks.step
+            or self.hooks.first_token
+        )
         # Nobody sees the corrected model of a planner that does not read it, unless plans are told further.
-        is_unread = self.coasting.is_possible and self.traits.ignores_times
+        is_unread = not self.is_step_by_step and self.traits.ignores_times
         self._base_model = plan_model or true_model
         self.correction = OnlineCorrection(self._base_model) if self.options.learns_times and not is_unread else None
-        self._told_s = math.inf  # until then nobody need be told of a plan that goes on
+        self.notify_at_s = math.inf  # when the router wants the next report of a plan that goes on
         self._next_check = 0
         self._busy = False
         self._next_plan: Plan | None = None
@@ -146,7 +153,7 @@ class Replica:
 
     def submit(self, sim: SimRequest, record: Record | None = None) -> None:
         """Take a request that arrives now; with a `record`, one whose prompt was computed elsewhere."""
-        self.coasting.cut_short()
+        self.cut_short()
         request = sim.request
         if request.num_prompt_tokens + sim.num_output_tokens > self.limits.max_model_len:
             self.hooks.end(sim, Record(sim).fail())
@@ -169,14 +176,14 @@ class Replica:
 
     def withdraw(self, request_id: str) -> Record:
         """Take a request back, whatever it holds."""
-        self.coasting.settle()
+        self.settle()
         index = self.table.index(request_id)
         self.engine.withdraw(index, session_id=self.streams.records[index].sim.session_id)
         return self.streams.remove(index)
 
     def abandon(self) -> list[Record]:
         """Let go of every live request and return them in order of arrival here."""
-        self.coasting.settle()
+        self.settle()
         order = np.argsort(self.table.rows["seq"], kind="stable").tolist()
         return [self.withdraw(request_id) for request_id in [self.table.request_ids[i] for i in order]]
 
@@ -187,7 +194,7 @@ class Replica:
 
     def change_speed(self, factor: float) -> None:
         """Make every further step take `factor` times as long as now."""
-        self.coasting.settle()
+        self.settle()
         self.lines = self.lines * factor
 
     def state(self, now_s: float) -> ReplicaState:
@@ -225,7 +232,7 @@ class Replica:
         if self.options.drops_declined:
             plan = self._drop(plan)
         if self.hooks.plan is not None:
-            self._told_s = self.hooks.plan(self, state, plan)
+            self.notify_at_s = self.hooks.plan(self, state, plan)
         return plan
 
     def _drop(self, plan: Plan) -> Plan:
@@ -263,8 +270,17 @@ class Replica:
             check_table(self.table, self.engine.pool, self.limits, now_s)
             self._next_check = self.num_steps + CHECK_EVERY_STEPS
         plan, self._next_plan = self._next_plan or self._plan(now_s), None
-        if not self.coasting.set_off(plan, self._told_s):
-            self.run(plan)
+        self.begin(plan)
+
+    def begin(self, plan: Plan) -> None:
+        """Carry out a plan that was made now."""
+        self.run(plan)
+
+    def cut_short(self) -> None:
+        """Let nothing be under way but the step that is: so it is where steps are taken one by one."""
+
+    def settle(self) -> None:
+        """Bring all that has been done into the table: it is where steps are taken one by one."""
 
     def run(self, plan: Plan, end_s: float | None = None) -> None:
         """Start a step, which ends at `end_s` where that is known; wait where nothing can run."""

@@ -122,9 +122,9 @@ class Streams:
         """Return ends and durations of the steps of a batch of decodes until one of them ends; see `loops.foresee`."""
         return loops.foresee(chosen, self.table.rows, self.live, lines, room, now_s)
 
-    def coast(self, chosen: IntArray, block_size: int, ends: FloatArray) -> tuple[int, list[int]]:
+    def repeat(self, chosen: IntArray, block_size: int, ends: FloatArray) -> tuple[int, list[int]]:
         """Run a batch of decodes to each of `ends`; return KV blocks taken, and rows as `emit` does."""
-        num_blocks, flags = loops.coast(chosen, self.table.rows, self.live, block_size, ends)
+        num_blocks, flags = loops.repeat(chosen, self.table.rows, self.live, block_size, ends)
         return num_blocks, self._ended(chosen, flags, self._predict_by_token)
 
     def _ended(self, chosen: IntArray, flags: IntArray, predict: Callable[[int], None]) -> list[int]:

@@ -31,8 +31,8 @@ ATTEMPTS = 5
 class Learnt:
     """Save and restore what `learner`, `tracker` and `drafts` have learnt; `path` None keeps nothing.
 
-    `restore` belongs to the scheduler's thread. `save` may run on another: it only reads, and tries again where
-    a step changed a table under it.
+    `begin` and `restore` belong to the scheduler's thread. `save` may run on another: it only reads, and tries again
+    where a step changed a table under it.
     """
 
     def __init__(self, path: Path | None, learner: Learner, tracker: Tracker, drafts: DraftWatch | None) -> None:
@@ -41,6 +41,21 @@ class Learnt:
         self._tracker = tracker
         self._drafts = drafts
         self._saved_steps = 0
+
+    def begin(self, max_num_batched_tokens: int) -> dict[str, Any]:
+        """Take up the model that has come: pin the reference, so that slowdown SLOs mean something, and restore.
+
+        Returns what a record says of the model. The budget (tokens) that the profile was measured with defines the
+        reference, because graders read the same document; `max_num_batched_tokens` is taken where it names none.
+        """
+        reference, profile = self._learner.reference, self._learner.profile
+        assert reference is not None
+        known = {} if profile is None else profile.document
+        budget = int(known.get("max_num_batched_tokens") or max_num_batched_tokens)
+        for live in self._tracker.set_reference(lambda tokens: reference.prefill_seconds(tokens, budget)):
+            live.verdict = ""
+        self.restore()
+        return {"perf_model": reference.to_json(), "max_num_batched_tokens": budget}
 
     def restore(self) -> bool:
         """Go on from the file, all of it or nothing; tell whether there was one to go on from."""

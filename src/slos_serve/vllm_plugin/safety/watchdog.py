@@ -19,11 +19,11 @@ class PlannerHungError(RuntimeError):
 
 
 class Watchdog:
-    """A context manager around planning; `bite` is called by another thread every now and then."""
+    """A context manager around planning; `interrupt` is called by another thread every now and then."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self.num_bites = 0
+        self.num_interrupts = 0
         self._lock = threading.Lock()
         self._thread = 0
         self._ends_at: float | None = None
@@ -39,10 +39,10 @@ class Watchdog:
             self._ends_at = None
             _raise_in(ctypes.c_ulong(self._thread), None)  # one that has not struck yet must strike nobody else
 
-    def bite(self) -> None:
+    def interrupt(self) -> None:
         """Raise `PlannerHungError` in a plan that is over its time."""
         with self._lock:
             if self._ends_at is not None and time.monotonic() > self._ends_at:
                 self._ends_at = None
-                self.num_bites += 1
+                self.num_interrupts += 1
                 _raise_in(ctypes.c_ulong(self._thread), ctypes.py_object(PlannerHungError))

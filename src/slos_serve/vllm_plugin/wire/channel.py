@@ -144,3 +144,28 @@ class Publisher:
                 self._socket = None
                 self._context.term()
                 Path(str(self.where).removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+class Channel:
+    """What an engine tells the API servers through, and is asked through; `problem` says why it can do neither."""
+
+    def __init__(self, instance_id: str, engine_index: int, below: str | None) -> None:
+        problem: object = ""
+        self._seat: Seat | None = None
+        try:
+            self._seat = Seat(engine_folder(instance_id, engine_index, below))
+        except OSError as error:
+            problem = error
+        self.publisher = Publisher(self.address("out"))
+        problem = problem or self.publisher.problem
+        self.problem = f"no channel to the API server ({problem})" if problem else ""
+
+    def address(self, purpose: str) -> str | None:
+        """Return the address of one of its sockets, `out` or `control`; None where there is no channel."""
+        return f"ipc://{self._seat.folder / purpose}.sock" if self._seat else None
+
+    def leave(self) -> None:
+        """Give up the engine's folder."""
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat.leave()
