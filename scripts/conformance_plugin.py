@@ -120,7 +120,7 @@ if KIND != "stock":
             """Count the step."""
             output = super().schedule(*args, **kwargs)
             slo = self.slo
-            STEPS["steered" if slo.last_plan is not None and slo.standing.is_enforcing else "own order"] += 1
+            STEPS["steered" if slo.last_plan is not None and slo.is_enforcing else "own order"] += 1
             for name in slo.standing.differences:
                 STEPS[f"not steered: {name}"] += 1
             if slo.divergences:

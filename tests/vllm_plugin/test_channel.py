@@ -77,8 +77,8 @@ def test_an_engine_without_a_channel_starts_says_why_once_and_only_observes(tmp_
     slo = {"mode": "enforce", "channel_dir": str(folder.parent / "file")}
     scheduler = make_scheduler(tmp_path, cls=SloScheduler, config=make_config(tmp_path, slo=slo))
     try:
-        assert not scheduler.slo.standing.is_enforcing
-        assert "no channel to the API server" in scheduler.slo.standing.mode_reason
+        assert not scheduler.slo.is_enforcing
+        assert "no channel to the API server" in scheduler.slo.mode_reason
         lines = [line for line in caplog.messages if "no channel" in line and "only observes" in line]
         assert len(lines) == 1
     finally:
@@ -92,7 +92,7 @@ def test_a_second_engine_with_the_same_address_only_observes_and_leaves_the_firs
     second = make_scheduler(tmp_path, cls=SloScheduler, config=config)
     try:
         where = address(config.instance_id, 0, "control", str(folder.parent))
-        assert "another engine" in second.slo.standing.mode_reason
+        assert "another engine" in second.slo.mode_reason
         second.shutdown()
         assert ask(where, {"mode": "observe"}, timeout_s=10)["mode"] == "observe"
         assert (first.slo.standing.modes.engine, second.slo.standing.modes.engine) == ("observe", "enforce")

@@ -113,7 +113,7 @@ def test_under_async_scheduling_what_a_batch_in_flight_covers_harms_nobody(servi
     engine.machine.cpu_s = 0.9 * STEP_S
     assert not engine.serve(1500, lambda: engine.scheduler.slo.safety.is_down)
     assert engine.scheduler.slo.safety.time_share < 0.01
-    assert engine.scheduler.slo.standing.effective_mode == "enforce"
+    assert engine.scheduler.slo.effective_mode == "enforce"
 
 
 def test_under_async_scheduling_what_exceeds_the_batch_in_flight_steps_down_and_up_again(serving) -> None:
@@ -125,7 +125,7 @@ def test_under_async_scheduling_what_exceeds_the_batch_in_flight_steps_down_and_
     assert "device's time" in safety.reason
     engine.machine.cpu_s = 0.0
     assert engine.serve(1000, lambda: not safety.is_down)
-    assert engine.scheduler.slo.standing.effective_mode == "enforce"
+    assert engine.scheduler.slo.effective_mode == "enforce"
 
 
 def test_under_sync_scheduling_every_part_of_it_delays_the_device(serving) -> None:
@@ -196,7 +196,7 @@ def test_an_engine_that_can_hardly_afford_plans_makes_them_cheaper_and_steers_on
     assert slo.work_limit.thrift == effort.MAX_THRIFT
     engine.machine.cpu_s = 0.0
     assert engine.serve(4000, lambda: slo.work_limit.thrift == 0)
-    assert slo.standing.effective_mode == "enforce"
+    assert slo.effective_mode == "enforce"
 
 
 def test_stalls_that_are_not_rare_excuse_nothing() -> None:

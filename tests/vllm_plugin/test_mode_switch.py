@@ -107,11 +107,11 @@ def test_one_class_can_be_enforced_on_an_engine_that_observes(build) -> None:
     scheduler.schedule_all = Engine(scheduler)
     arrive(scheduler, "chat", "chat")
     arrive(scheduler, "coding", "coding")
-    assert scheduler.slo.standing.effective_mode == "enforce"
+    assert scheduler.slo.effective_mode == "enforce"
     assert told(scheduler, "chat") == ("promised", False)
     assert told(scheduler, "coding") == ("", True)
     tell(scheduler, mode=None, **{"class": "chat"})
-    assert scheduler.slo.standing.effective_mode == "observe"
+    assert scheduler.slo.effective_mode == "observe"
 
 
 def test_a_promise_stands_when_its_class_is_switched_to_observe(scheduler) -> None:

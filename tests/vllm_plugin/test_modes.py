@@ -72,7 +72,7 @@ def test_without_its_profile_it_observes_and_slowdown_promises_wait_for_it(build
     write_profile(missing, perf)
     scheduler.slo.learner.poll()
     engine.step()
-    assert scheduler.slo.standing.effective_mode == "enforce"
+    assert scheduler.slo.effective_mode == "enforce"
     assert scheduler.slo.snapshot()["profile"]["key"] == "test"
     live = scheduler.slo.tracker.live["long"]
     wanted = max(0.2, 5 * perf.prefill_seconds(900, 256) + 0.03)
@@ -92,7 +92,7 @@ def test_a_corrupt_profile_is_ignored(build, tmp_path, text) -> None:
     engine = Engine(scheduler)
     scheduler.add_request(make_request("r", args={"slo_class": "chat"}))
     engine.run()
-    assert scheduler.slo.standing.effective_mode == "observe"
+    assert scheduler.slo.effective_mode == "observe"
     assert not scheduler.slo.faults.counts
 
 

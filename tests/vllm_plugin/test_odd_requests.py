@@ -246,7 +246,7 @@ def test_the_time_of_a_pause_breaks_no_promise(build, kind) -> None:
         step()
     add(scheduler, "waiting", clock, prompt_tokens=64, max_tokens=5, args={"slo_ttft_ms": 500, "slo_tpot_ms": 50})
     scheduler.set_pause_state(kind)
-    assert scheduler.slo.standing.mode_reason == "paused by the operator"
+    assert scheduler.slo.mode_reason == "paused by the operator"
     add(scheduler, "during", clock, prompt_tokens=64, max_tokens=5, args={"slo_ttft_ms": 500, "slo_tpot_ms": 50})
     assert [(v["verdict"], v["reason"]) for v in told["verdicts"] if v["request_id"] == "during"] == [
         ("best-effort", "paused")

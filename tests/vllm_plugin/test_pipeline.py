@@ -120,7 +120,7 @@ class Steady:
 def test_under_async_scheduling_a_profile_that_is_off_declines_nobody_for_a_clock_that_ran_ahead(
     build, tmp_path, perf, monkeypatch, bias
 ) -> None:
-    from slos_serve.vllm_plugin import next_step, runtime
+    from slos_serve.vllm_plugin import runtime
     from slos_serve.vllm_plugin.scheduler import AsyncSloScheduler
 
     scheduler = build(cls=AsyncSloScheduler, slo={"planner": "slos_serve.core.planner.SloPlanner"}, ready=False)
@@ -129,7 +129,6 @@ def test_under_async_scheduling_a_profile_that_is_off_declines_nobody_for_a_cloc
     clock = Steady(scheduler, perf)
     monkeypatch.setattr(pipeline_module, "time", clock)
     monkeypatch.setattr(runtime, "time", clock)
-    monkeypatch.setattr(next_step, "time", clock)
     # what is learnt would take the bias out of the predictions: here they stay wrong
     monkeypatch.setattr(scheduler.slo.learner, "observe", lambda *_: None)
 

@@ -44,9 +44,9 @@ def test_a_class_that_fits_is_taken_as_it_is(make, is_async, cls):
 )
 def test_a_class_that_does_not_fit_only_observes_and_says_so_in_one_line(make, cls, is_async, kind, other):
     scheduler = make(cls, is_async=is_async)
-    assert scheduler.slo.standing.effective_mode == "observe"
+    assert scheduler.slo.effective_mode == "observe"
     reason = f"unsupported: {cls.__name__} is for {kind} scheduling and this engine's is {other}: give it "
-    assert scheduler.slo.standing.mode_reason.startswith(reason)
+    assert scheduler.slo.mode_reason.startswith(reason)
 
 
 def served(scheduler):

@@ -58,12 +58,12 @@ def test_steps_that_outlast_their_margins_step_down_until_they_fit_again(traffic
     assert not traffic.run(lambda: traffic.scheduler.slo.safety.is_down, steps=200)
     traffic.slowdown = 50.0
     assert traffic.falls("margin coverage")
-    assert traffic.scheduler.slo.standing.effective_mode == "observe"
+    assert traffic.scheduler.slo.effective_mode == "observe"
     assert "ALERT: SLO scheduling stepped down" in vllm_log.text
     assert not traffic.run(lambda: not traffic.scheduler.slo.safety.is_down, steps=500)  # it goes on: so does the rule
     traffic.slowdown = 1.0
     assert traffic.rises()
-    assert traffic.scheduler.slo.standing.effective_mode == "enforce"
+    assert traffic.scheduler.slo.effective_mode == "enforce"
 
 
 def test_planning_that_costs_too_much_steps_down_until_it_is_cheap_again(traffic) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.engine.steer import Steering
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from slos_serve.vllm_plugin.parts import Parts
 
@@ -27,14 +26,15 @@ STARVED_STEPS = 4  # empty plans in a row, with work present, before vLLM's own 
 
 
 class NextStep:
-    """Decide step after step. `state` is what the newest plan was made from, None where none was made for this step.
+    """Decide step after step; `ask` asks the planner.
 
-    `carried` is the plan that goes on, None where the next step needs a new one; `phase` names what is being done, for
-    the report of a fault.
+    `state` is what the newest plan was made from, None where none was made for this step. `carried` is the plan that
+    goes on, None where the next step needs a new one. `phase` names what is being done, for the report of a fault.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, ask: Callable[[ReplicaState], Plan]) -> None:
         self._parts = parts
+        self._ask = ask
         self._ageing = Ageing(parts.limits)
         self.state: ReplicaState | None = None
         self.carried: Carried | None = None
@@ -101,7 +101,9 @@ class NextStep:
         if enforcing:
             self._ageing.step(tracker.table, now)
         state = self.state = self._read(starts_s)
-        plan = self._plan(state)
+        self.phase = "plan"
+        plan = parts.last_plan = self._ask(state)
+        self.phase = "apply"
         if plan.verdicts:
             parts.promises.apply(plan, starts_s, enforcing=enforcing)
             parts.outbox.flush(now, is_idle=False)  # before the step: its first tokens must not overtake them
@@ -124,24 +126,6 @@ class NextStep:
             perf_model=model,
             **({} if drafts is None else drafts.state(table.classes, parts.limits.max_draft_length)),
         )
-
-    def _plan(self, state: ReplicaState) -> Plan:
-        """Ask the planner, and count what it takes."""
-        parts = self._parts
-        self.phase = "plan"
-        started = time.perf_counter()
-        with parts.watchdog:
-            plan = parts.planner.plan(state)
-        took = time.perf_counter() - started
-        parts.num_plans += 1
-        parts.plan_times.add(took)
-        parts.outbox.plan_s.append(round(took, 7))
-        parts.work_limit.spend(plan.work, took)
-        parts.recorder.ask(parts.num_steps, state, plan)  # before its verdicts change the table
-        parts.explainer.keep(state, plan)
-        self.phase = "apply"
-        parts.last_plan = plan
-        return plan
 
     def _carry_on(self, state: ReplicaState, plan: Plan, steering: Steering | None) -> None:
         """Foresee how long the plan stays good."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from slos_serve.core.types import Plan, ReplicaState
     from slos_serve.vllm_plugin.engine.live import Live
 
 logger = logging.getLogger("vllm.slos_serve")
@@ -41,7 +42,7 @@ class SloRuntime(Parts):
 
     def __init__(self, scheduler: Any, *, is_async: bool) -> None:
         super().__init__(scheduler, is_async=is_async, capture=capture, refresh=self._refresh)
-        self._next = NextStep(self)
+        self._next = NextStep(self, self._ask)
         self._steering: Steering | None = None
         self._began = 0.0
         self._cost = Cost()
@@ -71,6 +72,21 @@ class SloRuntime(Parts):
         if why_not_kept():
             logger.warning("SLO scheduler: compiled loops are not kept, so each start compiles: %s", why_not_kept())
 
+    @property
+    def is_enforcing(self) -> bool:
+        """Tell whether plans are carried out now."""
+        return self.standing.is_enforcing
+
+    @property
+    def effective_mode(self) -> str:
+        """`enforce` or `observe`, whatever was asked for."""
+        return self.standing.effective_mode
+
+    @property
+    def mode_reason(self) -> str:
+        """Why plans are not carried out; "" where they are or nobody asked."""
+        return self.standing.mode_reason
+
     def snapshot(self) -> dict[str, Any]:
         """Return the state of the replica as the channel carries it."""
         return capture(self)()
@@ -92,8 +108,8 @@ class SloRuntime(Parts):
         try:
             live = self.tracker.add(request)
             if live is not None:
-                standing = self.standing
-                self.promises.first_verdict(live, enforcing=standing.is_enforcing, is_paused=bool(standing.pauses.kind))
+                is_paused = bool(self.standing.pauses.kind)
+                self.promises.first_verdict(live, enforcing=self.is_enforcing, is_paused=is_paused)
                 self.expiry.add(live, self.settings.config.ttl_ms(live.slo_class))
             self._tell_while_paused()
         except Exception as error:  # noqa: BLE001 - the engine must go on
@@ -134,7 +150,21 @@ class SloRuntime(Parts):
         """Take up the performance model that has come."""
         model = self.learnt.begin(self.limits.max_num_batched_tokens)
         self.recorder.add_fact("model", self.clock.now(), model)
-        logger.info("SLO scheduler: performance model ready, effective mode %s", self.standing.effective_mode)
+        logger.info("SLO scheduler: performance model ready, effective mode %s", self.effective_mode)
+
+    def _ask(self, state: ReplicaState) -> Plan:
+        """Ask the planner, for so long as it may take, and count what it takes."""
+        started = time.perf_counter()
+        with self.watchdog:
+            plan = self.planner.plan(state)
+        took = time.perf_counter() - started
+        self.num_plans += 1
+        self.plan_times.add(took)
+        self.outbox.plan_s.append(round(took, 7))
+        self.work_limit.spend(plan.work, took)
+        self.recorder.ask(self.num_steps, state, plan)  # before its verdicts change the table
+        self.explainer.keep(state, plan)
+        return plan
 
     def _reconcile(self) -> None:
         """See to it that one request that went wrong does not go wrong in every further step."""
@@ -270,7 +300,7 @@ class SloRuntime(Parts):
                 scheduled = entry.output.scheduled_spec_decode_tokens
                 self.drafts.observe_outputs(tracker.live, scheduled, batch.outputs, entry.undrafted)
             tracker.outputs.take(batch.outputs, now)
-        expired = self.expiry.take(now, tracker.live, enforcing=self.standing.is_enforcing)
+        expired = self.expiry.take(now, tracker.live, enforcing=self.is_enforcing)
         if expired:
             self._expire(expired, outputs)
         if self._freed:
@@ -298,13 +328,13 @@ class SloRuntime(Parts):
         self._next.leave_out(request.request_id for request in freed)
         known = request_facts(self.tracker, freed) if self.recorder.is_open else {}
         told = len(self.outbox.finished)
-        self.promises.finish(freed, now, outputs, enforcing=self.standing.is_enforcing)
+        self.promises.finish(freed, now, outputs, enforcing=self.is_enforcing)
         if not self.tracker.live:
             self.pipeline.rest()
         if known:
             for end in self.outbox.finished[told:]:
                 facts = known[end["request_id"]]
-                line = request_line(facts, end, names=self.settings.record_names, enforced=self.standing.is_enforcing)
+                line = request_line(facts, end, names=self.settings.record_names, enforced=self.is_enforcing)
                 self.recorder.add_fact("request", now, line)
 
     def _expire(self, expired: list[Live], outputs: dict[int, Any]) -> None:
