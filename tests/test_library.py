@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import slos_serve
 from slos_serve import cli, named
 from slos_serve.errors import ConfigError
+from slos_serve.library import windows_of, workload_of
 from slos_serve.sim.capacity.runs import Cell
 
 MINE = """
@@ -147,3 +149,24 @@ def test_the_capacity_of_a_trace_lies_between_the_rates_that_pass_and_fail():
     failing = [rate for rate, share in found.attainment.items() if share < 0.9]
     assert max(passing) <= found.rate_rps <= min(failing)
     assert found.low_rps == pytest.approx(found.high_rps)
+
+
+def test_each_window_of_a_capacity_is_offered_the_rate_that_is_said():
+    trace = slos_serve.Trace.build(
+        arrived_at_s=[0.5 * i for i in range(60)], prompt_tokens=[400] * 60, output_tokens=[50] * 60
+    )
+    parts = windows_of(trace, 3)
+    assert [len(part) for part in parts] == [20, 20, 20]
+    assert [part.rate_rps for part in parts] == pytest.approx([2.0, 2.0, 2.0])
+    assert [part.arrived_at_s[0] for part in parts] == [0.0, 0.0, 0.0]
+    offered = workload_of(parts[1], slos_serve.load_hardware("a100-80g-7b-measured"), rate_rps=8.0)
+    times = [sim.request.arrival_s for sim in offered.arrivals]
+    assert np.diff(times) == pytest.approx(1 / 8.0)
+
+
+def test_windows_of_even_traffic_have_the_capacity_of_the_whole():
+    trace = slos_serve.Trace.build(
+        arrived_at_s=[0.5 * i for i in range(80)], prompt_tokens=[400] * 80, output_tokens=[50] * 80
+    )
+    whole, halves = (slos_serve.capacity("vllm", trace, windows=count).rate_rps for count in (1, 2))
+    assert halves == pytest.approx(whole, rel=0.3)  # shorter windows tire a queue less

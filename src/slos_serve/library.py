@@ -155,7 +155,7 @@ class Capacity:
 def windows_of(trace: Trace, count: int) -> list[Trace]:
     """Cut a trace into `count` windows of equally many requests, one after the other."""
     edges = np.linspace(0, len(trace), count + 1).astype(int)
-    return [trace.select(slice(first, last)) for first, last in pairwise(edges.tolist())]
+    return [trace.part(first, last) for first, last in pairwise(edges.tolist())]
 
 
 def capacity(

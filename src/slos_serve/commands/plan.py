@@ -215,9 +215,8 @@ def busiest(trace: Trace, max_requests: int) -> Trace:
     times = trace.arrived_at_s
     spans = times[max_requests:] - times[:-max_requests]
     first = int(np.argmin(spans))
-    start_s, span_s = float(times[first]), max(float(spans[first]), 1e-6)
-    cut = trace.select(slice(first, first + max_requests))
-    return replace(cut, arrived_at_s=cut.arrived_at_s - start_s, span_s=span_s)
+    cut = trace.part(first, first + max_requests)
+    return replace(cut, span_s=max(cut.span_s, 1e-6))
 
 
 def describe(workloads: list[Workload]) -> dict[str, Any]:

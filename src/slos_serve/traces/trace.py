@@ -112,6 +112,15 @@ class Trace:
         cut = self.select(inside)
         return replace(cut, arrived_at_s=cut.arrived_at_s - start_s, span_s=duration_s, source=where)
 
+    def part(self, first: int, last: int) -> Self:
+        """Return rows `first` to `last - 1`, from time 0 on, over the time until the row after them arrives."""
+        rows = self.select(slice(first, last))
+        start_s, newest_s = float(rows.arrived_at_s[0]), float(self.arrived_at_s[-1])
+        ends_s = max(newest_s, self.span_s)  # of the trace
+        if last < len(self):
+            ends_s = float(self.arrived_at_s[last])
+        return replace(rows, arrived_at_s=rows.arrived_at_s - start_s, span_s=ends_s - start_s)
+
     def at_rate(self, rate_rps: float) -> Self:
         """Return the same requests with time stretched so that `rate_rps` arrive each second."""
         if not (math.isfinite(rate_rps) and rate_rps > 0):
