@@ -98,13 +98,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             unit="reqps",
         ),
         Panel(
-            title="Slack at the first token (median, 5 %)",
+            title="Slack of promises (median, 5 %)",
             queries=tuple(
-                (quantile(q, "slos_serve_slack_seconds", "class", CLASSED), f"{{{{class}}}} {name}")
+                (
+                    quantile(q, "slos_serve_slack_seconds", "class, stage", CLASSED),
+                    f"{{{{class}}}} {{{{stage}}}} {name}",
+                )
                 for q, name in ((0.5, "median"), (0.05, "5 %"))
             ),
-            text="Planned time to spare before the promised first token.",
+            text="Time to spare at the first token, and at the tightest later one; below 0 a promise was broken.",
             unit="s",
+            least=None,
         ),
         Panel(
             title="Live requests",

@@ -26,7 +26,7 @@ def registry():
     metrics.know_hops()
     for outcome, verdict in (("met", "promised"), ("missed", "best-effort")):
         metrics.count_outcome("chat", "", outcome)
-        metrics.count_verdict("chat", verdict, "", 12.5)
+        metrics.count_verdict("chat", verdict, "")
     metrics.observe(metrics.plan, [0.001])
     metrics.show({"draft_lengths": {"chat": 2}, "class_modes": {"chat": "observe"}})
     return registry

@@ -115,10 +115,18 @@ def feed(hub, outcome="", count=0, slo_class="chat", tenant="", **snapshot):
     names = {"slo_class": slo_class, "tenant": tenant}
     ids = [f"{slo_class}-{tenant}-{outcome}-{i}" for i in range(count)]
     ends = [
-        {"slo_id": i, "request_id": i, "outcome": outcome, "promised": True, "stages": {"prefill": outcome}, **names}
+        {
+            "slo_id": i,
+            "request_id": i,
+            "outcome": outcome,
+            "promised": True,
+            "stages": {"prefill": outcome},
+            "least_slack_ms": {"prefill": 12.5},
+            **names,
+        }
         for i in ids
     ]
-    said = [{"slo_id": i, "request_id": i, "verdict": "promised", "reason": "", "slack_ms": 12.5, **names} for i in ids]
+    said = [{"slo_id": i, "request_id": i, "verdict": "promised", "reason": "", **names} for i in ids]
     state = {"effective_mode": "enforce", "steps": 1, "margin_coverage": 0.99, **snapshot}
     times = {"plan_s": [0.001] * count, "step_error_s": [0.001] * count}
     hub.feed({"verdicts": said, "finished": ends, "snapshot": state, **times})

@@ -118,7 +118,7 @@ def test_only_the_latest_requests_are_kept(registry, say):
 
 def test_outcomes_promises_and_stages_are_counted(hub, say, registry):
     ends = [
-        say.finished("a"),
+        say.finished("a", least_slack_ms={"prefill": 120.0, "answer": -3.0}),
         say.finished("b", "missed", stages={"prefill": "missed", "thinking": "met", "answer": "missed"}),
         say.finished("c", "declined", promised=False),
         say.finished("d", "failed"),
@@ -150,7 +150,12 @@ def test_outcomes_promises_and_stages_are_counted(hub, say, registry):
     verdicts = "slos_serve_verdicts_total"
     assert sample(registry, verdicts, verdict="promised", reason="", **{"class": "chat"}) == 1
     assert sample(registry, verdicts, verdict="best-effort", reason="compute", **{"class": "chat"}) == 1
-    assert sample(registry, "slos_serve_slack_seconds_count", stage="prefill", **{"class": "chat"}) == 1
+    slack = "slos_serve_slack_seconds"
+    chat = {"class": "chat", "stage": "prefill"}  # a TTFT of at least 200 ms
+    assert [sample(registry, f"{slack}_bucket", **chat, le=le) for le in ("0.1", "0.2")] == [0, 1]
+    chat = {"class": "chat", "stage": "answer"}  # a TPOT of 100 ms
+    assert [sample(registry, f"{slack}_bucket", **chat, le=le) for le in ("-0.01", "0.0")] == [0, 1]
+    assert sample(registry, f"{slack}_count", **chat) == 1
     assert hub.find("a")["outcome"] == "met"
     assert hub.find("f") is None
 

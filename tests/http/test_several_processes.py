@@ -26,6 +26,7 @@ for message in json.load(sys.stdin):
 
 def ended(name, outcome, client, slo_class="chat"):
     more = {"outcome": outcome, "promised": True, "stages": {"prefill": outcome}, "client": client}
+    more |= {"least_slack_ms": {"prefill": 50.0, "answer": -1.0}}
     return {"slo_id": name, "request_id": name, "slo_class": slo_class, "tenant": "", **more}
 
 
@@ -59,6 +60,12 @@ def test_each_server_counts_its_own_requests_once_and_they_add_up(shown):
     assert value("slos_serve_promises_total", **{"class": "coding", "result": "broken"}) == 0
     assert value("slos_serve_step_downs_total") == 2
     assert value("slos_serve_plan_seconds_count") == 1
+    slack = {"class": "chat", "stage": "answer"}
+    assert (
+        value("slos_serve_slack_seconds_count", **slack)
+        == value("slos_serve_slack_seconds_bucket", **slack, le="0.0")
+        == 3
+    )
     assert value("slos_serve_promised_requests") == 3
     assert value("slos_serve_mode") == 2
 

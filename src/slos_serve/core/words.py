@@ -79,6 +79,7 @@ class EndTold(RequestTold):
     reason: str
     promised: bool
     stages: dict[str, str]
+    least_slack_ms: dict[str, float]  # measured, by stage, where a stage was graded
     ttft_ms: float | None
     tpot_ms: float | None
     num_prompt_tokens: int

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from slos_serve.core.slo.deadlines import STAGES
 from slos_serve.core.words import Outcome
 
 BUCKET_S, NUM_BUCKETS = 10.0, 360
@@ -112,12 +113,20 @@ def _add_end(counts: Bucket, end: Mapping[str, Any]) -> None:
     if due is not None and came is not None:
         _add(counts, "slack_n", 1)
         _add(counts, "slack_ms", due - came)
-        counts["least_slack_ms"] = round(min(counts.get("least_slack_ms", math.inf), due - came), 1)
+        _least(counts, "least_slack_ms", due - came)
+    if later := [ms for stage, ms in (end.get("least_slack_ms") or {}).items() if stage != STAGES[0]]:
+        _add(counts, "later_n", 1)
+        _add(counts, "later_ms", min(later))
+        _least(counts, "least_later_ms", min(later))
 
 
 def _add(sums: Bucket, key: str, value: float) -> None:
     if value:
         sums[key] = round(sums.get(key, 0) + value, 6)
+
+
+def _least(counts: Bucket, key: str, value: float) -> None:
+    counts[key] = round(min(counts.get(key, math.inf), value), 1)
 
 
 def _copy(value: Any) -> Any:

@@ -37,6 +37,7 @@ FINISHED_KEYS = (
     "outcome",
     "promised",
     "stages",
+    "least_slack_ms",
     "ttft_ms",
     "tpot_ms",
     "num_prompt_tokens",
@@ -116,7 +117,7 @@ class Hub:
         label, verdict, reason = self._label(item["slo_class"]), item["verdict"], item.get("reason") or ""
         if self._is_own(item):
             said = Said.REJECTED if self._will_reject(item, label, reason) else verdict
-            self.metrics.count_verdict(label, said, reason, item.get("slack_ms"))
+            self.metrics.count_verdict(label, said, reason)
         slo_id = item.get("slo_id") or item["request_id"]
         with self._lock:
             record = self._records.make(slo_id, label, item.get("tenant") or "")
@@ -164,7 +165,7 @@ class Hub:
             self.notices.tell(record)
         self.metrics.count_outcome(label, tenant, outcome)
         if item.get("promised"):
-            self.metrics.count_promise(label, outcome)
+            self.metrics.count_promise(label, outcome, item.get("least_slack_ms") or {})
         self.metrics.count_stages(label, item.get("stages") or {})
 
     def _end(self, record: Record, item: EndTold) -> None:
@@ -308,7 +309,7 @@ class Hub:
             is_news = not record["_parts"]
         self.notices.tell(record)
         if is_news:  # the engine has said nothing that was counted
-            self.metrics.count_verdict(label, Said.REJECTED, reason, None)
+            self.metrics.count_verdict(label, Said.REJECTED, reason)
 
     @property
     def snapshot(self) -> Mapping[str, Any] | None:

@@ -69,7 +69,7 @@ const isTrouble = one => one.state === "broken" || one.state === "declined";
 const SUMMED = (into, from) => {
   for (const [name, value] of Object.entries(from || {}))
     if (typeof value === "object") SUMMED(into[name] ||= {}, value);
-    else if (name === "least_slack_ms") into[name] = Math.min(into[name] ?? Infinity, value);
+    else if (name.startsWith("least_")) into[name] = Math.min(into[name] ?? Infinity, value);
     else into[name] = (into[name] || 0) + value;
   return into;
 };
@@ -162,6 +162,7 @@ function showReplicas(snapshot) {
       number(one.headroom_tokens_per_s), share(one.margin_coverage)], { 2: one.usable ? "" : "bad" });
   }));
 }
+const spare = (sum, count, least) => count ? ms(sum / count) + ", least " + ms(least) : "–";
 function showClasses(classes) {
   const totals = seen.totals || {}, names = Object.keys({ ...totals, ...classes }).sort();
   put("counted", "SLO met, promises and stages: " + when() + ". A request that was declined counts as a miss, one " +
@@ -175,7 +176,7 @@ function showClasses(classes) {
       percent(ever.met || 0, ever.counted) + " of " + number(ever.counted || 0),
       promises ? percent(one.kept || 0, promises) + (one.broken ? ", " + one.broken + " broken" : "") : "–",
       stage("prefill"), stage("thinking"), stage("answer"),
-      one.slack_n ? ms(one.slack_ms / one.slack_n) + ", least " + ms(one.least_slack_ms) : "–"], { 3: one.broken ? "bad" : "" });
+      spare(one.slack_ms, one.slack_n, one.least_slack_ms), spare(one.later_ms, one.later_n, one.least_later_ms)], { 3: one.broken ? "bad" : "" });
     line.children[2].hidden = Boolean(given);
     return line;
   }));

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from slos_serve.config import BEST_EFFORT, CUSTOM, SloConfig
 from slos_serve.core.slo.deadlines import STAGES
@@ -32,7 +32,63 @@ VERDICTS = (
     (Said.BEST_EFFORT, Reason.OBSERVE),
 )
 _TENTHS_OF_MS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
-_SECONDS = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
+_AROUND = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 50.0)
+_MULTIPLES = (*(-one for one in reversed(_AROUND)), 0.0, *_AROUND)
+
+
+class Slack:
+    """The time that promises had to spare, by class and stage: a histogram whose buckets follow the class.
+
+    They are multiples of its TTFT for the prefill (of the shortest that a slowdown gives) and of its TPOT for what comes
+    after it; multiples of a second and of a tenth for what has none. As one metric it is a collector of its own, since
+    a `Histogram` has the same buckets for all of its labels.
+    """
+
+    NAME, TEXT = (
+        "slos_serve_slack_seconds",
+        "Time to spare at the tightest token of a stage, of promises that were graded.",
+    )
+
+    def __init__(self) -> None:
+        self._config = SloConfig()
+        self._of: dict[tuple[str, str], Histogram] = {}
+
+    def know(self, config: SloConfig) -> None:
+        """Take up the classes; a histogram that was begun keeps its buckets."""
+        self._config = config
+        for name, one in config.classes.items():
+            if one.promises:
+                self._histogram(name, "prefill")
+                self._histogram(name, "answer")
+
+    def observe(self, slo_class: str, stage: str, seconds: float) -> None:
+        """Add one stage of one request; `seconds` are negative where it was late."""
+        self._histogram(slo_class, stage).observe(seconds)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the histograms as one metric."""
+        metric = Metric(self.NAME, self.TEXT, "histogram")
+        for histogram in list(self._of.values()):
+            for one in histogram.collect():
+                metric.samples += one.samples
+        return [metric]
+
+    def _histogram(self, slo_class: str, stage: str) -> Histogram:
+        key = slo_class, stage
+        if key not in self._of:
+            buckets = [round(self._scale_s(slo_class, stage) * multiple, 6) for multiple in _MULTIPLES]
+            labels = ("class", "stage")
+            self._of[key] = Histogram(self.NAME, self.TEXT, labels, registry=None, buckets=buckets)
+        return self._of[key].labels(*key)
+
+    def _scale_s(self, slo_class: str, stage: str) -> float:
+        one = self._config.classes.get(slo_class)
+        if stage == "prefill":
+            floor_ms = self._config.ttft_floor_ms if one is None or one.floor_ms is None else one.floor_ms
+            shortest_ms = floor_ms if one is not None and one.ttft_slowdown is not None else None
+            return ((one.ttft_ms if one is not None else None) or shortest_ms or 1000.0) / 1000
+        paces = (one.thinking_tpot_ms if stage == "thinking" else None, one.tpot_ms) if one is not None else ()
+        return next((pace for pace in paces if pace is not None), 100.0) / 1000
 
 
 class SloMetrics:
@@ -72,13 +128,8 @@ class SloMetrics:
         self.hops = counter(
             "slos_serve_router_hops_total", f"Requests sent to a replica, by what it did: {', '.join(HOPS)}.", "outcome"
         )
-        self.slack = Histogram(
-            "slos_serve_slack_seconds",
-            "Planned time to spare before a promised deadline.",
-            ("class", "stage"),
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        self.slack = Slack()
+        registry.register(self.slack)
         self.plan = Histogram(
             "slos_serve_plan_seconds", "Time to plan one step.", registry=registry, buckets=_TENTHS_OF_MS
         )
@@ -113,6 +164,7 @@ class SloMetrics:
         increase.
         """
         self._configured = frozenset(("", *config.api_keys, *config.tenants))
+        self.slack.know(config)
         names = [name for name, one in config.classes.items() if one.promises]
         for name in (*names, CUSTOM, BEST_EFFORT):
             for outcome in Outcome:
@@ -142,16 +194,16 @@ class SloMetrics:
         """Count one request's end."""
         self.requests.labels(slo_class, self.tenant(tenant), outcome).inc()
 
-    def count_verdict(self, slo_class: str, verdict: str, reason: str, slack_ms: float | None) -> None:
-        """Count one verdict and, for a promise, its planned slack to the first token."""
+    def count_verdict(self, slo_class: str, verdict: str, reason: str) -> None:
+        """Count one verdict."""
         self.verdicts.labels(slo_class, verdict, reason).inc()
-        if slack_ms is not None and verdict in {Said.PROMISED, Said.PROMOTED}:
-            self.slack.labels(slo_class, "prefill").observe(slack_ms / 1000)
 
-    def count_promise(self, slo_class: str, outcome: str) -> None:
-        """Count a promise as kept or broken; one whose client left is neither."""
+    def count_promise(self, slo_class: str, outcome: str, least_slack_ms: Mapping[str, float]) -> None:
+        """Count a promise as kept or broken, and what it had to spare; one whose client left is neither."""
         if outcome != Outcome.CANCELLED:
             self.promises.labels(slo_class, PROMISE_RESULTS[outcome != Outcome.MET]).inc()
+            for stage, milliseconds in least_slack_ms.items():
+                self.slack.observe(slo_class, stage, milliseconds / 1000)
 
     def know_hops(self) -> None:
         """Show a router's counters from the start."""

@@ -113,11 +113,8 @@ def attributes(record: Record | None) -> dict[str, Any]:
         return {}
     record = answers.told(record)
     said = {key: record.get(key) for key in (*TOLD, *MEASURED)}
-    for wish in ("promise", "asked"):
-        said |= {f"{wish}.{key}": value for key, value in (record.get(wish) or {}).items()}
-    due_ms = (record.get("promise") or record.get("asked") or {}).get("ttft_ms")
-    if due_ms is not None and record.get("ttft_ms") is not None:
-        said["first_token_slack_ms"] = round(due_ms - record["ttft_ms"], 3)
+    for several in ("promise", "asked", "least_slack_ms"):
+        said |= {f"{several}.{key}": value for key, value in (record.get(several) or {}).items()}
     said["promise_kept"] = _is_kept(record)
     return {PREFIX + key: value for key, value in said.items() if value is not None and value != ""}
 

@@ -184,6 +184,7 @@ class Promises:
             "reason": live.reason,
             "promised": live.was_promised,
             "stages": dict(grade.stages) if grade is not None else {},
+            "least_slack_ms": _all_ms(grade.least_slack_s) if grade is not None else {},
             "ttft_ms": _ms(first - live.arrival_s),
             "tpot_ms": _ms((last - first) / (count - 1)) if count > 1 else None,
             "num_prompt_tokens": live.request.num_prompt_tokens,
@@ -212,6 +213,10 @@ def _names(live: Live) -> RequestTold:
 def _asked(live: Live) -> dict[str, float]:
     """Return what a request asks for, resolved for its prompt, in milliseconds."""
     return {name.removesuffix("_s") + "_ms": round(value * 1000, 3) for name, value in live.slo.items() if value}
+
+
+def _all_ms(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value * 1000, 3) for name, value in seconds.items()}
 
 
 def _ms(seconds: float | None) -> float | None:

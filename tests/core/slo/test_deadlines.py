@@ -35,13 +35,15 @@ def grade_all(times, num_thinking, slo, arrival=ARRIVAL):
         """Sum what the tokens first..last (1-based, of those after token 1) are granted."""
         return sum(thinking_tpot if m - 1 <= num_thinking else tpot for m in range(max(first, 2), last + 1))
 
+    start = relative[0] if slo.ttft_s is None else max(slo.ttft_s, relative[0])
+
     def late(m):
-        start = relative[0] if slo.ttft_s is None else max(slo.ttft_s, relative[0])
         return m >= 2 and relative[m - 1] > start + budget(2, m) + TOLERANCE_S
 
     prefill_late = slo.ttft_s is not None and relative[0] > slo.ttft_s + TOLERANCE_S
     e2e_late = slo.e2e_s is not None and relative[-1] > slo.e2e_s + TOLERANCE_S
-    late_tokens = {m for m in range(1, n + 1) if (m % 10 == 0 or m == n) and late(m)}
+    checked = [m for m in range(2, n + 1) if m % 10 == 0 or m == n]
+    late_tokens = set(filter(late, checked))
     gap_tokens = set()
     if slo.max_gap_s is not None:
         gap_tokens = {m + 1 for m in range(1, n) if relative[m] - relative[m - 1] > slo.max_gap_s + TOLERANCE_S}
@@ -59,6 +61,11 @@ def grade_all(times, num_thinking, slo, arrival=ARRIVAL):
     def stage(promised, is_late):
         return ("missed" if is_late else "met") if promised else ""
 
+    slack = {"prefill": math.inf if slo.ttft_s is None else slo.ttft_s - relative[0]}
+    for name, which in (("thinking", range(2, num_thinking + 1)), ("answer", range(num_thinking + 1, n + 1))):
+        spare = [start + budget(2, m) - relative[m - 1] for m in checked if m in which]
+        slack[name] = min(spare, default=math.inf)
+
     return {
         "met": not (shared or late_tokens),
         "met_mean_tpot": not (shared or mean_late),
@@ -68,6 +75,7 @@ def grade_all(times, num_thinking, slo, arrival=ARRIVAL):
             "thinking": stage(num_thinking and (gapped or thinking_tpot < math.inf), thinking_bad),
             "answer": stage(n > num_thinking and (gapped or tpot < math.inf), any(m > num_thinking for m in bad)),
         },
+        "least_slack_s": pytest.approx({name: spare for name, spare in slack.items() if spare < math.inf}),
     }
 
 
@@ -77,6 +85,7 @@ def summary(grade: Grade):
         "met_mean_tpot": grade.met_mean_tpot,
         "met_window": grade.met_window,
         "stages": dict(grade.stages),
+        "least_slack_s": dict(grade.least_slack_s),
     }
 
 

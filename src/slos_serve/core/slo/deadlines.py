@@ -64,6 +64,8 @@ GRADER = (
     ("granted_start", np.float64),
     ("next_check", np.int64),
     ("ring", np.float64, (CHECK_EVERY,)),
+    ("thinking_slack_s", np.float64),
+    ("answer_slack_s", np.float64),
     ("prefill_late", np.bool_),
     ("thinking_late", np.bool_),
     ("answer_late", np.bool_),
@@ -105,7 +107,8 @@ class Grade:
     nothing was promised. `ttft_s` is `inf` if no token came; `tpot_s` is the mean after the first token;
     `e2e_s` counts to the last token (to the end, if none came). `stages` says for each of `STAGES` whether
     the checks that fell on its tokens held ("" where it had no tokens or no promise); an e2e miss belongs
-    to no stage.
+    to no stage. `least_slack_s` is the time to spare before TTFT or TPOT was due at the tightest of a stage's checks,
+    negative where it was late, of the stages that had one.
     """
 
     met: bool
@@ -116,6 +119,7 @@ class Grade:
     e2e_s: float
     num_output_tokens: int
     stages: Mapping[str, str]
+    least_slack_s: Mapping[str, float]
 
 
 @jitable
@@ -168,13 +172,24 @@ def _check(stream: StreamGrader, t: float, after: int) -> None:
     """
     first = stream.next_check
     stream.next_check = after - after % CHECK_EVERY + CHECK_EVERY
-    limit = t - stream.granted_start - TOLERANCE_S
-    if limit > granted_s(first, stream.num_thinking, stream.thinking_tpot_s, stream.tpot_s):
-        _mark(stream, first)
+    _judge(stream, first, t)
+    if first <= stream.num_thinking:
         answer = (stream.num_thinking // CHECK_EVERY + 1) * CHECK_EVERY
-        granted = granted_s(answer, stream.num_thinking, stream.thinking_tpot_s, stream.tpot_s)
-        if first < answer <= after and limit > granted:
-            _mark(stream, answer)
+        if answer <= after:
+            _judge(stream, answer, t)
+
+
+@jitable
+def _judge(stream: StreamGrader, n: int, t: float) -> None:
+    """Check token `n`, which came at `t`, against its pace."""
+    took = t - stream.granted_start
+    granted = granted_s(n, stream.num_thinking, stream.thinking_tpot_s, stream.tpot_s)
+    if n <= stream.num_thinking:
+        stream.thinking_slack_s = min(stream.thinking_slack_s, granted - took)
+    else:
+        stream.answer_slack_s = min(stream.answer_slack_s, granted - took)
+    if took - TOLERANCE_S > granted:
+        _mark(stream, n)
 
 
 @jitable
@@ -227,6 +242,7 @@ class StreamGrader:
         self.granted_start = math.inf
         self.next_check = CHECK_EVERY
         self.ring = [0.0] * CHECK_EVERY
+        self.thinking_slack_s = self.answer_slack_s = math.inf
         self.prefill_late = self.thinking_late = self.answer_late = False
         self.e2e_late = self.gap_late = self.window_late = False
         self.missed = False
@@ -264,8 +280,8 @@ class StreamGrader:
         if n == 0:
             return self._finish_silent(time_s - self.arrival_s)
         granted = granted_s(n, self.num_thinking, self.thinking_tpot_s, self.tpot_s)
-        if n > 1 and self.last > self.granted_start + granted + TOLERANCE_S:
-            _mark(self, n)
+        if n > 1:
+            _judge(self, n, self.last)
         span = self.last - self.first
         mean_late = span > granted + TOLERANCE_S
         window_late = mean_late if n <= CHECK_EVERY else self.window_late
@@ -279,6 +295,7 @@ class StreamGrader:
             e2e_s=self.last,
             num_output_tokens=n,
             stages=self._stages(),
+            least_slack_s=self._least_slack_s(),
         )
 
     def _stages(self) -> dict[str, str]:
@@ -291,6 +308,11 @@ class StreamGrader:
             "thinking": _stage(thinking, self.thinking_late),
             "answer": _stage(answer, self.answer_late),
         }
+
+    def _least_slack_s(self) -> dict[str, float]:
+        """Return the least time to spare in each of `STAGES` that has some."""
+        least = self.ttft_s - self.first, self.thinking_slack_s, self.answer_slack_s
+        return {stage: seconds for stage, seconds in zip(STAGES, least, strict=True) if seconds < math.inf}
 
     def _finish_silent(self, t: float) -> Grade:
         """Grade a stream that ended without a token, `t` seconds after its arrival."""
@@ -305,6 +327,7 @@ class StreamGrader:
             e2e_s=t,
             num_output_tokens=0,
             stages={"prefill": "missed" if prefill_late else "", "thinking": "", "answer": ""},
+            least_slack_s={},
         )
 
 
