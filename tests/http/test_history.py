@@ -32,6 +32,15 @@ def test_counts_of_all_buckets_are_those_since_the_start_and_none_is_lost(ends):
     assert sum(value for (_, key), value in totals.items() if key == "counted") == len(with_slo)
 
 
+def test_what_another_history_has_grown_by_adds_up_to_its_steps():
+    replica, front = History(), History()
+    for number in range(4):
+        before = replica.step_sums()
+        replica.take_steps(10.0 * number, [(0.02, 0.021, 0.019, 50, 40, 0, 3), (0.01, None, None, 5, 0, 1, 3)])
+        front.take_step_sums(10.0 * number, {key: n - before.get(key, 0) for key, n in replica.step_sums().items()})
+    assert [one["steps"] for one in front.since()] == [one["steps"] for one in replica.since()]
+
+
 def test_an_hour_is_kept_and_no_more():
     history = History()
     for second in range(0, 3 * 3600, 5):

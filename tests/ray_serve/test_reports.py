@@ -85,3 +85,13 @@ def test_a_clock_that_is_ahead_counts_as_now(clocks):
 )
 def test_what_is_no_report_of_this_version_is_none(data, clocks):
     assert parse_report(data, "a", clocks.now) is None
+
+
+def test_steps_are_reported_as_sums_that_only_grow(hub, reporter, clocks):
+    heard(hub, clocks)
+    hub.feed({"steps": [(0.02, 0.021, 0.024, 500, 400, 10, 40)]})
+    first = parse_report({KEY: reporter.report()}, "a", clocks.now).status["step_sums"]
+    hub.feed({"steps": [(0.02, 0.021, 0.024, 500, 400, 10, 40)]})
+    second = parse_report({KEY: reporter.report()}, "a", clocks.now).status["step_sums"]
+    assert second == {key: pytest.approx(2 * value) for key, value in first.items()}
+    assert first["prompt_tokens"] == 400

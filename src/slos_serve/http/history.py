@@ -32,6 +32,7 @@ class History:
         self._num_buckets = num_buckets
         self._buckets: OrderedDict[int, Bucket] = OrderedDict()
         self._totals: dict[str, Bucket] = {}
+        self._step_sums: Bucket = {}
         self._lock = threading.Lock()
 
     def take_load(self, at_s: float, snapshot: Mapping[str, Any]) -> None:
@@ -53,7 +54,15 @@ class History:
         """Add steps that have ended: how long they took and were to take, and what their batches held."""
         with self._lock:
             for step in steps:
-                _add_step(self._at(at_s).setdefault("steps", {}), step)
+                for sums in (self._at(at_s).setdefault("steps", {}), self._step_sums):
+                    _add_step(sums, step)
+
+    def take_step_sums(self, at_s: float, grown: Mapping[str, float]) -> None:
+        """Add what the `step_sums` of another history have grown by."""
+        with self._lock:
+            sums = self._at(at_s).setdefault("steps", {})
+            for key, value in grown.items():
+                _add(sums, key, value)
 
     def take_end(self, at_s: float, slo_class: str, end: Mapping[str, Any]) -> None:
         """Count a request that has ended, one whose client asked for nothing not at all."""
@@ -72,6 +81,11 @@ class History:
         """Return the counts of each class since the start."""
         with self._lock:
             return {name: _copy(counts) for name, counts in self._totals.items()}
+
+    def step_sums(self) -> Bucket:
+        """Return the sums over all steps since the start."""
+        with self._lock:
+            return dict(self._step_sums)
 
     def _at(self, at_s: float) -> Bucket:
         number = math.floor(at_s / self.bucket_s)

@@ -39,9 +39,9 @@ _MULTIPLES = (*(-one for one in reversed(_AROUND)), 0.0, *_AROUND)
 class Slack:
     """The time that promises had to spare, by class and stage: a histogram whose buckets follow the class.
 
-    They are multiples of its TTFT for the prefill (of the shortest that a slowdown gives) and of its TPOT for what comes
-    after it; multiples of a second and of a tenth for what has none. As one metric it is a collector of its own, since
-    a `Histogram` has the same buckets for all of its labels.
+    They are multiples of its TTFT for the prefill (of the shortest that a slowdown gives) and of its TPOT for what
+    comes after it; multiples of a second and of a tenth for what has none. As one metric it is a collector of its own,
+    since a `Histogram` has the same buckets for all of its labels.
     """
 
     NAME, TEXT = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from http import HTTPStatus
@@ -34,6 +35,7 @@ from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Trave
 
 HOPPING = ("chat", "completions")
 CONTROL_S = 10.0
+UNSHOWN = frozenset({"step_sums", "profile"})  # of a replica's line: they are shown for all together
 SESSION_HEADER = "x-session-id"
 ENGINE_FAULTS = ("EngineDeadError", "EngineLostError")  # vLLM's EngineGenerateError is about one request
 
@@ -64,6 +66,7 @@ class SloIngress(OpenAiIngress):
         HUB.is_front = True
         HUB.metrics.know_hops()
         self._estimator = Estimator(HUB.config, profile)
+        self._step_sums: dict[str, dict[str, float]] = {}  # by replica, as last reported
         self._fleets: dict[str, Fleet] = {}
         for model_id, handle in llm_deployments.items():
             fleet = self._fleets[model_id] = fleet_of(handle.app_name, handle.deployment_name)
@@ -163,6 +166,11 @@ class SloIngress(OpenAiIngress):
     def _publish(self) -> None:
         """Show the fleets as one engine: their sum for the hub's rules, each replica for people."""
         replicas = [line for fleet in self._fleets.values() for line in fleet.status()]
+        sums = {line["id"]: line.get("step_sums") or {} for line in replicas}
+        for name, now in sums.items():
+            if before := self._step_sums.get(name):  # of what was before this ingress nothing is known
+                HUB.history.take_step_sums(time.time(), {key: now[key] - before.get(key, 0) for key in now})
+        self._step_sums = sums
         HUB.feed({"snapshot": summed(replicas)})
 
     async def health(self) -> Response:
@@ -216,6 +224,7 @@ def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
     mode = "enforce" if whole["effective_mode"] == "enforce" else "observe"
     # A replica that leaves takes its counts along: what only grows is nothing to add up here, but for the steps.
     now = {field.key: whole[field.key] for field in FIELDS if not field.counts}
+    profiles = [one.get("profile") for one in heard]
     counts = {key: now[key] or 0 for key in now if key.startswith("num_")}
     return {
         **now,
@@ -225,7 +234,8 @@ def summed(replicas: list[dict[str, Any]]) -> dict[str, Any]:
         "effective_mode": mode,
         "drain_s": now["drain_s"] or 0.0,
         **({"device": whole["device"]} if "device" in whole else {}),
-        "replicas": replicas,
+        "profile": profiles[0] if profiles and all(profiles) else None,
+        "replicas": [{key: value for key, value in line.items() if key not in UNSHOWN} for line in replicas],
     }
 
 

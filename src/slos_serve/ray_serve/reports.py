@@ -20,7 +20,7 @@ from slos_serve.http.status import KEYS
 
 KEY = "slos_serve"  # in Ray's routing statistics
 VERSION = 1
-SAID = ("effective_mode", "reason", "paused", "device")  # beside numbers
+SAID = ("effective_mode", "reason", "paused", "device", "profile")  # beside numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,11 @@ class Reporter:
             "silent_s": silent_s if math.isfinite(silent_s) else None,
             "stalled_s": now - self._stepped_s,
             "digest": self._digest,
-            "status": {"pid": os.getpid(), **{key: heard.get(key) for key in (*SAID, *KEYS)}},
+            "status": {
+                "pid": os.getpid(),
+                **{key: heard.get(key) for key in (*SAID, *KEYS)},
+                "step_sums": self._hub.history.step_sums(),
+            },
             "replica": replica,
         }
 
