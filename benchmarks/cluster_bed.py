@@ -31,7 +31,7 @@ from slos_serve.bench.workload import build_requests, synthetic_trace
 from slos_serve.commands.serve import configure
 from slos_serve.emulated.emulation import LEAVES_OUT, notice
 from slos_serve.ray_serve.app import STATS_PERIOD_S, build_openai_app
-from slos_serve.ray_serve.cluster import APPLICATION, Cluster
+from slos_serve.ray_serve.cluster import APPLICATION, RayCluster
 from slos_serve.records.profile import Profile
 from slos_serve.serving import prepare, replicas
 from slos_serve.serving.platforms import num_cores
@@ -56,7 +56,7 @@ class Bed:
         self.args = arguments(options, self.port, self.num_replicas)
         self.engine = prepare.find_engine(options.emulate)
         self.plan = prepare.prepare(self.args, self.engine, os.environ, share=self.num_replicas)
-        self.cluster = Cluster(None, num_cpus=max(num_cores(), self.num_replicas))
+        self.cluster = RayCluster(None, num_cpus=max(num_cores(), self.num_replicas))
 
     def __enter__(self) -> Self:
         return self

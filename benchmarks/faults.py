@@ -36,10 +36,10 @@ from typing import Any
 import psutil
 import yaml
 
-from slos_serve.bench.ask import get_json
 from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.endings import account
-from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
+from slos_serve.bench.engines import EngineError, ServerProcess, ServerProcesses, free_port
+from slos_serve.bench.http_json import get_json
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.scaled import LENGTHS, Scaled
 from slos_serve.records.profile import Profile
@@ -68,11 +68,11 @@ COLUMNS = ("offered", "met", "missed", "declined", "rejected", "failed_clearly",
 class Bed:
     """A server on a fixed port, and how to bring it up again."""
 
-    fleet: Fleet
+    fleet: ServerProcesses
     options: argparse.Namespace
     port: int
     flags: tuple[str, ...] = ()
-    engine: Engine | None = None
+    engine: ServerProcess | None = None
     is_over: bool = False  # nothing is started any more
 
     @property
@@ -80,7 +80,7 @@ class Bed:
         """Return where the server answers."""
         return f"http://127.0.0.1:{self.port}"
 
-    def launch(self) -> Engine:
+    def launch(self) -> ServerProcess:
         """Start, and return at once; `EngineError` where somebody else has the port."""
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self.port)) == 0:
@@ -447,7 +447,7 @@ def prepare(options: argparse.Namespace) -> Scaled:
         measured = options.out / "cpu-profile.json"
         options.flags += ["--profile", str(measured)] + ([] if measured.exists() else ["--reprofile"])
         if not measured.exists():
-            with Fleet(options.out) as fleet:
+            with ServerProcesses(options.out) as fleet:
                 fleet.wait([fleet.start("profile", options.model, [*FLAGS, *options.flags])], timeout_s=600)
             options.flags.remove("--reprofile")
         profile = measured
@@ -498,7 +498,7 @@ def main() -> int:
     path = options.out / "faults.json"
     device = f"emulated {HARDWARE}, {SLOWER:g} times slower" if options.device == "emulated" else "cpu"
     rows = earlier(path, device)
-    with ending_by_signal(), Fleet(options.out) as fleet:
+    with ending_by_signal(), ServerProcesses(options.out) as fleet:
         bed = Bed(fleet, options, options.port or free_port())
         for name in options.only:
             rows[name] = run_fault(name, bed, scaled, options)

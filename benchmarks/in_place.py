@@ -36,7 +36,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from slos_serve.bench.engines import Engine, Fleet
+from slos_serve.bench.engines import ServerProcess, ServerProcesses
 from slos_serve.bench.lab import read_status
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.emulated.emulation import LEAVES_OUT
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, folder: Path, hardware: str, scheduling: s
     levels = [int(part) for part in args.running]
     flags = ["--no-async-scheduling"] if scheduling == "sync" else []
     flags += ["--max-num-seqs", str(max(levels))]
-    with Fleet(folder) as fleet:
+    with ServerProcesses(folder) as fleet:
         engines = {name: start(fleet, name, flags, folder, hardware) for name in ("vllm", "ours")}
         fleet.wait(list(engines.values()), timeout_s=START_S)
         for level, number in product(levels, range(args.rounds)):
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, folder: Path, hardware: str, scheduling: s
                 yield row_of(variant, level, **found, hardware=hardware, scheduling=scheduling)
 
 
-def start(fleet: Fleet, name: str, own: Sequence[str], folder: Path, hardware: str) -> Engine:
+def start(fleet: ServerProcesses, name: str, own: Sequence[str], folder: Path, hardware: str) -> ServerProcess:
     """Start plain vLLM or ours on the emulated device; ours knows the device's true step times."""
     model = str(ensure_demo_model())
     flags = ["--emulate", f"{hardware},output_tokens=0,log={folder / name}.batches", *own]
@@ -144,7 +144,7 @@ def start(fleet: Fleet, name: str, own: Sequence[str], folder: Path, hardware: s
     return fleet.start(name, model, [*flags, "--additional-config", json.dumps({"slo": {"state": False}})])
 
 
-async def window(engine: Engine, log: Path, variant: str, level: int, seconds: float) -> dict[str, Any]:
+async def window(engine: ServerProcess, log: Path, variant: str, level: int, seconds: float) -> dict[str, Any]:
     """Keep `level` requests running; measure the window after the ramp."""
     rng = np.random.default_rng(level)
     connector = aiohttp.TCPConnector(limit=0)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.bench.client import BenchRequest, offer, random_prompt
-from slos_serve.bench.engines import Engine, Fleet
+from slos_serve.bench.engines import ServerProcess, ServerProcesses
 from slos_serve.bench.grade import entry, grade_run, request_row
 from slos_serve.bench.lab import read_status
 from slos_serve.bench.model import ensure_demo_model
@@ -187,7 +187,7 @@ def run_real(args: argparse.Namespace, hardware: Hardware, plan: Mapping[str, Se
         return
     state = learnt_state(args, hardware, plan)
     context = multiprocessing.get_context("spawn")
-    with Fleet(args.out / "logs") as fleet, ProcessPoolExecutor(len(sides), mp_context=context) as pool:
+    with ServerProcesses(args.out / "logs") as fleet, ProcessPoolExecutor(len(sides), mp_context=context) as pool:
         engines = {setting: start(fleet, setting, args, hardware, state) for setting in sides}
         fleet.wait(list(engines.values()), timeout_s=START_S)
         for engine in engines.values():
@@ -204,7 +204,9 @@ def run_real(args: argparse.Namespace, hardware: Hardware, plan: Mapping[str, Se
                 engine.check()
 
 
-def start(fleet: Fleet, setting: Setting, args: argparse.Namespace, hardware: Hardware, state: Path) -> Engine:
+def start(
+    fleet: ServerProcesses, setting: Setting, args: argparse.Namespace, hardware: Hardware, state: Path
+) -> ServerProcess:
     model = str(ensure_demo_model())
     flags = ["--emulate", args.hardware, "--served-model-name", "m", "--disable-uvicorn-access-log"]
     flags += ["--no-enable-prefix-caching", *(["--no-async-scheduling"] if args.sync else [])]
@@ -222,7 +224,7 @@ def learnt_state(args: argparse.Namespace, hardware: Hardware, plan: Mapping[str
     """Return the state of a server that has seen the scenarios' history of lengths, and few steps."""
     path: Path = args.out / "learnt.json"
     path.unlink(missing_ok=True)
-    with Fleet(args.out / "logs") as fleet:
+    with ServerProcesses(args.out / "logs") as fleet:
         engine = start(fleet, SETTINGS[0], args, hardware, path)
         fleet.wait([engine], timeout_s=START_S)
         asyncio.run(offer(engine.url, "m", warming(args, hardware)))

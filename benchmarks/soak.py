@@ -32,10 +32,10 @@ import psutil
 from faults import MODEL, Bed, prepare, say
 
 from slos_serve import figures
-from slos_serve.bench.ask import get_json
 from slos_serve.bench.client import BenchRequest, Client, StreamResult
 from slos_serve.bench.endings import account
-from slos_serve.bench.engines import Fleet, free_port
+from slos_serve.bench.engines import ServerProcesses, free_port
+from slos_serve.bench.http_json import get_json
 from slos_serve.bench.scaled import Scaled
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import Request, Slo
@@ -158,7 +158,7 @@ def on_server(options: argparse.Namespace) -> dict[str, Any]:
     """Run the server under load; return samples and ends."""
     scaled, record = prepare(options), options.out / "record.jsonl"
     samples: list[dict[str, float]] = []
-    with ending_by_signal(), Fleet(options.out) as fleet:
+    with ending_by_signal(), ServerProcesses(options.out) as fleet:
         bed = Bed(fleet, options, options.port or free_port(), ("--record", str(record.resolve())))
         bed.start()
         started = time.monotonic()

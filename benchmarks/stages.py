@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slos_serve.bench.bystanders import Bystanders
 from slos_serve.bench.client import BenchRequest
 from slos_serve.bench.compare import OURS, STOCK, Run, best_setting, graded_run, load_run, run_file, save_run, warm
-from slos_serve.bench.engines import Engine
+from slos_serve.bench.contention import CpuContention
+from slos_serve.bench.engines import ServerProcess
 from slos_serve.bench.lab import MODEL_NAME, OURS_BUDGET, Lab, check_memory, describe_engine, read_status
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.scaled import Scaled
@@ -119,7 +119,7 @@ def scheduler_options() -> dict[str, Any]:
     }
 
 
-def start(lab: Lab, workloads: Sequence[str]) -> tuple[Scaled, dict[str, Engine]]:
+def start(lab: Lab, workloads: Sequence[str]) -> tuple[Scaled, dict[str, ServerProcess]]:
     """Start every engine that the workloads need, ours first and alone where it has to measure itself; warm all up."""
     ours, drafting = scheduler_options(), [*FLAGS, *DRAFTING]
     scaled = lab.start_ours(fresh=False, flags=drafting, **ours)
@@ -147,7 +147,7 @@ class Bench:
 
     options: Options
     scaled: Scaled
-    engines: Mapping[str, Engine]
+    engines: Mapping[str, ServerProcess]
     until_s: float = math.inf
 
     def run_all(self) -> None:
@@ -199,7 +199,7 @@ class Bench:
             if time.monotonic() > self.until_s:
                 return None
             what = f"{workload}, seed {seed}, {rate:.2f} requests/s: {one.name}"
-            with Progress(what), Bystanders(engine) as others:
+            with Progress(what), CpuContention(engine) as others:
                 began_s = time.time()
                 results = asyncio.run(offer_sessions(engine.url, asked))
             engine.check()

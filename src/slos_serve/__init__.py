@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slos_serve.config import SloClass, SloConfig, load_slo_config
     from slos_serve.core.perf import PerfModel
     from slos_serve.core.planner import SloPlanner
-    from slos_serve.core.routing.dispatch import Arrival, Choice, Route, Router
+    from slos_serve.core.routing.router_base import Arrival, Choice, Route, Router
     from slos_serve.core.routing.routers import LeastLoad, SloRouter
     from slos_serve.core.routing.snapshots import ReplicaSnapshot
     from slos_serve.core.types import (
@@ -43,7 +43,7 @@ _HOMES = {
     "config": ("SloClass", "SloConfig", "load_slo_config"),
     "core.perf": ("PerfModel",),
     "core.planner": ("SloPlanner",),
-    "core.routing.dispatch": ("Arrival", "Choice", "Route", "Router"),
+    "core.routing.router_base": ("Arrival", "Choice", "Route", "Router"),
     "core.routing.routers": ("LeastLoad", "SloRouter"),
     "core.routing.snapshots": ("ReplicaSnapshot",),
     "core.types": (

@@ -136,11 +136,14 @@ def parser_of(name: str, verb: Verb) -> Parser:
 
 def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
     parser = parser_of(name, verb)
-    if getattr(verb, "TAKES_UNKNOWN", False):
+    try:
         args, extra = parser.parse_known_args(arguments)
-        args.extra, args.arguments = extra, list(arguments)
-    else:
-        args = parser.parse_args(arguments)
+        if getattr(verb, "TAKES_UNKNOWN", False):
+            args.extra, args.arguments = extra, list(arguments)
+        elif extra:
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    except SystemExit as ended:  # it was asked for help, or has said what is wrong
+        return int(ended.code or 0)
     try:
         return verb.run(args)
     except BrokenPipeError:

@@ -16,7 +16,7 @@ import numpy as np
 
 from slos_serve.config import SloConfig, load_slo_config
 from slos_serve.sim.capacity.runs import outcome_of, work_rate
-from slos_serve.sim.capacity.search import Answer, Effort, index_of, interval, measure, rate_at
+from slos_serve.sim.capacity.search import Answer, SearchEffort, index_of, interval, measure, rate_at
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.systems import System, find_system, system_of, system_with
@@ -195,7 +195,7 @@ def capacity(
         )
 
     first_guess = index_of(replicas * machine.num_gpus * work_rate(offered(parts[0], None), machine))
-    search = measure("{}", first_guess, Effort(num_windows=windows, coarse_windows=1, targets=(target,)))
+    search = measure("{}", first_guess, SearchEffort(num_windows=windows, coarse_windows=1, targets=(target,)))
     points = next(search)
     while True:
         outcomes = {

@@ -12,8 +12,8 @@ from slos_serve.commands import demo as cmd_demo
     [
         (["--rates", "fast"], "--rates = 'fast'"),
         (["--rates", "1,-2"], "--rates = '1,-2'"),
-        (["--seconds", "0"], "--seconds = 0.0"),
-        (["--seed", "-1"], "--seed = -1"),
+        (["--seconds", "0"], "--seconds: '0': expected a number, at least 1"),
+        (["--seed", "-1"], "--seed: '-1': expected a whole number, at least 0"),
     ],
 )
 def test_bad_input_is_told_before_anything_starts(arguments, message, capsys, tmp_path):

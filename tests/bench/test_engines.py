@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.bench.engines import Engine, EngineError, Fleet, free_port
+from slos_serve.bench.engines import EngineError, ServerProcess, ServerProcesses, free_port
 from slos_serve.terminal.progress import Progress
 from slos_serve.terminal.signals import ending_by_signal
 
@@ -36,7 +36,7 @@ def launch(fleet, tmp_path, *, code=SERVER, status=200):
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    engine = Engine(name="one", url=f"http://127.0.0.1:{port}", log=log, process=process)
+    engine = ServerProcess(name="one", url=f"http://127.0.0.1:{port}", log=log, process=process)
     fleet.engines.append(engine)
     return engine
 
@@ -49,7 +49,7 @@ def is_alive(pid):
 
 
 def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
-    with Fleet(tmp_path) as fleet:
+    with ServerProcesses(tmp_path) as fleet:
         engine = launch(fleet, tmp_path)
         fleet.wait([engine], timeout_s=20)
         child = int(engine.log.read_text().split()[1])
@@ -62,7 +62,7 @@ def test_a_server_is_waited_for_and_ended_with_its_children(tmp_path):
 
 
 def test_servers_are_ended_when_the_work_fails(tmp_path):
-    fleet = Fleet(tmp_path)
+    fleet = ServerProcesses(tmp_path)
     engine = launch(fleet, tmp_path)
 
     def work():
@@ -76,7 +76,7 @@ def test_servers_are_ended_when_the_work_fails(tmp_path):
 
 
 def test_a_server_that_is_being_profiled_is_ready_for_a_probe_only(tmp_path):
-    with Fleet(tmp_path) as fleet:
+    with ServerProcesses(tmp_path) as fleet:
         engine = launch(fleet, tmp_path, status=503)
         fleet.wait([engine], timeout_s=20, probe=True)
         assert not engine.is_ready()
@@ -86,7 +86,7 @@ def test_a_server_that_is_being_profiled_is_ready_for_a_probe_only(tmp_path):
 
 def test_a_server_that_dies_is_told_with_its_last_words(tmp_path):
     code = "print('loading'); raise SystemExit('ValueError: no such model')"
-    with Fleet(tmp_path) as fleet:
+    with ServerProcesses(tmp_path) as fleet:
         engine = launch(fleet, tmp_path, code=code)
         with pytest.raises(EngineError, match="ended with status 1: ValueError: no such model"):
             fleet.wait([engine], timeout_s=20)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.bench.engines import Engine, Fleet, free_port
+from slos_serve.bench.engines import ServerProcess, ServerProcesses, free_port
 from slos_serve.bench.scaled import Scaled
 from slos_serve.records.profile import Profile
 from slos_serve.sim.hardware import load_hardware
@@ -33,12 +33,12 @@ def bed(faults, tmp_path, monkeypatch):
             process = subprocess.Popen(
                 [sys.executable, FAKE, str(port)], stdout=file, stderr=file, start_new_session=True
             )
-        self.engines.append(Engine(name=name, url=f"http://127.0.0.1:{port}", log=log, process=process))
+        self.engines.append(ServerProcess(name=name, url=f"http://127.0.0.1:{port}", log=log, process=process))
         return self.engines[-1]
 
-    monkeypatch.setattr(Fleet, "start", start)
+    monkeypatch.setattr(ServerProcesses, "start", start)
     options = argparse.Namespace(model="m", flags=[], phase_s=1.0, most_rps=10.0, seed=1)
-    with Fleet(tmp_path) as fleet:
+    with ServerProcesses(tmp_path) as fleet:
         yield faults.Bed(fleet, options, free_port())
 
 

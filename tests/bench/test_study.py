@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slos_serve.bench.compare import best_setting, load_run, pooled, save_run
-from slos_serve.bench.demo import Options, Outcome, read_overhead, systems_of, write_report
+from slos_serve.bench.demo import DemoResult, Options, read_overhead, systems_of, write_report
 from slos_serve.bench.scaled import Scaled
 from slos_serve.bench.study import (
     StudyOptions,
@@ -150,7 +150,7 @@ def test_the_demo_compares_with_the_better_budget_at_each_rate(runs):
 
 def test_the_demo_writes_its_report(runs, tmp_path, profile):
     scaled = Scaled(profile=Profile.from_json(profile, where="here"))
-    outcome = Outcome(
+    outcome = DemoResult(
         scaled=scaled,
         rates_rps=[1.0, 2.0],
         runs=[r for r in runs if r["seed"] == 0],
@@ -171,7 +171,7 @@ def test_the_demo_writes_its_report(runs, tmp_path, profile):
 def test_the_demos_page_of_an_emulated_device_says_so_in_its_heading_and_before_any_number(runs, tmp_path, profile):
     scaled = Scaled(profile=Profile.from_json(profile, where="here"))
     engine = {"vllm": "0.29.0", "model": "small", "device": "emulated h100-8b-derived"}
-    outcome = Outcome(
+    outcome = DemoResult(
         scaled=scaled,
         rates_rps=[1.0, 2.0],
         runs=[r for r in runs if r["seed"] == 0],

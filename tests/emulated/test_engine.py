@@ -2,8 +2,6 @@
 
 import concurrent.futures
 import json
-import os
-import subprocess
 import threading
 import time
 
@@ -11,6 +9,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from tests.emulated.small import STEP_S, serve_small_device
+from tests.servers import is_healthy, running, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 # Room for a third of what the requests below ask for, so that some are preempted and come back.
@@ -23,34 +22,14 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     command, port = serve_small_device(folder, kv_tokens=KV_TOKENS, output_tokens=8)
     log = folder / "server.log"
-    with log.open("wb") as output:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
-        try:
-            wait_until_ready(client, process, log)
-            client.log = log
-            yield client
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_until_ready(client, process, log):
-    for _ in range(1000):
-        try:
-            if process.poll() is None and client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        if process.poll() is not None:
-            break
-        time.sleep(0.25)
-    pytest.fail(f"the server did not get ready:\n{log.read_text(errors='replace')[-4000:]}")
+    url = f"http://127.0.0.1:{port}"
+    with (
+        running(command, log, environment={"VLLM_SERVER_DEV_MODE": "1"}) as process,
+        httpx.Client(base_url=url, timeout=120, trust_env=False) as client,
+    ):
+        wait_until(lambda: is_healthy(client), process, log)
+        client.log = log
+        yield client
 
 
 def complete(client, **body):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slos_serve.emulated.tokens import (
-    Progress,
+    MadeUpOutput,
     accepted,
     allowed_token,
     made_up_logprobs,
@@ -24,9 +24,11 @@ def test_the_ends_of_the_vocabulary_where_special_tokens_are_are_not_used():
 
 
 def test_a_prompt_always_gets_the_same_tokens_and_another_one_others():
-    first, again, other = (Progress(num_prompt_tokens=3, seed=seed_of(p)) for p in ([1, 2, 3], [1, 2, 3], [1, 2, 4]))
+    first, again, other = (
+        MadeUpOutput(num_prompt_tokens=3, seed=seed_of(p)) for p in ([1, 2, 3], [1, 2, 3], [1, 2, 4])
+    )
     assert first.take(20, WORDS) == again.take(20, WORDS)
-    assert other.take(20, WORDS) != Progress(num_prompt_tokens=3, seed=seed_of([1, 2, 3])).take(20, WORDS)
+    assert other.take(20, WORDS) != MadeUpOutput(num_prompt_tokens=3, seed=seed_of([1, 2, 3])).take(20, WORDS)
 
 
 def test_sampled_requests_with_one_prompt_differ_by_their_name():
@@ -35,21 +37,21 @@ def test_sampled_requests_with_one_prompt_differ_by_their_name():
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=20))
 def test_tokens_depend_on_their_place_not_on_how_many_come_at_once(counts):
-    whole = Progress(num_prompt_tokens=1, seed=9).take(sum(counts), WORDS)
-    parts = Progress(num_prompt_tokens=1, seed=9)
+    whole = MadeUpOutput(num_prompt_tokens=1, seed=9).take(sum(counts), WORDS)
+    parts = MadeUpOutput(num_prompt_tokens=1, seed=9)
     assert [token for count in counts for token in parts.take(count, WORDS)] == whole
     assert all(token in WORDS for token in whole)
 
 
 def test_a_request_ends_with_its_end_token_and_takes_no_draft_behind_it():
-    progress = Progress(num_prompt_tokens=1, seed=9, ends_at=3, end_token=2)
+    progress = MadeUpOutput(num_prompt_tokens=1, seed=9, ends_at=3, end_token=2)
     assert len(progress.take(2, WORDS)) == 2
     assert progress.take(4, WORDS) == [2]
 
 
 def test_a_preempted_request_goes_on_where_it_was():
-    whole = Progress(num_prompt_tokens=1, seed=9).take(10, WORDS)
-    assert Progress(num_prompt_tokens=1, seed=9, emitted=6).take(4, WORDS) == whole[6:]
+    whole = MadeUpOutput(num_prompt_tokens=1, seed=9).take(10, WORDS)
+    assert MadeUpOutput(num_prompt_tokens=1, seed=9, emitted=6).take(4, WORDS) == whole[6:]
 
 
 def test_lengths_have_the_mean_asked_for_and_respect_the_least():

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.servers import is_healthy, running, wait_until
 
-START_S = 240
 MAX_MODEL_LEN = 1024
 # The shape of the demo model on one CPU thread, so that promises are given without measuring first.
 PROFILE = {
@@ -30,7 +27,6 @@ classes:
   relaxed: {ttft_ms: 60000, tpot_ms: 5000}
   hurried: {ttft_ms: 1, tpot_ms: 1, ttl_ms: 300}
 """
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,13 @@ def model() -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     pytest.importorskip("vllm")
+    from slos_serve.bench.engines import free_port
     from slos_serve.bench.model import ensure_demo_model
 
     folder = tmp_path_factory.mktemp("server")
     (folder / "profile.json").write_text(json.dumps(PROFILE))
     (folder / "classes.yaml").write_text(CLASSES)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     slo = {"safety": {"is_enabled": False}, "fault_dir": str(folder)}
     command = [sys.executable, "-m", "slos_serve.cli", "serve", str(ensure_demo_model()), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--slo-mode", "enforce", "--slo-config", str(folder / "classes.yaml")]
@@ -95,32 +90,10 @@ def server(tmp_path_factory) -> Iterator[Server]:
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(256 << 20), "--additional-config", json.dumps({"slo": slo})]
     log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
-        try:
-            server = Server(base_url=f"http://127.0.0.1:{port}", model="demo", log=log)
-            wait_until_ready(server, process)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_until_ready(server: Server, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + START_S
-    with server.client() as client:
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if client.get("/health").status_code == 200 and enforces(server):
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.5)
-    pytest.fail(f"the server did not get ready:\n{server.log.read_text(errors='replace')[-4000:]}")
+    server = Server(base_url=f"http://127.0.0.1:{port}", model="demo", log=log)
+    with running(command, log) as process, server.client() as client:
+        wait_until(lambda: is_healthy(client) and enforces(server), process, log)
+        yield server
 
 
 def enforces(server: Server) -> bool:

@@ -50,8 +50,8 @@ async def test_a_page_gets_the_whole_and_then_what_changed(hub, say):
 
 async def test_two_hundred_pages_share_one_encoding(hub, say, monkeypatch):
     made = []
-    document = broadcast.Channel._document
-    monkeypatch.setattr(broadcast.Channel, "_document", lambda self, *a: made.append(1) or document(self, *a))
+    document = broadcast.Audience._document
+    monkeypatch.setattr(broadcast.Audience, "_document", lambda self, *a: made.append(1) or document(self, *a))
     pages = Broadcast(hub)
     streams = [pages.events(None) for _ in range(200)]
     for _ in range(5):

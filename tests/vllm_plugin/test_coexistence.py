@@ -206,7 +206,7 @@ def test_each_of_two_api_servers_hears_verdicts_and_can_ask_the_engine(tmp_path)
         for _ in range(1000):
             if all(heard):
                 break
-            scheduler.slo.outbox.beat(0.0, at_once=True)
+            scheduler.slo.outbox.heartbeat(0.0, at_once=True)
             time.sleep(0.01)
         assert all(messages[-1]["snapshot"]["steps"] > 0 for messages in heard)
         for name in where:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from slos_serve.bench.ask import get_json
 from slos_serve.bench.client import BenchRequest, TargetError, discover_model, offer, random_prompt
 from slos_serve.bench.grade import entry, grade_run
+from slos_serve.bench.http_json import get_json
 from slos_serve.core.types import Slo
 
 TOPICS = ("rain", "bread", "the sea", "a long train journey", "maps", "honey bees", "glass", "winter")

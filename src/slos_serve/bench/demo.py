@@ -47,7 +47,7 @@ class Options:
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class DemoResult:
     """What the demo found."""
 
     scaled: Scaled
@@ -58,13 +58,13 @@ class Outcome:
     engine: dict[str, Any] = field(default_factory=dict)
 
 
-def run_demo(options: Options, *, say: Say) -> Outcome:
+def run_demo(options: Options, *, say: Say) -> DemoResult:
     """Do the whole demo and write the report; every server is ended, whatever happens."""
     with Lab(model=options.model, out=options.out, say=say, emulate=options.emulate) as lab:
         scaled = lab.start_ours(fresh=True)
         capacity = scaled.service_capacity_rps
         rates = list(options.rates_rps or (round(share * capacity, 2) for share in (CALM, BUSY)))
-        outcome = Outcome(scaled=scaled, rates_rps=rates, engine=describe_engine(options.model, options.emulate))
+        outcome = DemoResult(scaled=scaled, rates_rps=rates, engine=describe_engine(options.model, options.emulate))
         say(_profile_text(scaled))
         samples = from_records(read_records(lab.record_path))
         plot_fit(scaled.profile.perf_model, samples, options.out / "profile.png")
@@ -80,7 +80,7 @@ def run_demo(options: Options, *, say: Say) -> Outcome:
     return outcome
 
 
-def _run_all(sides: Sequence[Side], outcome: Outcome, options: Options, say: Say) -> None:
+def _run_all(sides: Sequence[Side], outcome: DemoResult, options: Options, say: Say) -> None:
     """Run every rate on every side, in turns; save each run as it ends."""
     total = len(outcome.rates_rps) * len(sides)
     say(f"{total} runs of {options.seconds:.0f} s: the same requests for each engine, one engine at a time.")
@@ -171,7 +171,7 @@ def systems_of(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], dict[float, s
     return chosen, best
 
 
-def write_report(outcome: Outcome, options: Options) -> None:
+def write_report(outcome: DemoResult, options: Options) -> None:
     """Write report.json, report.html and the PNG plots."""
     chosen, best = systems_of(outcome.runs)
     systems = {name: [run["entry"] for run in runs] for name, runs in chosen.items()}

@@ -1,6 +1,6 @@
 """Servers as child processes, for comparisons: started with `slos-serve serve`, watched, and always ended.
 
-Each has its own log file; a server that dies is told with the last lines of it. Leaving the `Fleet` block
+Each has its own log file; a server that dies is told with the last lines of it. Leaving the `ServerProcesses` block
 ends every server, whether the block ended well, with an error or with Ctrl-C.
 """
 
@@ -36,7 +36,7 @@ class EngineError(SlosServeError):
 
 
 @dataclass(slots=True, kw_only=True)
-class Engine:
+class ServerProcess:
     """One server. `url` answers once `is_ready`."""
 
     name: str
@@ -84,12 +84,12 @@ class Engine:
         self.process.wait()
 
 
-class Fleet:
+class ServerProcesses:
     """The servers of one comparison; a context manager that ends them all."""
 
     def __init__(self, log_folder: Path) -> None:
         self.log_folder = log_folder
-        self.engines: list[Engine] = []
+        self.engines: list[ServerProcess] = []
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +108,7 @@ class Fleet:
 
     def start(
         self, name: str, model: str, flags: Sequence[str], *, python: str = sys.executable, port: int | None = None
-    ) -> Engine:
+    ) -> ServerProcess:
         """Start `slos-serve serve` on a port, or a free one, with the package of an interpreter; returns at once."""
         port = port or free_port()
         log = self.log_folder / f"{name}.log"
@@ -119,13 +119,13 @@ class Fleet:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-        engine = Engine(name=name, url=f"http://127.0.0.1:{port}", log=log, process=process)
+        engine = ServerProcess(name=name, url=f"http://127.0.0.1:{port}", log=log, process=process)
         self.engines.append(engine)
         return engine
 
     def wait(
         self,
-        engines: Sequence[Engine],
+        engines: Sequence[ServerProcess],
         *,
         timeout_s: float,
         probe: bool = False,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.bench.compare import OURS, STOCK, setting_name, warm
-from slos_serve.bench.engines import Engine, Fleet
+from slos_serve.bench.engines import ServerProcess, ServerProcesses
 from slos_serve.bench.scaled import Scaled, fitted
 from slos_serve.emulated.emulation import parse, serve_flags
 from slos_serve.errors import SlosServeError
@@ -52,7 +52,7 @@ class Side:
 
     system: str
     budget: int
-    engine: Engine
+    engine: ServerProcess
 
     @property
     def name(self) -> str:
@@ -68,8 +68,8 @@ class Lab:
         self._emulated = serve_flags(emulate)
         self.out = out
         self._say = say
-        self._fleet = Fleet(out / "logs")
-        self._ours: Engine | None = None
+        self._fleet = ServerProcesses(out / "logs")
+        self._ours: ServerProcess | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +83,7 @@ class Lab:
         return (self.out / "profile.json").resolve()
 
     @property
-    def ours(self) -> Engine:
+    def ours(self) -> ServerProcess:
         """Our server; `SlosServeError` before it was started."""
         if self._ours is None:
             raise SlosServeError("our server has not been started")
@@ -109,14 +109,14 @@ class Lab:
         self.wait([self._ours], expected_s=90 if measure else 45)
         return fitted(Profile.load(self.profile_path))
 
-    def launch_ours(self, name: str, flags: Sequence[str] = (), **options: Any) -> Engine:
+    def launch_ours(self, name: str, flags: Sequence[str] = (), **options: Any) -> ServerProcess:
         """Launch our server with further flags of vLLM and options of the scheduler; returns at once."""
         slo = json.dumps({"slo": {"state": False, **options}})  # every run starts with the same knowledge
         given = ["--profile", str(self.profile_path), "--slo-mode", "enforce", "--additional-config", slo]
         given += [*([] if self._emulated else ["--max-num-batched-tokens", str(OURS_BUDGET)]), *self._common(), *flags]
         return self._fleet.start(name, self.model, given)
 
-    def launch_stock(self, budget: int, flags: Sequence[str] = (), *, name: str = "") -> Engine:
+    def launch_stock(self, budget: int, flags: Sequence[str] = (), *, name: str = "") -> ServerProcess:
         """Launch plain vLLM; returns at once."""
         given = ["--no-slo", "--max-num-batched-tokens", str(budget), *self._common(), *flags]
         return self._fleet.start(name or setting_name(STOCK, budget), self.model, given)
@@ -141,7 +141,7 @@ class Lab:
             warm(sides[0].engine.url, MODEL_NAME, scaled, shapes_s=WARM_SHAPES_S)
         return sides
 
-    def wait(self, engines: Sequence[Engine], *, expected_s: float) -> None:
+    def wait(self, engines: Sequence[ServerProcess], *, expected_s: float) -> None:
         """Wait until the servers answer."""
         with Progress("starting") as progress:
             self._fleet.wait(

@@ -14,7 +14,6 @@ import numpy as np
 
 from slos_serve import figures, pages
 from slos_serve.bench import plots, report
-from slos_serve.bench.ask import get_json
 from slos_serve.bench.client import (
     ENDPOINTS,
     SLO_FORMS,
@@ -22,10 +21,12 @@ from slos_serve.bench.client import (
     StreamResult,
 )
 from slos_serve.bench.grade import GradedStream, entry, grade_run, request_row, verdict
+from slos_serve.bench.http_json import get_json
 from slos_serve.bench.target import Target
 from slos_serve.bench.wire import Wire, parse_extra_body, parse_headers
 from slos_serve.bench.workload import build_requests, parse_goodput
 from slos_serve.cache import write_json
+from slos_serve.commands.options import whole
 from slos_serve.config import load_slo_config
 from slos_serve.emulated.emulation import notice, notice_of
 from slos_serve.errors import ConfigError, SlosServeError
@@ -68,13 +69,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, requests.jsonl and report.html")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="0")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Offer the load and print the grades; 1 where every request failed."""
-    _check(args)
+    check_options("bench", args)
     target = Target(
         url=args.target,
         api_key=_api_key(args),
@@ -131,12 +132,6 @@ def _emulated(args: argparse.Namespace, *, is_ours: bool) -> str:
 
 def _api_key(args: argparse.Namespace) -> str | None:
     return args.api_key or os.environ.get("OPENAI_API_KEY")
-
-
-def _check(args: argparse.Namespace) -> None:
-    check_options("bench", args)
-    if args.seed < 0:
-        raise ConfigError(where="bench", key="--seed", value=args.seed, expected="0 or more")
 
 
 def make_requests(args: argparse.Namespace, trace: Trace) -> list[BenchRequest]:

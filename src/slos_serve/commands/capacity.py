@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from slos_serve.commands.options import add_engine, add_simulation, number, whole
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
 from slos_serve.named import check_router
@@ -20,11 +21,10 @@ from slos_serve.sim.capacity.study import FULL, QUICK, Study
 from slos_serve.sim.capacity.table import OURS, OURS_AR, as_text
 from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.hardware import hardware_names, load_hardware
-from slos_serve.sim.replica.replica import ASYNC_LAG
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.workloads.scenarios import HARDWARE_SETS, SCENARIOS, find_scenario
 from slos_serve.terminal.bar import Bar
-from slos_serve.traces.standins import data_folder
+from slos_serve.traces.synthetic import data_folder
 
 HELP = "Find the highest rate at which systems keep their SLOs."
 MAX_REPLICAS = 64
@@ -52,7 +52,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join((*HARDWARE_SETS, *hardware_names()))}, or files; the first two are sets, with one file "
         "for each scenario (both sets; with --quick measured)",
     )
-    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
     parser.add_argument("--quick", action="store_true", help="three short windows, a coarse search, few settings")
     parser.add_argument(
         "--replicas", metavar="N[,N...]", default="1", help="replicas (1); more than one number shows how it scales"
@@ -66,14 +65,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--higher-goals", action="store_true", help="search at 95 and 99 %% too (default: what the rates run tell)"
     )
-    parser.add_argument("--windows", metavar="N", type=int, help="windows per scenario (10, with --quick 3)")
-    parser.add_argument("--requests", metavar="N", type=int, help="of a window at most (200 to 1000, quick half)")
-    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
-    parser.add_argument("--async-lag", action=argparse.BooleanOptionalAction, default=None, help=ASYNC_LAG)
-    parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
-    parser.add_argument("--slo-scale", metavar="F", type=float, default=1.0, help="multiply every promise (1)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="processes (default: one per core)")
+    parser.add_argument("--windows", metavar="N", type=whole(1), help="windows per scenario (10, with --quick 3)")
+    parser.add_argument("--requests", metavar="N", type=whole(1), help="of a window at most (200 to 1000, quick half)")
+    add_engine(parser)
+    parser.add_argument(
+        "--slo-scale", metavar="F", type=number(above=0, most=100), default=1.0, help="multiply every promise (1)"
+    )
+    parser.add_argument("--jobs", metavar="N", type=whole(1), help="processes (default: one per core)")
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -86,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="systems whose runs in --out stand although other code made them, which the report then says (none)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_simulation(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,17 +125,6 @@ def run(args: argparse.Namespace) -> int:
 
 def read_study(args: argparse.Namespace) -> Study:
     """Check the arguments."""
-
-    def check(key: str, value: object, expected: str, *, good: bool) -> None:
-        if not good:
-            raise ConfigError(where="capacity", key=key, value=value, expected=expected)
-
-    check("windows", args.windows, "at least 1", good=args.windows is None or args.windows >= 1)
-    check("requests", args.requests, "at least 1", good=args.requests is None or args.requests >= 1)
-    check("jobs", args.jobs, "at least 1", good=args.jobs is None or args.jobs >= 1)
-    check("seed", args.seed, "0 or more", good=args.seed >= 0)
-    check("acceptance", args.acceptance, "at least 0, below 1", good=0 <= args.acceptance < 1)
-    check("slo_scale", args.slo_scale, "more than 0, at most 100", good=0 < args.slo_scale <= 100)
     hardware = tuple((args.hardware or ("measured" if args.quick else ",".join(HARDWARE_SETS))).split(","))
     for name in hardware:
         if name not in HARDWARE_SETS:

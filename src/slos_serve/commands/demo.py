@@ -11,6 +11,7 @@ from pathlib import Path
 from slos_serve.bench import report
 from slos_serve.bench.compare import OURS, STOCK
 from slos_serve.bench.demo import Options, run_demo, systems_of
+from slos_serve.commands.options import number, whole
 from slos_serve.emulated.emulation import LEAVES_OUT, serve_flags
 from slos_serve.errors import ConfigError
 from slos_serve.terminal.signals import ending_by_signal
@@ -30,20 +31,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: slos-serve demo --out demo-report"
     parser.add_argument("--model", metavar="FOLDER", help="a small model's folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="demo-report")
-    parser.add_argument("--seconds", type=float, default=32.0, metavar="S", help="length of one of the runs (32)")
+    parser.add_argument(
+        "--seconds", type=number(least=1), default=32.0, metavar="S", help="length of one of the runs (32)"
+    )
     parser.add_argument("--rates", metavar="R,R", help="requests per second (default: two, from the profile)")
     parser.add_argument("--emulate", metavar="NAME|FILE", help="on a device emulated by this hardware file")
-    parser.add_argument("--seed", type=int, default=7, metavar="N", help="7")
+    parser.add_argument("--seed", type=whole(0), default=7, metavar="N", help="7")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo, print its table and where the report is."""
     rates = _rates(args.rates)
-    if not (math.isfinite(args.seconds) and args.seconds >= 1):
-        raise ConfigError(where="demo", key="--seconds", value=args.seconds, expected="a number of at least 1")
-    if args.seed < 0:
-        raise ConfigError(where="demo", key="--seed", value=args.seed, expected="0 or more")
     serve_flags(args.emulate)
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)

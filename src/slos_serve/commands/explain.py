@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.bench.ask import NotFoundError, get_json
+from slos_serve.bench.http_json import NotFoundError, get_json
 from slos_serve.core.story import BINDS, advice, story
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.http.picture import picture, standalone

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slos_serve.cache import write_json
+from slos_serve.commands.options import MAX_REPLICAS, add_simulation, add_workload, number, whole
 from slos_serve.config import load_slo_config
 from slos_serve.errors import ConfigError
 from slos_serve.sim.capacity.runs import work_rate
@@ -30,11 +31,11 @@ from slos_serve.sim.capacity.sizing import (
 )
 from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.systems import SYSTEMS, find_system
-from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, Offer, find_scenario
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
 from slos_serve.terminal.bar import Bar
-from slos_serve.traces.offered import add_options, check_options, offered_trace, tell
-from slos_serve.traces.standins import SYNTHETIC, data_folder
+from slos_serve.traces.offered import check_options, offered_trace, tell
+from slos_serve.traces.synthetic import SYNTHETIC, data_folder
 from slos_serve.traces.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ NUM_WINDOWS = 3
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     parser.epilog = "example: slos-serve plan --trace mine.csv --rate 20 --hardware a100-80g-7b-measured --burst 3"
-    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
-    add_options(parser)
-    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
-    parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
+    add_workload(parser)
     parser.add_argument(
         "--hardware",
         metavar="NAMES|FILES",
@@ -61,16 +59,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system", metavar="NAME", default="slos-serve-ar", help=f"of {', '.join(SYSTEMS)} (slos-serve-ar: no drafts)"
     )
-    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
     parser.add_argument(
-        "--target-attainment", metavar="T", type=float, default=0.9, help="of every class, 0 to 1 (0.9)"
+        "--target-attainment",
+        metavar="T",
+        type=number(above=0, most=1),
+        default=0.9,
+        help="of every class, 0 to 1 (0.9)",
     )
     parser.add_argument(
-        "--burst", metavar="FACTOR", type=float, help="also plan for a fifth of the requests arriving so much faster"
+        "--burst",
+        metavar="FACTOR",
+        type=number(above=1, below=1000),
+        help="also plan for a fifth of the requests arriving so much faster",
     )
-    parser.add_argument("--max-replicas", metavar="N", type=int, default=64, help="where to stop looking (64)")
     parser.add_argument(
-        "--max-requests", metavar="N", type=int, default=900, help="simulate the busiest so many of a trace (900)"
+        "--max-replicas", metavar="N", type=whole(1, MAX_REPLICAS), default=64, help="where to stop looking (64)"
+    )
+    parser.add_argument(
+        "--max-requests", metavar="N", type=whole(1), default=900, help="simulate the busiest so many of a trace (900)"
     )
     parser.add_argument(
         "--price",
@@ -80,13 +86,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of a GPU and hour of a hardware; may be repeated",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write plan.json and plan.html, with pictures")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="behind all chance (0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_simulation(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan for each hardware and print the answer."""
-    check(args)
+    check_options("plan", args)
+    find_system(args.system)
     names = args.hardware.split(",")
     hardware = {name: load_hardware(name) for name in names}
     prices = parse_prices(args.price, [one.name for one in hardware.values()])
@@ -163,26 +169,6 @@ def cheapest_first(found: dict[str, dict[str, Any]], prices: Mapping[str, float]
         entry["cost_per_hour"] = None if price is None or entry["gpus"] is None else price * entry["gpus"]
     key = "cost_per_hour" if all(name in prices for name in found) else "gpus"
     return sorted(found, key=lambda n: (found[n]["replicas"] is None, found[n][key] or 0.0, -found[n]["attainment"]))
-
-
-def check(args: argparse.Namespace) -> None:
-    """Check the arguments."""
-    where = "plan"
-    check_options(where, args)
-    find_system(args.system)
-    bounds = {
-        "target_attainment": (0.0, 1.0 + 1e-12),
-        "burst": (1.0, 1e3),
-        "acceptance": (-1e-9, 1.0),
-        "max_replicas": (0.5, 1024.5),
-        "max_requests": (0.5, 1e9),
-        "seed": (-0.5, 2**32),
-    }
-    for key, (low, high) in bounds.items():
-        value = getattr(args, key)
-        if value is not None and not low < value < high:
-            expected = f"between {math.ceil(low * 2) / 2:g} and {high:g}"
-            raise ConfigError(where=where, key=key, value=value, expected=expected)
 
 
 def build_workloads(args: argparse.Namespace, hardware: Hardware) -> tuple[list[Workload], int]:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from slos_serve.bench.client import discover_model
-from slos_serve.bench.engines import Fleet
+from slos_serve.bench.engines import ServerProcesses
 from slos_serve.bench.plots import plot_fit
 from slos_serve.bench.profiling import profile_server
 from slos_serve.cache import write_json
+from slos_serve.commands.options import number, whole
 from slos_serve.core.fit import fit_perf_model, from_records
 from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError
@@ -44,10 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("profile.json"), help="profile.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw predicted against measured step times, PNG")
     parser.add_argument(
-        "--seconds", type=float, default=45.0, metavar="S", help="with --target: time to measure for (45)"
+        "--seconds", type=number(above=0), default=45.0, metavar="S", help="with --target: time to measure for (45)"
     )
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="token budget (default: as seen)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0")
+    parser.add_argument("--max-num-batched-tokens", type=whole(1), metavar="N", help="token budget (default: as seen)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="0")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -94,13 +95,6 @@ def _check(args: argparse.Namespace) -> None:
     if args.target is not None and args.record is None:
         expected = "--record FILE, the file that the server was started with (serve --record FILE)"
         raise ConfigError(where=where, key="--target", value=args.target, expected=expected)
-    if not args.seconds > 0:
-        raise ConfigError(where=where, key="--seconds", value=args.seconds, expected="a positive number of seconds")
-    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < 1:
-        expected = "a positive number of tokens"
-        raise ConfigError(
-            where=where, key="--max-num-batched-tokens", value=args.max_num_batched_tokens, expected=expected
-        )
 
 
 def _fit(records: list[dict[str, Any]], key: dict[str, Any], args: argparse.Namespace) -> None:
@@ -122,7 +116,7 @@ def _measure_target(args: argparse.Namespace, record: Path) -> None:
 def _measure_model(args: argparse.Namespace, record: Path, scratch: Path) -> None:
     """Let `serve` measure the model as it does for itself, then end it."""
     flags = ["--slo-mode", "observe", "--record", str(record.resolve()), "--profile", str(args.out.resolve())]
-    with ending_by_signal(), Fleet(scratch) as fleet:
+    with ending_by_signal(), ServerProcesses(scratch) as fleet:
         engine = fleet.start("server", args.model, [*flags, "--reprofile", *serve_flags(args.emulate), *args.extra])
         with Progress("starting the server and measuring its steps"):
             fleet.wait([engine], timeout_s=1800)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.cache import write_json
+from slos_serve.commands.options import MAX_REPLICAS, add_engine, add_simulation, add_workload, number, whole
 from slos_serve.config import load_slo_config
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.core.story import milliseconds
@@ -22,14 +23,14 @@ from slos_serve.named import check_router
 from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.cluster.faults import FORM, parse_fault
 from slos_serve.sim.hardware import hardware_names, load_hardware
-from slos_serve.sim.replica.replica import ASYNC_LAG, ReplicaOptions
+from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import SYSTEMS, System, find_system
-from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, SCENARIOS, Offer, find_scenario
+from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, Offer, find_scenario
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
 from slos_serve.terminal.bar import Bar, said_if_slow
-from slos_serve.traces.offered import add_options, check_options, offered_trace, summary, tell
-from slos_serve.traces.standins import SYNTHETIC, data_folder
+from slos_serve.traces.offered import check_options, offered_trace, summary, tell
+from slos_serve.traces.synthetic import SYNTHETIC, data_folder
 
 if TYPE_CHECKING:
     from slos_serve.core.slo.summary import GradedRequest
@@ -39,15 +40,12 @@ if TYPE_CHECKING:
 
 HELP = "Serve a trace on a virtual clock and grade it by class."
 DEFAULT_HARDWARE = "a100-80g-7b-measured"
-MAX_REPLICAS = 1024
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `simulate`."""
     parser.epilog = "example: slos-serve simulate --system slos-serve --rate 3 --json"
-    parser.add_argument("--scenario", metavar="NAME", help=f"one of {', '.join(SCENARIOS)}")
-    add_options(parser)
-    parser.add_argument("--slo-config", metavar="FILE", help="latency classes (default: the shipped ones)")
+    add_workload(parser)
     parser.add_argument(
         "--system",
         metavar="NAME[,NAME...]",
@@ -64,9 +62,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware", metavar="NAME|FILE", default=DEFAULT_HARDWARE, help=f"one of {', '.join(hardware_names())}"
     )
-    parser.add_argument("--kv-tokens", metavar="N", type=int, help="KV room in tokens (default: the hardware's)")
+    parser.add_argument("--kv-tokens", metavar="N", type=whole(1), help="KV room in tokens (default: the hardware's)")
     parser.add_argument(
-        "--replicas", metavar="N", type=int, default=1, help="replicas (1), or units of a system that needs several"
+        "--replicas",
+        metavar="N",
+        type=whole(1, MAX_REPLICAS),
+        default=1,
+        help="replicas (1), or units of a system that needs several",
     )
     parser.add_argument(
         "--router",
@@ -74,33 +76,55 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"one of {', '.join(ROUTERS)}, or package.module:Class; {POOLED}: one replica as fast as all "
         "(default: the system's)",
     )
-    parser.add_argument("--hops", metavar="N", type=int, help="replicas tried after the first (the router's own)")
+    parser.add_argument("--hops", metavar="N", type=whole(0), help="replicas tried after the first (the router's own)")
     parser.add_argument(
-        "--snapshot-period", metavar="S", type=float, default=0.25, help="seconds between a replica's snapshots (0.25)"
+        "--snapshot-period",
+        metavar="S",
+        type=number(above=0, below=3600),
+        default=0.25,
+        help="seconds between a replica's snapshots (0.25)",
     )
     parser.add_argument(
-        "--snapshot-lag", metavar="S", type=float, default=0.0, help="seconds until the router has one (0)"
+        "--snapshot-lag",
+        metavar="S",
+        type=number(least=0, below=3600),
+        default=0.0,
+        help="seconds until the router has one (0)",
     )
     parser.add_argument("--fault", metavar="F", action="append", default=[], help=f"{FORM}; may be repeated")
-    parser.add_argument("--acceptance", metavar="A", type=float, default=0.7, help="chance of a draft token (0.7)")
-    parser.add_argument("--data", metavar="DIR", help="folder of public trace files (default: synthetic stand-ins)")
-    parser.add_argument("--part", choices=("report", "tune"), default="report", help="windows of a scenario (report)")
-    parser.add_argument("--known-lengths", action="store_true", help="let every system know true output lengths")
-    parser.add_argument("--noise", metavar="SIGMA", type=float, default=0.0, help="lognormal noise of step times (0)")
     parser.add_argument(
-        "--model-error", metavar="F", type=float, default=1.0, help="true step times / the planner's (1)"
+        "--part", choices=("report", "tune"), default="report", help="windows of a scenario; --seed says which (report)"
     )
-    parser.add_argument("--length-error", metavar="F", type=float, default=1.0, help="factor on predicted lengths (1)")
+    add_engine(parser)
     parser.add_argument(
-        "--acceptance-drift", metavar="D", type=float, default=0.0, help="added to the acceptance every 100 s (0)"
+        "--noise", metavar="SIGMA", type=number(least=0, below=2), default=0.0, help="lognormal noise of step times (0)"
     )
-    parser.add_argument("--async-lag", action=argparse.BooleanOptionalAction, default=None, help=ASYNC_LAG)
+    parser.add_argument(
+        "--model-error",
+        metavar="F",
+        type=number(above=0, below=100),
+        default=1.0,
+        help="true step times / the planner's (1)",
+    )
+    parser.add_argument(
+        "--length-error",
+        metavar="F",
+        type=number(above=0, below=100),
+        default=1.0,
+        help="factor on predicted lengths (1)",
+    )
+    parser.add_argument(
+        "--acceptance-drift",
+        metavar="D",
+        type=number(above=-1, below=1),
+        default=0.0,
+        help="added to the acceptance every 100 s (0)",
+    )
     parser.add_argument("--record", metavar="FILE", help="write every step as a line of JSON")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write results.json, requests.jsonl, steps.jsonl: for show"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="window of a scenario, and all chance (0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_simulation(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,30 +150,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     where = "simulate"
     check_options(where, args)
-    if not 1 <= args.replicas <= MAX_REPLICAS:
-        raise ConfigError(where=where, key="replicas", value=args.replicas, expected=f"1 to {MAX_REPLICAS}")
     if args.router is not None:
         check_router(args.router, where=where, key="router", more=(POOLED,))
-    if args.hops is not None and args.hops < 0:
-        raise ConfigError(where=where, key="hops", value=args.hops, expected="0 or more")
-    bounds = {
-        "noise": (-1e-9, 2.0),
-        "acceptance": (-1e-9, 1.0),
-        "model_error": (0.0, 100.0),
-        "length_error": (0.0, 100.0),
-        "acceptance_drift": (-1.0, 1.0),
-        "snapshot_period": (0.0, 3600.0),
-        "snapshot_lag": (-1e-9, 3600.0),
-    }
-    for key, (low, high) in bounds.items():
-        value = getattr(args, key)
-        if value is not None and not low < value < high:
-            floor = f"more than {low:g}" if low <= -1 or low == 0 else "at least 0"
-            raise ConfigError(where=where, key=key, value=value, expected=f"{floor}, below {high:g}")
-    if args.kv_tokens is not None and args.kv_tokens < 1:
-        raise ConfigError(where=where, key="kv_tokens", value=args.kv_tokens, expected="a positive number of tokens")
-    if args.seed < 0:
-        raise ConfigError(where=where, key="seed", value=args.seed, expected="0 or more")
 
 
 def parse_settings(system: System, texts: list[str]) -> dict[str, Any]:

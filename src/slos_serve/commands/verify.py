@@ -27,14 +27,14 @@ from slos_serve.bench.acceptance import (
     serve_promises,
     take_texts,
 )
-from slos_serve.bench.ask import get_json
+from slos_serve.bench.http_json import get_json
 from slos_serve.emulated.emulation import notice, serve_flags
 from slos_serve.errors import ConfigError, SlosServeError
 from slos_serve.serving import checks
 from slos_serve.serving.verification import FAIL, PASS, Check, document_of, verification_path
 
 if TYPE_CHECKING:
-    from slos_serve.bench.engines import Engine, Fleet
+    from slos_serve.bench.engines import ServerProcess, ServerProcesses
 
 HELP = "Verify this engine against vLLM alone: what enforcing on a GPU asks for."
 TAKES_UNKNOWN = True
@@ -108,7 +108,7 @@ def as_text(document: Mapping[str, Any], out: Path) -> str:
 
 def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any], str]:
     """Start our server, then vLLM alone, and check; returns checks, the engine's key and vLLM's version."""
-    from slos_serve.bench.engines import Fleet  # noqa: PLC0415
+    from slos_serve.bench.engines import ServerProcesses  # noqa: PLC0415
     from slos_serve.serving.arguments import EngineArguments  # noqa: PLC0415
     from slos_serve.serving.platforms import available_memory  # noqa: PLC0415
     from slos_serve.serving.prepare import check_model, engine_key, find_engine  # noqa: PLC0415
@@ -124,7 +124,7 @@ def verify_model(args: argparse.Namespace) -> tuple[list[Check], dict[str, Any],
     with (
         tempfile.TemporaryDirectory(prefix="slos-serve-verify-") as name,
         ending_by_signal(),
-        Fleet(Path(name)) as fleet,
+        ServerProcesses(Path(name)) as fleet,
     ):
         folder = Path(name)
         record, profile = folder / "run.jsonl", folder / "profile.json"
@@ -175,7 +175,7 @@ def _given(args: argparse.Namespace) -> list[str]:
     return [*serve_flags(args.emulate), *args.extra]
 
 
-def _start_stock(fleet: Fleet, args: argparse.Namespace) -> Engine:
+def _start_stock(fleet: ServerProcesses, args: argparse.Namespace) -> ServerProcess:
     """Start vLLM alone and wait for it."""
     from slos_serve.terminal.progress import Progress  # noqa: PLC0415
 

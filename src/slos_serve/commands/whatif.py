@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slos_serve.commands.options import whole
 from slos_serve.config import SloConfig, load_slo_config
-from slos_serve.errors import ConfigError
 from slos_serve.records.reader import read_recording
 from slos_serve.sim.observed import Observed, attainment
 
@@ -30,8 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("record", metavar="RECORD", type=Path, help="a file that serve --record wrote")
     parser.add_argument("--slo-config", metavar="FILE", help="latency classes to project (default: the recorded ones)")
-    parser.add_argument("--runs", metavar="N", type=int, default=3, help="runs to average where drafts are drawn (3)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the first run (0)")
+    parser.add_argument(
+        "--runs", metavar="N", type=whole(1), default=3, help="runs to average where drafts are drawn (3)"
+    )
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of the first run (0)")
     parser.add_argument(
         "--trust-planner", action="store_true", help="import the recorded planner even where it is not this package's"
     )
@@ -40,10 +42,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay, compare, project; 1 where the replay does not match."""
-    for name, least in (("runs", 1), ("seed", 0)):
-        value = getattr(args, name)
-        if value < least:
-            raise ConfigError(where="arguments", key=f"--{name}", value=value, expected=f"at least {least}")
     config = load_slo_config(args.slo_config) if args.slo_config else None
     recording = read_recording(args.record, trusts_planner=args.trust_planner)
     if recording.num_skipped:

@@ -32,7 +32,7 @@ def natural_length(seed: int, mean: float, least: int = 0) -> int:
 
 
 @dataclass(slots=True)
-class Progress:
+class MadeUpOutput:
     """One request on the device. `emitted` counts output tokens; `ends_at` is the output length that ends it.
 
     `end_token` is None where the request does not end by itself; `num_logprobs` where none are asked for.

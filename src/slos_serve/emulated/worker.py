@@ -25,7 +25,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from slos_serve.emulated.device import Batch, Device, Run
 from slos_serve.emulated.emulation import LEAVES_OUT, current
 from slos_serve.emulated.tokens import (
-    Progress,
+    MadeUpOutput,
     accepted,
     allowed_token,
     made_up_logprobs,
@@ -73,7 +73,7 @@ class EmulatedWorker(WorkerBase):
         self._device = Device(emulation.hardware.perf_model, switches, now_s=time.perf_counter())
         self._random = np.random.default_rng(switches.seed + 1)
         self._vocabulary = plain_tokens(self.vocab_size)
-        self._requests: dict[str, Progress] = {}
+        self._requests: dict[str, MadeUpOutput] = {}
         self._batch: SchedulerOutput | None = None
         self._run = Run(handed_s=0.0, start_s=0.0, end_s=0.0)
         self._emits: list[str] = []
@@ -242,14 +242,14 @@ class EmulatedWorker(WorkerBase):
             found.append((name, computed, progress.num_prompt_tokens + outputs))
         return found
 
-    def _progress(self, new: NewRequestData, end: int) -> Progress:
+    def _progress(self, new: NewRequestData, end: int) -> MadeUpOutput:
         """Return a request as it comes, or comes back: `end` counts its prompt and what it has said."""
         params, prompt_len = new.sampling_params, new.prompt_len
         is_sampled = params is not None and params.temperature > 0
         seed = seed_of(new.prompt_token_ids or (), new.req_id if is_sampled else "")
         mean = self.emulation.switches.output_tokens
         ends = params is not None and not params.ignore_eos and params.eos_token_id is not None and mean > 0
-        return Progress(
+        return MadeUpOutput(
             num_prompt_tokens=prompt_len,
             seed=seed,
             emitted=end - prompt_len,

@@ -19,7 +19,6 @@ from slos_serve.core.story import state_of
 from slos_serve.http.answers import finite
 from slos_serve.http.hub import Hub
 from slos_serve.http.records import Record
-from slos_serve.http.replies import status
 
 PERIOD_S = 2.0
 LONGEST_S = 600.0
@@ -27,6 +26,7 @@ NUM_RECENT = 100
 MAX_AUDIENCES = 1000
 ROW = ("id", "class", "tenant", "verdict", "reason", "outcome", "arrival_s", "ttft_ms", "tpot_ms", "asked", "replica")
 PRIVATE = frozenset({"replica"})  # of a snapshot: what routers plan with
+OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status
 
 
 class Tick:
@@ -46,7 +46,7 @@ class Tick:
         return self._texts[whole]
 
 
-class Channel:
+class Audience:
     """The ticks of one audience, made while somebody waits for them."""
 
     def __init__(self, hub: Hub, tenant: str | None) -> None:
@@ -99,7 +99,7 @@ class Broadcast:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._channels: dict[str | None, Channel] = {}
+        self._channels: dict[str | None, Audience] = {}
 
     def document(self, tenant: str | None) -> bytes:
         """Return what an audience sees now."""
@@ -113,10 +113,10 @@ class Broadcast:
             yield b"data: " + tick.text(whole=tick.number != number + 1) + b"\n\n"
             number = tick.number
 
-    def _channel(self, tenant: str | None) -> Channel:
+    def _channel(self, tenant: str | None) -> Audience:
         if tenant not in self._channels and len(self._channels) >= MAX_AUDIENCES:
             self._channels.pop(next(iter(self._channels)))
-        return self._channels.setdefault(tenant, Channel(self._hub, tenant))
+        return self._channels.setdefault(tenant, Audience(self._hub, tenant))
 
 
 def _public(said: dict[str, Any]) -> dict[str, Any]:
@@ -129,3 +129,23 @@ def _public(said: dict[str, Any]) -> dict[str, Any]:
 def row(record: Record) -> dict[str, Any]:
     """Return a request as the page lists it; the rest is told to who asks why."""
     return {"state": state_of(record)} | {key: record[key] for key in ROW if record.get(key) not in (None, "")}
+
+
+def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
+    """Return the engine's last word about itself; its load is for its operator alone (`whole`)."""
+    snapshot = hub.snapshot
+    document = {
+        "object": "slo.status",
+        "model": hub.model,
+        "mode": (snapshot or hub.settings).get("mode"),
+        "class_modes": (snapshot or hub.settings).get("class_modes") or {},
+        "effective_mode": (snapshot or {}).get("effective_mode"),
+        "profiling": hub.is_profiling,
+        "delivery_ms": round(1000 * hub.delivery.expected_s(time.monotonic()), 1),
+        "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),
+        "snapshot": snapshot,
+        "malformed_messages": hub.num_malformed,
+    }
+    if (snapshot or {}).get("device"):  # an emulated one: everybody may know
+        document["device"] = (snapshot or {})["device"]
+    return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}

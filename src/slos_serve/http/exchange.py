@@ -31,7 +31,7 @@ from slos_serve.http.headers import RawHeaders, dress, exposed, peer, without_le
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import RequestError, UnknownKeyError, text
 from slos_serve.http.records import Record
-from slos_serve.http.routes import SILENT, Route
+from slos_serve.http.routes import SILENT, Endpoint
 from slos_serve.http.slo import SloRequest
 from slos_serve.http.stream import EventTail, StreamTail, write_into
 
@@ -44,7 +44,7 @@ LAST_WAIT_S = 0.1
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, *, hub: Hub, route: Route) -> None:
+    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, *, hub: Hub, route: Endpoint) -> None:
         self._app = app
         self._hub = hub
         self._route = route

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response, StreamingResponse
 
 from slos_serve.core.words import Reason, Said
 from slos_serve.http import answers
+from slos_serve.http.broadcast import Broadcast, status
 from slos_serve.http.explaining import explanation
 from slos_serve.http.hub import Hub
 from slos_serve.http.identity import Caller, RequestError
 from slos_serve.http.live import LIVE, live
 from slos_serve.http.slo import BODY_KEYS
-
-if TYPE_CHECKING:
-    from slos_serve.http.broadcast import Broadcast
 
 SLO_PREFIX = "/v1/slo/"
 LONGEST_WAIT_S = 30
@@ -37,7 +34,6 @@ REQUESTS_PREFIX, EXPLANATION = SLO_PREFIX + "requests/", "/explanation"
 EVENTS, EVENT_STREAM = SLO_PREFIX + "events", "text/event-stream"
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 PAGES = "classes, status, mode, live, events, requests, requests/ID, requests/ID/explanation"
-OPERATORS_KEYS = frozenset({"snapshot", "malformed_messages"})  # of the status page
 
 
 class Json(Response):
@@ -155,23 +151,3 @@ def classes(hub: Hub) -> dict[str, Any]:
         "request_keys": list(BODY_KEYS),
         "data": [{"object": "slo.class", "id": name, **item.to_json()} for name, item in config.classes.items()],
     }
-
-
-def status(hub: Hub, *, whole: bool = True) -> dict[str, Any]:
-    """Return the engine's last word about itself; its load is for its operator alone (`whole`)."""
-    snapshot = hub.snapshot
-    document = {
-        "object": "slo.status",
-        "model": hub.model,
-        "mode": (snapshot or hub.settings).get("mode"),
-        "class_modes": (snapshot or hub.settings).get("class_modes") or {},
-        "effective_mode": (snapshot or {}).get("effective_mode"),
-        "profiling": hub.is_profiling,
-        "delivery_ms": round(1000 * hub.delivery.expected_s(time.monotonic()), 1),
-        "snapshot_age_s": None if snapshot is None else round(hub.snapshot_age_s, 3),
-        "snapshot": snapshot,
-        "malformed_messages": hub.num_malformed,
-    }
-    if (snapshot or {}).get("device"):  # an emulated one: everybody may know
-        document["device"] = (snapshot or {})["device"]
-    return document if whole else {key: value for key, value in document.items() if key not in OPERATORS_KEYS}

@@ -18,7 +18,7 @@ MAX_PARTS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class Endpoint:
     """One route. `place`: where in the body the engine's arguments are, () where a body carries none.
 
     `last_event`: the event that ends its streams, "" for the `[DONE]` of chat completions; `inside`: the object in it
@@ -56,18 +56,18 @@ class Route:
         return StreamTail(extra, num_parts)
 
 
-CHAT = Route()
-RESPONSES = Route(last_event="response.completed", inside="response")
-SILENT = Route(place=())  # nothing of an SLO fits into its body
+CHAT = Endpoint()
+RESPONSES = Endpoint(last_event="response.completed", inside="response")
+SILENT = Endpoint(place=())  # nothing of an SLO fits into its body
 
 ROUTES = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": CHAT,
     "/v1/responses": RESPONSES,
-    "/v1/messages": Route(last_event="message_stop", has_tier=False),
+    "/v1/messages": Endpoint(last_event="message_stop", has_tier=False),
     "/v1/chat/completions/batch": CHAT,
     "/invocations": CHAT,
-    "/inference/v1/generate": Route(place=("sampling_params", "extra_args"), has_tier=False),
+    "/inference/v1/generate": Endpoint(place=("sampling_params", "extra_args"), has_tier=False),
     "/cohere/v2/chat": SILENT,
     "/v1/audio/transcriptions": SILENT,
     "/v1/audio/translations": SILENT,

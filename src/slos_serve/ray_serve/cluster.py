@@ -31,7 +31,7 @@ TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
 
 
-class Cluster:
+class RayCluster:
     """A Ray cluster, started here (`address` None) or joined. A context manager: leaving ends what it started."""
 
     def __init__(self, address: str | None, *, num_cpus: int, num_gpus: int | None = None) -> None:

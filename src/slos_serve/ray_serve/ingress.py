@@ -31,7 +31,7 @@ from slos_serve.ray_serve import names
 from slos_serve.ray_serve.arrivals import Estimator
 from slos_serve.ray_serve.fleet import Fleet, fleet_of
 from slos_serve.ray_serve.hops import FINISHED, Hop, Note
-from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, Traveller
+from slos_serve.ray_serve.journey import Journey, LostError, RefusedError, RoutedRequest
 
 HOPPING = ("chat", "completions")
 CONTROL_S = 10.0
@@ -130,7 +130,7 @@ class SloIngress(OpenAiIngress):
             slo_class=record["class"],
             session_id=short(str(getattr(body, "session_id", None) or session_id)),
         )
-        traveller = Traveller(
+        routed = RoutedRequest(
             arrival=arrival,
             send=send,
             tell=tell,
@@ -143,7 +143,7 @@ class SloIngress(OpenAiIngress):
             rejects=bool(slo_id and not best_effort and slo_class and slo_class.on_unattainable == "reject"),
             num_parts=0 if getattr(body, "stop", None) else 1,  # a stop text ends it before the engine hears of it
         )
-        return Journey(traveller, fleet)
+        return Journey(routed, fleet)
 
     # -- what clients see ---------------------------------------------------------------------------
 

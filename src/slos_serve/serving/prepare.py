@@ -30,7 +30,7 @@ from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments, merge
 from slos_serve.serving.platforms import (
     TESTED_WORDS,
-    Engine,
+    InstalledVllm,
     available_memory,
     cpu_settings,
     emulated_settings,
@@ -102,7 +102,7 @@ def check_model(model: str) -> None:
         raise ConfigError(where="arguments", key="MODEL", value=model, expected=expected)
 
 
-def find_engine(emulate: str | None = None) -> Engine:
+def find_engine(emulate: str | None = None) -> InstalledVllm:
     """Return the installed vLLM, on an emulated device where one is named.
 
     `SlosServeError` says how to get one, `ConfigError` what is wrong with the device.
@@ -120,7 +120,7 @@ def find_engine(emulate: str | None = None) -> Engine:
     return replace(engines[0], emulation=emulation)
 
 
-def check_engine(engine: Engine) -> None:
+def check_engine(engine: InstalledVllm) -> None:
     """Raise `ConfigError` for a vLLM that has no scheduler of the kind that ours derives from."""
     if engine.standing == "older":
         expected = f"{TESTED_WORDS}, or --no-slo to serve with this one as it is"
@@ -161,7 +161,7 @@ def local_name(model: str) -> str:
 
 
 def platform_settings(
-    engine: Engine, arguments: EngineArguments, environ: Mapping[str, str], *, share: int = 1
+    engine: InstalledVllm, arguments: EngineArguments, environ: Mapping[str, str], *, share: int = 1
 ) -> tuple[dict[str, str], list[str]]:
     """Return the environment and flags that the platform needs beside the user's, for one of `share` servers."""
     if engine.emulation is not None:
@@ -183,7 +183,7 @@ def logging_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> di
 
 
 def engine_key(
-    model: str, engine: Engine, arguments: Sequence[str], environ: Mapping[str, str], *, share: int = 1
+    model: str, engine: InstalledVllm, arguments: Sequence[str], environ: Mapping[str, str], *, share: int = 1
 ) -> dict[str, Any]:
     """Return what a profile and a verification of an engine are valid for."""
     given = EngineArguments(arguments)
@@ -191,7 +191,7 @@ def engine_key(
     return profile_key(local_name(model), engine, EngineArguments([*arguments, *flags]), {**environ, **env})
 
 
-def prepare(args: argparse.Namespace, engine: Engine, environ: Mapping[str, str], *, share: int = 1) -> Launch:
+def prepare(args: argparse.Namespace, engine: InstalledVllm, environ: Mapping[str, str], *, share: int = 1) -> Launch:
     """Work out the whole launch from the arguments; starts nothing, makes nothing but folders.
 
     `share`: how many servers this machine's cores and memory are for.

@@ -14,7 +14,7 @@ from slos_serve.core.perf import PER_CONTEXT, PerfModel
 from slos_serve.errors import ConfigError
 from slos_serve.records.profile import Profile
 from slos_serve.serving.arguments import EngineArguments
-from slos_serve.serving.platforms import Engine, hardware_name
+from slos_serve.serving.platforms import InstalledVllm, hardware_name
 
 # Flags that do not bear on how long a step takes.
 NOT_SPEED = frozenset(
@@ -30,7 +30,9 @@ NOT_SPEED = frozenset(
 SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES")
 
 
-def profile_key(model: str, engine: Engine, arguments: EngineArguments, environ: Mapping[str, str]) -> dict[str, Any]:
+def profile_key(
+    model: str, engine: InstalledVllm, arguments: EngineArguments, environ: Mapping[str, str]
+) -> dict[str, Any]:
     """Return what a profile is valid for, as plain JSON."""
     flags = arguments.shaping(NOT_SPEED)
     flags += [f"{name}={environ[name]}" for name in SPEED_ENVIRONMENT if environ.get(name)]

@@ -14,7 +14,7 @@ from typing import Any
 from slos_serve.errors import ConfigError, MissingExtraError
 from slos_serve.serving import launch
 from slos_serve.serving.arguments import EngineArguments
-from slos_serve.serving.platforms import Engine, num_cores
+from slos_serve.serving.platforms import InstalledVllm, num_cores
 from slos_serve.serving.prepare import Launch, logging_settings, measure, prepare, remove_scratch, say
 from slos_serve.serving.profiles import SPEED_ENVIRONMENT, set_aside
 from slos_serve.terminal.signals import ending_by_signal
@@ -34,7 +34,7 @@ PATIENCE_S = 310.0
 CONNECT_S = 5.0
 
 
-def run(args: argparse.Namespace, engine: Engine) -> int:
+def run(args: argparse.Namespace, engine: InstalledVllm) -> int:
     """Serve until told to end; what is promised is finished first. 0 where that took no longer than patience."""
     num_replicas = args.replicas or 1
     bundle = bundle_of(args, engine)
@@ -45,10 +45,13 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
     os.environ.update(logging_settings(args, os.environ))  # for the ingress, whose Ray inherits this process's
     try:
         with quiet_stdout(args.json):
-            build_openai_app, Cluster = _import()  # noqa: N806
+            build_openai_app, RayCluster = _import()  # noqa: N806
             for note in plan.notes:
                 say(note)
-            with Cluster(args.ray_address, num_cpus=num_cores()) as cluster, ending_by_signal():  # Ray's handlers abort
+            with (
+                RayCluster(args.ray_address, num_cpus=num_cores()) as cluster,
+                ending_by_signal(),
+            ):  # Ray's handlers abort
                 cluster.check_room(num_replicas, bundle)
                 document = application(args, engine, plan, profile_of(args, plan), bundle)
                 say(f"starting {num_replicas} replicas of {plan.model_name} on Ray Serve ({plan.mode})")
@@ -68,10 +71,10 @@ def run(args: argparse.Namespace, engine: Engine) -> int:
 def _import() -> tuple[Any, Any]:
     try:
         from slos_serve.ray_serve.app import build_openai_app  # noqa: PLC0415
-        from slos_serve.ray_serve.cluster import Cluster  # noqa: PLC0415
+        from slos_serve.ray_serve.cluster import RayCluster  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise MissingExtraError(module=error.name or "ray", extra="ray") from error
-    return build_openai_app, Cluster
+    return build_openai_app, RayCluster
 
 
 def check(args: argparse.Namespace, bundle: dict[str, float]) -> None:
@@ -115,7 +118,7 @@ def check_address(address: str) -> None:
         raise ConfigError(where="arguments", key="--ray-address", value=address, expected=expected) from error
 
 
-def bundle_of(args: argparse.Namespace, engine: Engine) -> dict[str, float]:
+def bundle_of(args: argparse.Namespace, engine: InstalledVllm) -> dict[str, float]:
     """Return what one replica takes of a cluster: a GPU for each of vLLM's workers, or one core."""
     arguments = EngineArguments(args.extra)
     sizes = [arguments.get(name) or "1" for name in ("tensor-parallel-size", "pipeline-parallel-size")]
@@ -128,7 +131,7 @@ def bundle_of(args: argparse.Namespace, engine: Engine) -> dict[str, float]:
 
 
 def application(
-    args: argparse.Namespace, engine: Engine, plan: Launch, profile: str | None, bundle: dict[str, float]
+    args: argparse.Namespace, engine: InstalledVllm, plan: Launch, profile: str | None, bundle: dict[str, float]
 ) -> dict[str, Any]:
     """Return what `ray_serve.app.build_openai_app` takes, from the launch of a single server."""
     from slos_serve.vllm_plugin.flags import engine_kwargs  # noqa: PLC0415

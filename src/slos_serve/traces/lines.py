@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slos_serve.traces.blocks import block_size_of, fits
-from slos_serve.traces.rows import Clock, ReadOptions, Row, Rows, epoch_unit, listed, whole
+from slos_serve.traces.rows import ReadOptions, Row, Rows, TraceClock, epoch_unit, listed, whole
 from slos_serve.traces.source import Source
 
 Names = Sequence[str]
@@ -109,7 +109,7 @@ def length_rows(
 ) -> Rows:
     """Yield rows of lines with a time, two lengths, and block ids if any. Of each tuple the first name there counts."""
     source.block_tokens = choose_block_tokens(source, options)
-    clock = Clock(unit, source.notes)
+    clock = TraceClock(unit, source.notes)
     for line, entry in source.objects():
         where = f"{source.path}:{line}"
         yield Row(

@@ -104,7 +104,7 @@ def whole(where: str, name: str, value: object) -> int:
     raise ValueError(f"{where}: {name} = {shown(value)}: expected a whole number >= 0")
 
 
-class Clock:
+class TraceClock:
     """Turn the times of one file into seconds: numbers in one unit, or calendar stamps (UTC where no zone is said).
 
     Without a unit the first number decides between seconds and, for epoch times, what its size says; `notes` gets a

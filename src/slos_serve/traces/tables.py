@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from slos_serve.traces.rows import COUNTS, FAILED, REQUIRED, Clock, ReadOptions, Row, Rows, listed, whole
+from slos_serve.traces.rows import COUNTS, FAILED, REQUIRED, ReadOptions, Row, Rows, TraceClock, listed, whole
 from slos_serve.traces.source import Source
 
 Names = Mapping[str, str]  # header of the file by our name of the column
@@ -38,7 +38,7 @@ def table_rows(
     `unit`: of times that are numbers, None for seconds or what an epoch time's size says; `options` come first.
     `empty_is_failed`: a request without output failed. `cells`: in place of the source's own rows.
     """
-    clock = Clock(options.time_unit or unit, source.notes)
+    clock = TraceClock(options.time_unit or unit, source.notes)
     place = {name.casefold(): i for i, name in enumerate(source.header)}
     where_is = {ours: place[theirs.casefold()] for ours, theirs in names.items() if theirs.casefold() in place}
     time = where_is.pop("arrived_at_s", None)

@@ -52,7 +52,7 @@ class Housekeeper:
         """Change the mode as `Standing.order` does, tell everybody at once, and return what holds then."""
         parts = self._parts
         parts.standing.order(mode, slo_class)
-        parts.outbox.beat(parts.clock.peek(), at_once=True)
+        parts.outbox.heartbeat(parts.clock.peek(), at_once=True)
         return parts.standing.facts()
 
     def _run(self) -> None:
@@ -76,7 +76,7 @@ class Housekeeper:
         parts.watchdog.interrupt()
         parts.learner.poll()
         parts.recorder.flush()
-        parts.outbox.beat(parts.clock.peek())
+        parts.outbox.heartbeat(parts.clock.peek())
         if now >= self._save_at:
             self._save_at = now + SAVE_EVERY_S
             parts.learnt.save()

@@ -12,10 +12,10 @@ from slos_serve.sim.capacity import runs as cells
 from slos_serve.sim.capacity.bounds import UnsolvedError
 from slos_serve.sim.capacity.jobs import Journal, Lane, WorkerError, code_digest, run_lanes
 from slos_serve.sim.capacity.runs import Cell
-from slos_serve.sim.capacity.search import Effort, Outcome, rate_at, search
+from slos_serve.sim.capacity.search import RunOutcome, SearchEffort, rate_at, search
 from slos_serve.sim.workloads import scenarios
 
-EFFORT = Effort(num_windows=3, coarse_windows=1, targets=(0.9,))
+EFFORT = SearchEffort(num_windows=3, coarse_windows=1, targets=(0.9,))
 
 
 def cell(**changes):
@@ -24,7 +24,7 @@ def cell(**changes):
 
 
 def outcome(met=95, **changes):
-    return Outcome(by_class={"chat": (met, 10_000, 0, 0)}, **changes)
+    return RunOutcome(by_class={"chat": (met, 10_000, 0, 0)}, **changes)
 
 
 def lane(name, capacity=2.0):

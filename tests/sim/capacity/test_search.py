@@ -14,8 +14,8 @@ from slos_serve.sim.capacity.search import (
     LOWEST_RPS,
     STEP,
     Curve,
-    Effort,
-    Outcome,
+    RunOutcome,
+    SearchEffort,
     crossing,
     index_of,
     interval,
@@ -26,7 +26,7 @@ from slos_serve.sim.capacity.search import (
     tune,
 )
 
-SMALL = Effort(num_windows=4, coarse_windows=2, max_rates=6)
+SMALL = SearchEffort(num_windows=4, coarse_windows=2, max_rates=6)
 ONE = ("{}",)
 
 
@@ -49,7 +49,7 @@ class World:
 
     def _outcome(self, point):
         met = round(self.attainment(point) * self.offered)
-        return Outcome(by_class=dict.fromkeys(self.classes, (met, self.offered, met, met)))
+        return RunOutcome(by_class=dict.fromkeys(self.classes, (met, self.offered, met, met)))
 
 
 def carry(question, world):
@@ -77,7 +77,7 @@ def test_a_capacity_without_noise_is_found_to_a_percent_from_any_guess(capacity,
 @given(st.floats(0.2, 20.0), st.floats(0.2, 20.0))
 def test_noise_that_fools_the_coarse_bracket_is_found_out_on_all_windows(capacity, guess):
     world = World(capacity, slope=0.5, noise=0.03, offered=400)
-    curve = found(world, Effort(num_windows=10, coarse_windows=1, max_rates=9), guess)
+    curve = found(world, SearchEffort(num_windows=10, coarse_windows=1, max_rates=9), guess)
     assert curve.capacity(0.9) == pytest.approx(capacity, rel=0.10)
     low, high = interval(curve.draws(0.9))
     assert low <= curve.capacity(0.9) <= high
@@ -92,7 +92,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         hardness = rng.normal(0.0, 0.05, 10)  # what makes a window harder holds at every rate
         for index in range(index_of(2.0), index_of(4.5)):
             shares = np.clip(0.9 - 0.5 * np.log(rate_at(index) / truth) + hardness, 0, 1)
-            rows = [Outcome(by_class={"chat": (round(500 * share), 500, 0, 0)}) for share in shares]
+            rows = [RunOutcome(by_class={"chat": (round(500 * share), 500, 0, 0)}) for share in shares]
             curve.add(index, rows)
         low, high = interval(curve.draws(0.9))
         covered += low <= truth <= high
@@ -125,15 +125,15 @@ def test_a_system_that_always_passes_stops_at_the_highest_rate():
 def test_the_class_that_has_least_decides():
     curve = Curve()
     for index, met in enumerate((95, 85)):
-        curve.add(index, [Outcome(by_class={"chat": (100, 100, 0, 0), "coding": (met, 100, 0, 0)})])
+        curve.add(index, [RunOutcome(by_class={"chat": (100, 100, 0, 0), "coding": (met, 100, 0, 0)})])
     assert curve.attainment(0) == {"chat": 1.0, "coding": 0.95}
     assert curve.capacity(0.9) == pytest.approx(STEP**0.5)
 
 
 def test_a_window_that_does_not_drain_is_met_by_nobody():
     curve = Curve()
-    good = Outcome(by_class={"chat": (100, 100, 0, 0)})
-    late = Outcome(by_class={"chat": (100, 100, 0, 0)}, drain_s=25.0)
+    good = RunOutcome(by_class={"chat": (100, 100, 0, 0)})
+    late = RunOutcome(by_class={"chat": (100, 100, 0, 0)}, drain_s=25.0)
     curve.add(0, [good, late])
     assert curve.worst(0) == 0.5
 
@@ -181,7 +181,7 @@ def test_a_ratio_is_of_the_same_windows_on_both_sides():
     for curve, capacity in ((ours, 4.0), (theirs, 2.0)):
         for index in range(index_of(capacity / 2), index_of(capacity * 2)):
             shares = np.clip(0.9 - 0.5 * np.log(rate_at(index) / capacity) + hardness, 0, 1)
-            curve.add(index, [Outcome(by_class={"chat": (round(800 * s), 800, 0, 0)}) for s in shares])
+            curve.add(index, [RunOutcome(by_class={"chat": (round(800 * s), 800, 0, 0)}) for s in shares])
     low, high = interval(ratio_draws(ours, theirs, 0.9))
     assert low <= 2.0 <= high
     assert high - low < 0.06  # unpaired it would be ten times as wide

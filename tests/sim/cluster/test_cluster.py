@@ -476,7 +476,7 @@ def test_acceptance_drifts_and_the_host_measures_where_to():
     load = workload(*[sim(f"r{i}", 20, 400, at_s=0.5 * i) for i in range(40)])
     options = ReplicaOptions(acceptance={"": 0.8}, acceptance_drift=-2.0)
     result = run(load, 1, planner=VllmPlanner(draft_length=3), options=options)
-    assert result.replica.streams.measured_acceptance()["chat"] < 0.7
+    assert result.replica.outputs.measured_acceptance()["chat"] < 0.7
 
 
 @pytest.mark.parametrize(

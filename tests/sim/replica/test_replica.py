@@ -155,7 +155,7 @@ def test_accepted_drafts_follow_the_acceptance_rate_and_the_host_measures_it():
     result = run(load, VllmPlanner(draft_length=3), options=options)
     expected = 1 + 0.7 + 0.7**2 + 0.7**3
     assert 400 / result.replica.num_steps == pytest.approx(expected, rel=0.08)
-    assert result.replica.streams.measured_acceptance()["chat"] == pytest.approx(0.7, abs=0.02)
+    assert result.replica.outputs.measured_acceptance()["chat"] == pytest.approx(0.7, abs=0.02)
 
 
 def test_a_thinking_request_tells_when_it_thinks_and_is_graded_by_span():

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from slos_serve.core.routing.dispatch import Arrival, Choice, Dispatcher, Route, Router
-from slos_serve.core.routing.panel import Guesses, Panel
+from slos_serve.core.routing.estimates import Estimates, ReplicaEstimates
+from slos_serve.core.routing.router_base import Arrival, Choice, Route, Router, RouterBase
 from slos_serve.core.routing.snapshots import ReplicaSnapshot, snapshot_of
 from slos_serve.core.routing.virtual_copy import VirtualCopy
 
@@ -60,7 +60,7 @@ def _unknown(names: Sequence[str]) -> tuple[Choice, ...]:
     return tuple(Choice(replica_id=name) for name in names)
 
 
-class RoundRobin(Dispatcher):
+class RoundRobin(RouterBase):
     """Each replica in turn."""
 
     def __init__(self, **options: float) -> None:
@@ -74,7 +74,7 @@ class RoundRobin(Dispatcher):
         return _plain(names[start:] + names[:start], "turn")
 
 
-class LeastLoad(Dispatcher):
+class LeastLoad(RouterBase):
     """The replica with the fewest requests."""
 
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
@@ -82,7 +82,7 @@ class LeastLoad(Dispatcher):
         return _plain(self._by_load(names, now_s), "load")
 
 
-class PowerOfTwo(Dispatcher):
+class PowerOfTwo(RouterBase):
     """The less loaded of two replicas drawn at random."""
 
     def __init__(self, rng: np.random.Generator, **options: float) -> None:
@@ -95,7 +95,7 @@ class PowerOfTwo(Dispatcher):
         return _plain(self._by_load(two, now_s), "load")
 
 
-class Sequential(Dispatcher):
+class Sequential(RouterBase):
     """The published policy: replica after replica in a fixed order, until one promises."""
 
     hops = 1_000_000
@@ -105,7 +105,7 @@ class Sequential(Dispatcher):
         return _plain(names, "turn")
 
 
-class SloRouter(Dispatcher):
+class SloRouter(RouterBase):
     """Ours: the replica that can promise at the least price; see the module's text.
 
     `num_tested`: replicas put to the planner's test. `work_limit`: its effort for each, in the planner's
@@ -134,7 +134,7 @@ class SloRouter(Dispatcher):
         self.max_parked = max_parked
         self.ramp_s = ramp_s
         self._copies: dict[str, VirtualCopy] = {}
-        self._panel = Panel()
+        self._replicas = ReplicaEstimates()
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
 
     def _observed(self, snapshot: ReplicaSnapshot) -> None:
@@ -144,7 +144,7 @@ class SloRouter(Dispatcher):
         """Drop what is known of a replica that has gone."""
         super().forget(replica_id)
         self._copies.pop(replica_id, None)
-        self._panel.drop(replica_id)
+        self._replicas.drop(replica_id)
 
     def place(self, arrival: Arrival, replica_id: str, now_s: float) -> None:
         """Count a request as sent to a replica, and remember where its session is."""
@@ -165,41 +165,41 @@ class SloRouter(Dispatcher):
 
     def _rank(self, arrival: Arrival, names: list[str], now_s: float) -> Route:
         for name in self._changed:
-            self._panel.put(name, self._known[name], self._copies.get(name))
+            self._replicas.put(name, self._known[name], self._copies.get(name))
         self._changed.clear()
-        guesses, blind = self._guess(arrival, names, now_s)
-        if guesses is None:
+        estimates, blind = self._estimate(arrival, names, now_s)
+        if estimates is None:
             return _plain(blind, "load")
         if not arrival.has_slo:
-            return _plain([*self._parked(guesses), *blind], "requested")
-        order = guesses.cheapest(guesses.fits)
+            return _plain([*self._parked(estimates), *blind], "requested")
+        order = estimates.cheapest(estimates.fits)
         # Who has been declined somewhere is asked about often: only where it looks good.
-        worth_it = [i for i in order if guesses.fits[i]] if arrival.tried else order
+        worth_it = [i for i in order if estimates.fits[i]] if arrival.tried else order
         tested: set[int] = set()
         for i in worth_it[: self.num_tested]:
-            slack = self._slack_s(arrival, guesses, i, now_s)
+            slack = self._slack_s(arrival, estimates, i, now_s)
             if slack is not None:
-                best = Choice(replica_id=guesses.names[i], feasible=True, slack_s=slack)
+                best = Choice(replica_id=estimates.names[i], feasible=True, slack_s=slack)
                 rest = [other for other in order if other != i]
-                return Route(choices=(best, *_choices(guesses, rest, tested), *_unknown(blind)), reason="feasible")
+                return Route(choices=(best, *_choices(estimates, rest, tested), *_unknown(blind)), reason="feasible")
             tested.add(i)
-        if (guesses.left_tokens > guesses.known.peak * (arrival.deadline_s - now_s)).all():
-            parked = self._parked(guesses)
+        if (estimates.left_tokens > estimates.known.peak * (arrival.deadline_s - now_s)).all():
+            parked = self._parked(estimates)
             full = self._num_parked(parked[0]) >= self.max_parked
             return _plain([*parked, *blind], "full" if full else "parked")
-        order = guesses.cheapest(guesses.slack_s >= 0)
-        return Route(choices=(*_choices(guesses, order, tested), *_unknown(blind)), reason="deferred")
+        order = estimates.cheapest(estimates.slack_s >= 0)
+        return Route(choices=(*_choices(estimates, order, tested), *_unknown(blind)), reason="deferred")
 
-    def _slack_s(self, arrival: Arrival, guesses: Guesses, i: int, now_s: float) -> float | None:
+    def _slack_s(self, arrival: Arrival, estimates: Estimates, i: int, now_s: float) -> float | None:
         """Put one replica to the planner's test; None where a promise would break."""
-        name = guesses.names[i]
-        start_s, done = now_s + float(guesses.wait_s[i]), float(guesses.done[i])
+        name = estimates.names[i]
+        start_s, done = now_s + float(estimates.wait_s[i]), float(estimates.done[i])
         row = self._row(arrival, name)
-        return self._copies[name].slack_s(self._panel.flow(name), row, start_s, done, self.work_limit)
+        return self._copies[name].slack_s(self._replicas.flow(name), row, start_s, done, self.work_limit)
 
-    def _guess(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[Guesses | None, list[str]]:
+    def _estimate(self, arrival: Arrival, names: list[str], now_s: float) -> tuple[Estimates | None, list[str]]:
         """Return the closed form's view of the replicas, and those of which too little is known, by load."""
-        known = self._panel.known(names)
+        known = self._replicas.known(names)
         oldest_s, newest_s = known.since_s.min(), known.since_s.max()
         newness = np.zeros(len(names))
         if newest_s - oldest_s > TOGETHER_S and now_s - newest_s < self.ramp_s:
@@ -212,24 +212,24 @@ class SloRouter(Dispatcher):
             names, newness = [names[i] for i in np.flatnonzero(fresh).tolist()], newness[fresh]
             if not names:
                 return None, blind
-            known = self._panel.known(names)
+            known = self._replicas.known(names)
         cached = np.zeros(len(names))
         if arrival.session_id or arrival.cached_tokens:
             cached[:] = [min(self._cached_tokens(arrival, name), arrival.num_prompt_tokens - 1) for name in names]
-        return self._panel.guess(arrival, names, known, cached=cached, newness=newness, now_s=now_s), blind
+        return self._replicas.estimate(arrival, names, known, cached=cached, newness=newness, now_s=now_s), blind
 
     def _num_parked(self, replica_id: str) -> int:
-        return int(self._panel.known([replica_id]).num_parked[0])
+        return int(self._replicas.known([replica_id]).num_parked[0])
 
-    def _parked(self, guesses: Guesses) -> list[str]:
+    def _parked(self, estimates: Estimates) -> list[str]:
         """Order replicas by how soon best-effort work there would be done, full ones last."""
-        return [guesses.names[i] for i in guesses.parked(self.max_parked)]
+        return [estimates.names[i] for i in estimates.parked(self.max_parked)]
 
 
-def _choices(guesses: Guesses, order: Sequence[int], tested: set[int]) -> Iterator[Choice]:
+def _choices(estimates: Estimates, order: Sequence[int], tested: set[int]) -> Iterator[Choice]:
     for i in order[:MAX_RANKED]:
         feasible = False if i in tested else None
-        yield Choice(replica_id=guesses.names[i], feasible=feasible, slack_s=float(guesses.slack_s[i]))
+        yield Choice(replica_id=estimates.names[i], feasible=feasible, slack_s=float(estimates.slack_s[i]))
 
 
 ROUTERS: Mapping[str, Callable[..., Router]] = {

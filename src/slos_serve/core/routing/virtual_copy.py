@@ -2,7 +2,7 @@
 
 `VirtualCopy.slack_s` runs the planner's own `trial.simulate` on the snapshot's demand, moved on to now,
 with what has been sent since and the request in question. `VirtualCopy.flow` sums up what was sent since;
-`panel` looks at many replicas with it.
+`estimates` looks at many replicas with it.
 """
 
 from __future__ import annotations

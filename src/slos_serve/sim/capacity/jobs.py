@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from slos_serve.errors import SlosServeError
 from slos_serve.sim.capacity.runs import Cell, run_cell
-from slos_serve.sim.capacity.search import Answer, Outcome, Point, Question
+from slos_serve.sim.capacity.search import Answer, Point, Question, RunOutcome
 
 if TYPE_CHECKING:
     from typing import Self
@@ -63,7 +63,7 @@ class Journal:
         self.code = code_digest() if code is None else code
         self.reuse = frozenset(reuse)
         self.num_foreign = self.num_reused = 0
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, RunOutcome] = {}
         self._file: IO[str] | None = None
         if path is not None and path.exists():
             self._read(path)
@@ -85,11 +85,11 @@ class Journal:
         return len(self._outcomes)
 
     def _read(self, path: Path) -> None:
-        earlier: list[tuple[str, Outcome]] = []
+        earlier: list[tuple[str, RunOutcome]] = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                outcome = Outcome(
+                outcome = RunOutcome(
                     by_class={name: tuple(counts) for name, counts in row["by_class"].items()},
                     drain_s=row["drain_s"],
                     stopped=row["stopped"],
@@ -108,17 +108,17 @@ class Journal:
         for key, outcome in reversed(earlier):  # the latest first: what is known is not replaced
             self._keep(key, outcome)
 
-    def _keep(self, key: str, outcome: Outcome) -> None:
+    def _keep(self, key: str, outcome: RunOutcome) -> None:
         known = self._outcomes.get(key)
         if known is None or known.stopped:
             self._outcomes[key] = outcome
 
-    def find(self, cell: Cell) -> Outcome | None:
+    def find(self, cell: Cell) -> RunOutcome | None:
         """Return the outcome of a cell; one that was stopped answers only a cell that may be."""
         outcome = self._outcomes.get(cell.key())
         return None if outcome is None or (outcome.stopped and not cell.may_stop) else outcome
 
-    def add(self, cell: Cell, outcome: Outcome) -> None:
+    def add(self, cell: Cell, outcome: RunOutcome) -> None:
         """Keep an outcome, on disk at once."""
         self._keep(cell.key(), outcome)
         if self._file is not None:
@@ -162,7 +162,7 @@ class Lane:
 
 
 Progress = Callable[[int, int, str], None]
-RunFunction = Callable[[Cell], Outcome]
+RunFunction = Callable[[Cell], RunOutcome]
 
 
 class WorkerError(SlosServeError):
@@ -187,7 +187,7 @@ class _Work:
     def __init__(self, lanes: Sequence[Lane], journal: Journal, progress: Progress | None) -> None:
         self.waiting = deque(lanes)
         self.ready: deque[tuple[Lane, Cell]] = deque()
-        self.pending: dict[Future[Outcome], tuple[Lane, Cell]] = {}
+        self.pending: dict[Future[RunOutcome], tuple[Lane, Cell]] = {}
         self.num_runs = self.num_done = 0
         self._open: Counter[str] = Counter()
         self._journal = journal

@@ -18,7 +18,7 @@ from slos_serve import named
 from slos_serve.core.perf import PER_TOKEN
 from slos_serve.core.slo.summary import drain_seconds
 from slos_serve.sim.capacity.bounds import clairvoyant_attainment
-from slos_serve.sim.capacity.search import Outcome
+from slos_serve.sim.capacity.search import RunOutcome
 from slos_serve.sim.hardware import Hardware, load_hardware
 from slos_serve.sim.replica.replica import ReplicaOptions
 from slos_serve.sim.run import RunResult
@@ -132,7 +132,7 @@ def simulate(cell: Cell) -> RunResult:
     )
 
 
-def outcome_of(result: RunResult) -> Outcome:
+def outcome_of(result: RunResult) -> RunOutcome:
     """Count a run."""
     counts: dict[str, Counter[str]] = {}
     for grade in result.graded:
@@ -146,21 +146,21 @@ def outcome_of(result: RunResult) -> Outcome:
     by_class = {
         name: (mine["met"], mine["offered"], mine["promised"], mine["kept"]) for name, mine in sorted(counts.items())
     }
-    return Outcome(by_class=by_class, drain_s=drain_seconds(result.graded), stopped=result.stopped)
+    return RunOutcome(by_class=by_class, drain_s=drain_seconds(result.graded), stopped=result.stopped)
 
 
-def run_cell(cell: Cell) -> Outcome:
+def run_cell(cell: Cell) -> RunOutcome:
     """Run a cell and count what came of it; for the clairvoyant bound, what no scheduler could exceed."""
     return bound(cell) if cell.system == CLAIRVOYANT else outcome_of(simulate(cell))
 
 
-def bound(cell: Cell) -> Outcome:
+def bound(cell: Cell) -> RunOutcome:
     """Return the clairvoyant bound as an outcome: every class attains as much as the worst one may."""
     hardware = load_hardware(cell.hardware)
     workload = offered(cell, hardware, 1)
     share = clairvoyant_attainment(workload, hardware, acceptance=cell.acceptance, max_draft_length=MAX_DRAFT_LENGTH)
     counts = sorted(workload.num_by_class().items())
-    return Outcome(by_class={name: (math.ceil(share * count - 1e-9), count, 0, 0) for name, count in counts})
+    return RunOutcome(by_class={name: (math.ceil(share * count - 1e-9), count, 0, 0) for name, count in counts})
 
 
 def work_rate(workload: Workload, hardware: Hardware, *, share: float = 0.5) -> float:

@@ -64,7 +64,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """What came of one run: by class, requests met, offered, promised and kept; and whether it drained in time.
 
     `stopped`: it was cut short, and what was left counts as not met.
@@ -79,11 +79,11 @@ class Outcome:
         return self.by_class[name][0] if self.drain_s < MAX_DRAIN_S else 0
 
 
-Question = Generator[list[Point], Mapping[Point, Outcome], "Answer"]
+Question = Generator[list[Point], Mapping[Point, RunOutcome], "Answer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class SearchEffort:
     """How much a search may run.
 
     `steps`: grid steps that the final bracket may be wide. `max_rates`: how many rates the interval may ask
@@ -111,7 +111,7 @@ class Curve:
     met: dict[int, FloatArray] = field(default_factory=dict)
     promises: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, index: int, outcomes: Sequence[Outcome]) -> None:
+    def add(self, index: int, outcomes: Sequence[RunOutcome]) -> None:
         """Add a rate at which every window has run."""
         if not self.classes:
             self.classes = tuple(sorted({name for one in outcomes for name in one.by_class}))
@@ -209,7 +209,7 @@ class Answer:
     curve: Curve
 
 
-def pooled(outcomes: Sequence[Outcome]) -> float:
+def pooled(outcomes: Sequence[RunOutcome]) -> float:
     """Return the attainment of the class that has least, over some windows."""
     names = {name for one in outcomes for name in one.by_class}
     shares = []
@@ -229,14 +229,14 @@ class _Asker:
     def points(self, index: int, *, may_stop: bool) -> list[Point]:
         return [Point(self.part, self.settings, index, window, may_stop) for window in range(self.num_windows)]
 
-    def passes(self, index: int) -> Generator[list[Point], Mapping[Point, Outcome], bool]:
+    def passes(self, index: int) -> Generator[list[Point], Mapping[Point, RunOutcome], bool]:
         if index not in self.passed:
             points = self.points(index, may_stop=True)
             answers = yield points
             self.passed[index] = pooled([answers[point] for point in points]) >= self.target
         return self.passed[index]
 
-    def bracket(self, start: int, width: int) -> Generator[list[Point], Mapping[Point, Outcome], tuple[int, int]]:
+    def bracket(self, start: int, width: int) -> Generator[list[Point], Mapping[Point, RunOutcome], tuple[int, int]]:
         """Return (passing, failing) indices at most `width` apart; `LOWEST - 1` passes and `HIGHEST + 1` fails."""
         low, high, stride = LOWEST - 1, HIGHEST + 1, COARSE_STEPS
         index = min(max(start, LOWEST), HIGHEST)
@@ -258,8 +258,8 @@ class _Asker:
 
 
 def tune(
-    grid: Sequence[Settings], start: int, effort: Effort
-) -> Generator[list[Point], Mapping[Point, Outcome], tuple[Settings, int]]:
+    grid: Sequence[Settings], start: int, effort: SearchEffort
+) -> Generator[list[Point], Mapping[Point, RunOutcome], tuple[Settings, int]]:
     """Return the settings that serve the highest rate on the tuning windows, and its index."""
     target = min(effort.targets)
     best, most = grid[0], LOWEST - 1
@@ -275,7 +275,7 @@ def tune(
     return best, most
 
 
-def measure(settings: Settings, start: int, effort: Effort) -> Question:
+def measure(settings: Settings, start: int, effort: SearchEffort) -> Question:
     """Return attainment by rate around every target, on the reporting windows."""
     target = min(effort.targets)
     coarse = _Asker("report", settings, target, min(effort.coarse_windows, effort.num_windows))
@@ -283,7 +283,7 @@ def measure(settings: Settings, start: int, effort: Effort) -> Question:
     full = _Asker("report", settings, target, effort.num_windows)
     curve = Curve()
 
-    def run(index: int) -> Generator[list[Point], Mapping[Point, Outcome], None]:
+    def run(index: int) -> Generator[list[Point], Mapping[Point, RunOutcome], None]:
         points = full.points(index, may_stop=False)
         answers = yield points
         curve.add(index, [answers[point] for point in points])
@@ -300,7 +300,7 @@ def measure(settings: Settings, start: int, effort: Effort) -> Question:
     return Answer(settings=settings, curve=curve)
 
 
-def _next_rate(curve: Curve, target: float, effort: Effort) -> int | None:
+def _next_rate(curve: Curve, target: float, effort: SearchEffort) -> int | None:
     """Return the next rate to run to narrow the capacity interval at `target`; None when it is narrow enough."""
     indices = curve.indices
     passing = int((curve.fitted() >= target).sum())
@@ -336,7 +336,7 @@ def _next_lower(curve: Curve, target: float) -> int | None:
     return None
 
 
-def search(grid: Sequence[Settings], guess_rps: Callable[[], float], effort: Effort) -> Question:
+def search(grid: Sequence[Settings], guess_rps: Callable[[], float], effort: SearchEffort) -> Question:
     """Choose settings on the tuning windows, then measure them on the reporting ones."""
     start = index_of(guess_rps())
     settings = grid[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.sim.capacity.runs import outcome_of
-from slos_serve.sim.capacity.search import Outcome, pooled
+from slos_serve.sim.capacity.search import RunOutcome, pooled
 from slos_serve.sim.replica.replica import ReplicaOptions
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class Deployment:
     acceptance: float = 0.7
     seed: int = 0
     on_run: Callable[[], None] = lambda: None
-    _known: dict[tuple[int, int], tuple[Workload, Outcome]] = field(default_factory=dict)
+    _known: dict[tuple[int, int], tuple[Workload, RunOutcome]] = field(default_factory=dict)
 
-    def outcomes(self, workloads: Sequence[Workload], num_replicas: int) -> list[Outcome]:
+    def outcomes(self, workloads: Sequence[Workload], num_replicas: int) -> list[RunOutcome]:
         """Return what comes of each workload."""
         return [self._run(workload, num_replicas) for workload in workloads]
 
@@ -75,13 +75,13 @@ class Deployment:
         """Return the attainment of the class that has least."""
         return pooled(self.outcomes(workloads, num_replicas))
 
-    def curve(self, workloads: Sequence[Workload]) -> dict[int, list[Outcome]]:
+    def curve(self, workloads: Sequence[Workload]) -> dict[int, list[RunOutcome]]:
         """Return what came of the workloads with each number of replicas that all of them have been run with."""
         counts = sorted({count for _, count in self._known})
         tried = {count: [self._known.get((id(one), count)) for one in workloads] for count in counts}
         return {count: [one[1] for one in every if one] for count, every in tried.items() if all(every)}
 
-    def _run(self, workload: Workload, num_replicas: int) -> Outcome:
+    def _run(self, workload: Workload, num_replicas: int) -> RunOutcome:
         key = id(workload), num_replicas
         if key not in self._known:
             result = self.system.serve(
@@ -98,7 +98,7 @@ class Deployment:
         return self._known[key][1]
 
 
-def worst_class(outcomes: Sequence[Outcome]) -> tuple[str, int, int]:
+def worst_class(outcomes: Sequence[RunOutcome]) -> tuple[str, int, int]:
     """Return the class that attains least over all windows: its name, the requests met and those offered."""
     names = sorted({name for one in outcomes for name in one.by_class})
     sums = {name: [one for one in outcomes if name in one.by_class] for name in names}

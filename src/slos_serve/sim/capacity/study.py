@@ -11,15 +11,15 @@ from typing import Any
 
 from slos_serve.sim.capacity.jobs import Lane
 from slos_serve.sim.capacity.runs import CLAIRVOYANT, Cell, guess_rps
-from slos_serve.sim.capacity.search import Answer, Effort, Point, Settings, rate_at, search
+from slos_serve.sim.capacity.search import Answer, Point, SearchEffort, Settings, rate_at, search
 from slos_serve.sim.capacity.table import hardware_entry
 from slos_serve.sim.systems import find_system
 from slos_serve.sim.workloads.scenarios import find_scenario, hardware_of
-from slos_serve.traces.standins import data_name
+from slos_serve.traces.synthetic import data_name
 
-QUICK = Effort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
-FULL = Effort(coarse_windows=2, steps=3, max_rates=3, higher_rates=0)
-BOUND = Effort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
+QUICK = SearchEffort(num_windows=3, coarse_windows=1, tune_windows=1, steps=3, max_rates=4, higher_rates=1)
+FULL = SearchEffort(coarse_windows=2, steps=3, max_rates=3, higher_rates=0)
+BOUND = SearchEffort(num_windows=3, coarse_windows=1, steps=2, max_rates=2, higher_rates=0)
 QUICK_SETTINGS = 3
 QUICK_SHARE = 2  # a quick look runs one in so many of the requests
 
@@ -48,7 +48,7 @@ class Study:
     systems: tuple[str, ...]
     hardware: tuple[str, ...]
     data: str
-    effort: Effort
+    effort: SearchEffort
     is_quick: bool = False
     max_requests: int | None = None
     acceptance: float = 0.7

@@ -27,7 +27,7 @@ from slos_serve.sim.capacity.search import (
     ratio_draws,
 )
 from slos_serve.sim.systems import find_system
-from slos_serve.traces.standins import SYNTHETIC
+from slos_serve.traces.synthetic import SYNTHETIC
 
 OURS, OURS_AR = "slos-serve", "slos-serve-ar"
 RATIOS = ("ratio", "ratio_spec", "ratio_ar")

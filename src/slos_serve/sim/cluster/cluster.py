@@ -24,12 +24,12 @@ import numpy as np
 from slos_serve.core.routing.routers import Arrival, LeastLoad, Router, snapshot_of
 from slos_serve.core.types import Tier
 from slos_serve.named import check_router, make_router
-from slos_serve.sim.cluster.fleet import Door, Fleet
+from slos_serve.sim.cluster.fleet import Door, ReplicaSet
 from slos_serve.sim.cluster.silos import Homes, Silos
 from slos_serve.sim.replica.invariants import InvariantError
 from slos_serve.sim.replica.kernel import Kernel, Priority
+from slos_serve.sim.replica.outputs import predicted_length
 from slos_serve.sim.replica.requests import Record, SimRequest
-from slos_serve.sim.replica.streams import predicted_length
 
 if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
@@ -155,7 +155,7 @@ class Cluster:
             again=lambda sim: self._route(sim, ()),
             reopened=self._let_in,
         )
-        self.fleet = Fleet(kernel, self._names, door, faults=options.faults, detect_s=options.detect_s)
+        self.fleet = ReplicaSet(kernel, self._names, door, faults=options.faults, detect_s=options.detect_s)
         if router.uses_snapshots:
             kernel.schedule(kernel.now_s, Priority.STEP_END, self._tick)
 

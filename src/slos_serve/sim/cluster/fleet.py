@@ -35,7 +35,7 @@ class Door:
     reopened: Callable[[], None]
 
 
-class Fleet:
+class ReplicaSet:
     """The replicas of a run; read `replicas` (every one there has been), `live` and `is_returning`."""
 
     def __init__(

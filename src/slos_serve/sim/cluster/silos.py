@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
-from slos_serve.core.routing.dispatch import Arrival, Route
+from slos_serve.core.routing.router_base import Arrival, Route
 from slos_serve.core.routing.routers import LeastLoad
 
 

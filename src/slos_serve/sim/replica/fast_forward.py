@@ -64,7 +64,7 @@ class FastReplica(Replica):
             return None
         now_s, correction, notify_at_s = self.kernel.now_s, self.correction, self.notify_at_s
         rows = self.table.find(plan.batch.request_ids)
-        ends, seconds = self.streams.foresee(rows, self.lines, self.engine.room(), now_s)
+        ends, seconds = self.outputs.foresee(rows, self.lines, self.engine.room(), now_s)
         if count_steps:
             notify_at_s = min(notify_at_s, self.ageing.next_look_s)
             ends = ends if correction is None else ends[: correction.num_steady]
@@ -132,7 +132,7 @@ class FastReplica(Replica):
         self.num_steps += done
         self.tokens_computed += done * count
         context = int(self.table.rows["num_computed_tokens"][stretch.rows].sum())
-        num_blocks, ended = self.streams.repeat(stretch.rows, self.limits.block_size, stretch.ends)
+        num_blocks, ended = self.outputs.repeat(stretch.rows, self.limits.block_size, stretch.ends)
         self.engine.take(num_blocks)
         if self.correction is not None:
             for k, seconds in enumerate(stretch.seconds.tolist()):

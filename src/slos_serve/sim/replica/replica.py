@@ -2,7 +2,7 @@
 
 Each step: the planner sees the table of live requests and answers with a batch; the engine cuts it to
 what it can run (`engine`); the clock moves by the hardware model's time for that batch, times noise;
-tokens come out at the end (`streams`) and what they tell is learnt.
+tokens come out at the end (`outputs`) and what they tell is learnt.
 
 The planner knows a performance model of its own, corrected by the steps it has seen, predicted lengths
 and measured acceptance. True lengths and true times stay in here.
@@ -39,8 +39,8 @@ from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.engine import Engine
 from slos_serve.sim.replica.invariants import InvariantError, check_table
 from slos_serve.sim.replica.kernel import Kernel, Priority
+from slos_serve.sim.replica.outputs import OutputOptions, Outputs
 from slos_serve.sim.replica.requests import Record, SimRequest
-from slos_serve.sim.replica.streams import StreamOptions, Streams
 
 if TYPE_CHECKING:
     from slos_serve.core.lengths import LengthModel
@@ -56,8 +56,8 @@ ASYNC_LAG = "plan one step ahead, as asynchronous scheduling does (default: wher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaOptions(StreamOptions):
-    """How the simulated engine differs from an ideal one, beside what `StreamOptions` says.
+class ReplicaOptions(OutputOptions):
+    """How the simulated engine differs from an ideal one, beside what `OutputOptions` says.
 
     `async_lag`: steps are planned one ahead; None: where the hardware's engine does so. `noise_sigma`: lognormal spread
     of step times, mean 1. `pace`: how long a step takes that starts at a time, from its seconds on the hardware
@@ -123,7 +123,7 @@ class Replica:
         self.num_steps = 0
         self.tokens_computed = 0
         self._noise_rng, draft_rng = rng.spawn(2)
-        self.streams = Streams(self.table, lengths, draft_rng, self.options)
+        self.outputs = Outputs(self.table, lengths, draft_rng, self.options)
         self.lines = true_model.as_array()
         self.lines[:, PER_DRAFT] += self.options.drafter_step_s
         # somebody looks at single steps, or how long one takes does not follow from its batch alone
@@ -166,7 +166,7 @@ class Replica:
             cached_tokens=sim.num_cached_tokens,
             session_id=sim.session_id,
         )
-        self.streams.add(sim, index, record)
+        self.outputs.add(sim, index, record)
         if record is not None:
             first_s = record.grader.first_token_s
             self.engine.continue_decode(index, first_token_s=first_s, num_thinking_tokens=sim.num_thinking_tokens)
@@ -178,8 +178,8 @@ class Replica:
         """Take a request back, whatever it holds."""
         self.settle()
         index = self.table.index(request_id)
-        self.engine.withdraw(index, session_id=self.streams.records[index].sim.session_id)
-        return self.streams.remove(index)
+        self.engine.withdraw(index, session_id=self.outputs.records[index].sim.session_id)
+        return self.outputs.remove(index)
 
     def abandon(self) -> list[Record]:
         """Let go of every live request and return them in order of arrival here."""
@@ -205,7 +205,7 @@ class Replica:
             num_free_kv_blocks=self.engine.pool.num_free,
             limits=self.limits,
             perf_model=self.plan_model,
-            acceptance=self.streams.measured_acceptance(),
+            acceptance=self.outputs.measured_acceptance(),
         )
 
     def _plan(self, now_s: float) -> Plan:
@@ -226,7 +226,7 @@ class Replica:
         for verdict in plan.verdicts:
             index = self.table.index(verdict.request_id)
             self.table.rows["tier"][index] = Tier.PROMISED if verdict.promised else Tier.BEST_EFFORT
-            record = self.streams.records[index]
+            record = self.outputs.records[index]
             if verdict.promised and record.promised_s == math.inf:
                 record.promised_s = self.kernel.now_s
         if self.options.drops_declined:
@@ -301,7 +301,7 @@ class Replica:
             self._record["predicted_s"] = plan.batch.predicted_s
         if self.options.async_lag:
             ends_s = now_s + float(batch_seconds(self.plan_model.as_array(), *sample[:5]))
-            self.streams.foretell(step, ends_s)
+            self.outputs.foretell(step, ends_s)
             self._next_plan = self._plan(ends_s)
 
     def _wait(self, now_s: float) -> None:
@@ -317,7 +317,7 @@ class Replica:
         if self.is_dead:
             return
         self.is_mid_step = False
-        for index in self.streams.emit(step, self.kernel.now_s):
+        for index in self.outputs.emit(step, self.kernel.now_s):
             self.finish(index)
         self._turn_away()
         if self.hooks.first_token is not None:
@@ -337,7 +337,7 @@ class Replica:
     def finish(self, index: int) -> None:
         """Take a request whose last token is out from its row, and grade it."""
         blocks = int(self.table.rows["num_kv_blocks"][index])
-        record = self.streams.remove(index)
+        record = self.outputs.remove(index)
         sim, request = record.sim, record.sim.request
         self.engine.pool.give(blocks, sim.session_id, request.num_prompt_tokens + sim.num_output_tokens - 1)
         self.lengths.observe(request.slo_class, request.num_prompt_tokens, sim.num_output_tokens)

@@ -11,7 +11,7 @@ from typing import Any
 
 from slos_serve.traces.lines import OUTPUT, PROMPT, TIME, block_ids, choose_block_tokens, choose_unit, require
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 TIMES, DELAYS = (TIME, "created_time"), ("delay", "delay_ms")
@@ -34,7 +34,10 @@ def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the rows, later turns at the earliest time at which they can come."""
     source.block_tokens = choose_block_tokens(source, options)
     time = next((name for name in TIMES if name in source.names), TIME)
-    clock, delays = Clock(choose_unit(source, options, "ms", name=time), source.notes), Clock("ms", source.notes)
+    clock, delays = (
+        TraceClock(choose_unit(source, options, "ms", name=time), source.notes),
+        TraceClock("ms", source.notes),
+    )
     ends: dict[str, tuple[float, int]] = {}  # of each session: when its last turn came, how many there were
     waited = 0
     for line, entry in source.objects():

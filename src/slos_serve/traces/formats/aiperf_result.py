@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import FAILED, Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import FAILED, ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 START, PROMPT, OUTPUT = "request_start_ns", "input_sequence_length", "output_sequence_length"
@@ -24,7 +24,7 @@ def _group(entry: dict[str, Any], name: str) -> dict[str, Any]:
 
 def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the requests; those that failed, were cancelled or belong to the warm-up are left out."""
-    clock = Clock(options.time_unit or "ns", source.notes)
+    clock = TraceClock(options.time_unit or "ns", source.notes)
     for line, entry in source.objects():
         where = f"{source.path}:{line}"
         about = _group(entry, "metadata")

@@ -13,7 +13,7 @@ from slos_serve.traces.lines import (
     require,
 )
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 FIELDS = LENGTH_FIELDS | {"chat_id", "parent_chat_id"}
@@ -28,7 +28,7 @@ def matches(source: Source) -> bool:
 def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the rows. A session is named by the first request of its chain of parents."""
     source.block_tokens = choose_block_tokens(source, options)
-    clock = Clock(choose_unit(source, options, "s"), source.notes)
+    clock = TraceClock(choose_unit(source, options, "s"), source.notes)
     roots: dict[object, object] = {}
     for line, entry in source.objects():
         where = f"{source.path}:{line}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slos_serve.traces.lines import require
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import FAILED, Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import FAILED, ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 FIELDS = frozenset({"request_id", "sent_s", "prompt_tokens", "output_tokens"})
@@ -17,7 +17,7 @@ def matches(source: Source) -> bool:
 
 def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the requests with the output that was asked for; what ended in an error failed."""
-    clock = Clock(options.time_unit or "s", source.notes)
+    clock = TraceClock(options.time_unit or "s", source.notes)
     for line, entry in source.objects():
         where = f"{source.path}:{line}"
         output = entry.get("asked_output_tokens") or entry.get("output_tokens")

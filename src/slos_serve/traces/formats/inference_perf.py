@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import FAILED, Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import FAILED, ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 START = "start_time"
@@ -21,7 +21,7 @@ def matches(source: Source) -> bool:
 
 def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the requests; those with an error or without lengths failed."""
-    clock = Clock(options.time_unit or "s", source.notes)
+    clock = TraceClock(options.time_unit or "s", source.notes)
     for line, entry in source.objects():
         where = f"{source.path}:{line}"
         at_s = clock.seconds(where, START, entry.get(START))

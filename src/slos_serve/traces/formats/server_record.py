@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slos_serve.traces.lines import require
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import FAILED, Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import FAILED, ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 STEP_FIELDS = frozenset({"num_tokens", "num_requests", "seconds"})
@@ -18,7 +18,7 @@ def matches(source: Source) -> bool:
 
 def rows(source: Source, options: ReadOptions) -> Rows:
     """Yield the requests; what failed or gave no output is left out. `ValueError` for a record of steps alone."""
-    clock = Clock(options.time_unit or "s", source.notes)
+    clock = TraceClock(options.time_unit or "s", source.notes)
     found: list[Row] = []
     runs = 0
     for line, entry in source.objects():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slos_serve.traces.registry import Format
-from slos_serve.traces.rows import FAILED, Clock, ReadOptions, Row, Rows, whole
+from slos_serve.traces.rows import FAILED, ReadOptions, Row, Rows, TraceClock, whole
 from slos_serve.traces.source import Source
 
 LISTS = ("start_times", "input_lens", "output_lens")
@@ -29,7 +29,7 @@ def rows(source: Source, options: ReadOptions) -> Rows:
     if len({len(run[name]) for name in LISTS}) > 1:
         raise ValueError(f"{where}: {', '.join(LISTS)}: expected lists of one length")
     errors = run.get("errors") or [""] * len(run["start_times"])
-    clock = Clock(options.time_unit or "s", source.notes)
+    clock = TraceClock(options.time_unit or "s", source.notes)
     for start, prompt, output, error in zip(*(run[name] for name in LISTS), errors, strict=False):
         at_s, num_output = clock.seconds(where, "start_times", start), whole(where, "output_lens", output)
         failed = FAILED if error or not num_output else ""

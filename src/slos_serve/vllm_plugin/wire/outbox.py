@@ -22,7 +22,7 @@ class Outbox:
     A message goes out when there is something to tell, and every `PUBLISH_EVERY_S` of work. `capture` is asked for a
     snapshot at that rate at most, after `refresh`: it reads what the scheduler's thread may change and returns what
     makes the snapshot of it. That, `facts` (its parts that change without traffic) and sending are left to `sender`.
-    Only `beat` may be called from another thread.
+    Only `heartbeat` may be called from another thread.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Outbox:
         self.sender.close()
         self.publisher.close()
 
-    def beat(self, now_s: float, *, at_once: bool = False) -> None:
+    def heartbeat(self, now_s: float, *, at_once: bool = False) -> None:
         """Repeat the snapshot where nothing was sent for a while, for listeners come late, or where facts changed."""
         if at_once or time.monotonic() - self._sent_at > HEARTBEAT_S:
             self._sent_at = time.monotonic()

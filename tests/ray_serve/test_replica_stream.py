@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 from slos_serve.http.hub import Hub
 from slos_serve.http.metrics import SloMetrics
 from slos_serve.ray_serve.hops import FINISHED, VERDICT, Hop, Note, is_last
-from slos_serve.ray_serve.telling import EngineLostError, alive, told
+from slos_serve.ray_serve.replica_stream import EngineLostError, alive, told
 
 DONE = ["data: [DONE]\n\n"]
 

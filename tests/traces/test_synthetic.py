@@ -9,7 +9,7 @@ from slos_serve.cli import main
 from slos_serve.errors import ConfigError
 from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.workloads.scenarios import SCENARIOS, Offer, hardware_of
-from slos_serve.traces.standins import SYNTHETIC, data_folder, write_stand_ins
+from slos_serve.traces.synthetic import SYNTHETIC, data_folder, write_stand_ins
 from slos_serve.traces.trace import read_trace
 
 

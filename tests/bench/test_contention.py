@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slos_serve.bench.bystanders import Bystanders, threads_of
+from slos_serve.bench.contention import CpuContention, threads_of
 
 BUSY = "while True: pass"
 LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BUSY!r}], start_new_session=True)"
@@ -27,7 +27,7 @@ def test_a_server_that_shares_its_processor_with_others_waits_for_it(code):
     server, other = (subprocess.Popen([sys.executable, "-c", pinned + one]) for one in (code, BUSY))
     try:
         time.sleep(1.0)
-        with Bystanders(SimpleNamespace(process=server)) as others:
+        with CpuContention(SimpleNamespace(process=server)) as others:
             time.sleep(1.0)
             threads = len(threads_of(SimpleNamespace(process=server)))
     finally:

@@ -1,6 +1,6 @@
 """What is routed, the answer, and the books that every routing policy keeps.
 
-A policy is a `Dispatcher` with a `_rank`. The dispatcher remembers, for each replica, the last snapshot and
+A policy is a `RouterBase` with a `_rank`. The base remembers, for each replica, the last snapshot and
 what it has sent there since, so that a burst between two snapshots is seen; and it leaves out replicas that
 drain, are unhealthy, or were tried.
 """
@@ -173,7 +173,7 @@ class Known:
         return self.snapshot.num_running + self.snapshot.num_waiting + len(self.recent)
 
 
-class Dispatcher:
+class RouterBase:
     """The bookkeeping all policies share.
 
     `stale_s`: how old a snapshot may be. `transit_s`: a request sent this long before a snapshot has

@@ -27,7 +27,7 @@ ACCEPTANCE_PRIOR = 50.0  # draft tokens behind the acceptance a run starts from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
+class OutputOptions:
     """How outputs come about and what is known of them.
 
     `acceptance`: true chance that a draft token is accepted, by class ("" for the others).
@@ -43,7 +43,7 @@ class StreamOptions:
 
 
 def predicted_length(
-    lengths: LengthModel, sim: SimRequest, options: StreamOptions, produced: int = 0, quantile: float | None = None
+    lengths: LengthModel, sim: SimRequest, options: OutputOptions, produced: int = 0, quantile: float | None = None
 ) -> float:
     """Return the output length that a planner or a router is told, in tokens; at the options' quantile unless told."""
     if options.known_lengths:
@@ -61,11 +61,11 @@ def predicted_length(
     return min(max(tokens * options.length_error, produced + 1.0), float(request.max_output_tokens))
 
 
-class Streams:
+class Outputs:
     """The records of live requests, row by row as in the table."""
 
     def __init__(
-        self, table: RequestTable, lengths: LengthModel, rng: np.random.Generator, options: StreamOptions
+        self, table: RequestTable, lengths: LengthModel, rng: np.random.Generator, options: OutputOptions
     ) -> None:
         self.table = table
         self.lengths = lengths

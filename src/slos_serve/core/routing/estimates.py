@@ -1,7 +1,7 @@
 """All replicas at a glance: a guess of feasibility and a price for each, by one closed form over arrays.
 
-A panel keeps one column of figures for each replica, made anew only where its snapshot, or what was sent there
-since, has changed. The closed form over them (prefill backlog due before the request, the rate that the decodes
+`ReplicaEstimates` keeps one column of figures for each replica, made anew only where its snapshot, or what was sent
+there since, has changed. The closed form over them (prefill backlog due before the request, the rate that the decodes
 leave, KV blocks) narrows many replicas down to the few that are worth the planner's own test (`virtual_copy`).
 
 The price is what the promise takes of each resource until `RENT_S` from now (seconds of an idle engine; share
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slos_serve.core.perf import FloatArray
-from slos_serve.core.routing.dispatch import Arrival, Known
+from slos_serve.core.routing.router_base import Arrival, Known
 from slos_serve.core.routing.virtual_copy import LEAST_SHARE, Flow, VirtualCopy
 
 BoolArray = npt.NDArray[np.bool_]
@@ -61,7 +61,7 @@ NUM_FIGURES = len(Figures._fields)
 UNKNOWN = Figures(*[0.0] * NUM_FIGURES)._replace(time_s=-math.inf, peak=1.0, num_blocks=1.0, block_size=1.0)
 
 
-class Guesses(NamedTuple):
+class Estimates(NamedTuple):
     """The closed form's view of a request, arrays over `names`."""
 
     names: list[str]
@@ -90,7 +90,7 @@ class Guesses(NamedTuple):
         return list(order.tolist())
 
 
-class Panel:
+class ReplicaEstimates:
     """See the module's text."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Panel:
         assert flow is not None
         return flow
 
-    def guess(
+    def estimate(
         self,
         arrival: Arrival,
         names: list[str],
@@ -138,7 +138,7 @@ class Panel:
         cached: FloatArray,
         newness: FloatArray,
         now_s: float,
-    ) -> Guesses:
+    ) -> Estimates:
         """Return the closed form for a request.
 
         `known` is of `names`, all with a snapshot. `cached`: tokens of the prompt that each has; `newness`: the
@@ -166,7 +166,7 @@ class Panel:
         price += room * RENT_S * PRICE_BASE ** np.minimum(memory, FULLEST)
         fits = (slack_s >= 0.0) & (free >= 0.0) & (known.rate - known.load >= 1.0 / pace_s)
         num_requests = known.num_requests + newness * known.num_requests.mean()
-        return Guesses(names, known, left_tokens, wait_s, done, num_requests, fits, price, slack_s, rate)
+        return Estimates(names, known, left_tokens, wait_s, done, num_requests, fits, price, slack_s, rate)
 
 
 def progress(known: Figures[FloatArray], now_s: float) -> tuple[FloatArray, FloatArray]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Self
 
-    from slos_serve.bench.engines import Engine
+    from slos_serve.bench.engines import ServerProcess
 
 
-def threads_of(engine: Engine) -> dict[str, tuple[int, int]]:
+def threads_of(engine: ServerProcess) -> dict[str, tuple[int, int]]:
     """Return nanoseconds run, and waited for a processor, by thread of a server and of all its descendants."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -30,10 +30,10 @@ def threads_of(engine: Engine) -> dict[str, tuple[int, int]]:
     return found
 
 
-class Bystanders:
+class CpuContention:
     """Measure the share of the time for which a server's busiest thread was ready and got no processor: `waited`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ServerProcess) -> None:
         self.waited = 0.0
         self._engine = engine
 
