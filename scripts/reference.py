@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,12 +27,15 @@ from prometheus_client.metrics import MetricWrapperBase
 
 import slos_serve
 from slos_serve import cli
+from slos_serve.commands import simulate
 from slos_serve.commands.config import CLASS_KEYS, KEYS
 from slos_serve.config import BEST_EFFORT, SloClass, SloConfig, default_classes
 from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.http.metrics import SloMetrics
+from slos_serve.sim.hardware import load_hardware
 from slos_serve.sim.systems import SYSTEMS
 from slos_serve.sim.workloads.scenarios import SCENARIOS
+from slos_serve.traces.offered import tell
 from slos_serve.traces.registry import all_formats
 from slos_serve.vllm_plugin.safety.rules import SafetyLimits
 from slos_serve.vllm_plugin.settings import Settings
@@ -388,6 +393,52 @@ def _class_line(module: str, name: str) -> str:
     raise SystemExit(f"{module}: no {name}: expected the names of DOTTED in {__file__}")
 
 
+def examples() -> str:
+    """Return the page of examples: what each is, what it prints, and what is said of a file of each trace format."""
+    folder = ROOT / "examples"
+    parts = [NOTE, "# Examples", _ABOUT_EXAMPLES]
+    for path in sorted(folder.glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        parts += [f"## {path.stem}", about.split("\n\n")[0], f"[The file](../../examples/{path.name}). It prints"]
+        parts.append(f"```text\n{path.with_suffix('.out').read_text(encoding='utf-8').rstrip()}\n```")
+    parts += ["## Trace files", _ABOUT_TRACES]
+    for path in sorted((folder / "traces").iterdir(), key=lambda path: path.name):
+        shown = path.read_text(encoding="utf-8").splitlines()[:SHOWN_LINES]
+        shown = [line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..." for line in shown]
+        parts += [
+            f"### {path.name}",
+            "\n".join(["```text", *shown, "```"]),
+            "\n".join(["```text", *said_of(path), "```"]),
+        ]
+    return "\n\n".join(parts)
+
+
+def said_of(path: Path) -> list[str]:
+    """Return what `slos-serve simulate --trace FILE` says of a file on standard error."""
+    parser = argparse.ArgumentParser()
+    simulate.configure(parser)
+    more = NEEDED.get(path.name, [])
+    args = parser.parse_args(["--trace", path.name, *more])
+    with contextlib.chdir(path.parent), contextlib.redirect_stderr(io.StringIO()) as said:
+        workload, _, trace = simulate.build_workload(args, load_hardware(args.hardware))
+        assert trace is not None
+        tell(workload.name, workload.num_requests, trace.span_s, trace)
+    return [f"$ slos-serve simulate --trace {' '.join([path.name, *more])}", *said.getvalue().splitlines()]
+
+
+SHOWN_LINES, SHOWN_CHARACTERS = 3, 110
+NEEDED = {
+    "azure-openai.csv": ["--hardware", "h100-8b-derived"],
+    "vidur-lengths.csv": ["--arrivals", "poisson", "--rate", "2"],
+}
+_ABOUT_EXAMPLES = """\
+`examples/` in the repository. Each runs as it is, and a test compares what it prints with what is here; `...` stands for what
+another version of the planner may change."""
+_ABOUT_TRACES = """\
+A small file of each format that is read, in `examples/traces/`, its first lines, and what `simulate` says of it (`plan` and
+`bench` say the same). Which formats there are and how they are told apart: [Bring your trace](../traces.md)."""
+
+
 WRITERS = {
     "cli.md": commands,
     "configuration.md": configuration,
@@ -395,6 +446,7 @@ WRITERS = {
     "settings.md": settings,
     "simulation.md": simulation,
     "python.md": python,
+    "examples.md": examples,
 }
 
 

@@ -14,28 +14,11 @@ from slos_serve.traces.rows import ReadOptions
 from slos_serve.traces.source import opened
 from slos_serve.traces.trace import read_trace
 
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-AZURE_2023 = (
-    AZURE
-    + "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:50.9951690,879,55\n"
-)
-AZURE_2024 = (
-    AZURE
-    + "2024-05-12 00:00:00.001163+00:00,1452,3\n2024-05-12 00:00:01+00:00,862,38\n2024-05-12 00:00:01.157988+00:00,617,104\n"
-)
-CALLS = (
-    "timestamp [UTC],input_tokens,output_tokens,total_tokens\n"
-    '"8/15/2025, 5:50:43.282000 PM",3602,1480,5082\n"8/15/2025, 5:12:14.121000 PM",3396,1230,4626\n'
-    '"8/15/2025, 5:12:13 PM",120,0,120\n'
-)
-BURST = (
-    "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-    "5,ChatGPT,472,18,490,Conversation log\n45,ChatGPT,1087,0,1087,Conversation log\n118.5,GPT-4,417,276,693,API log\n"
-)
-VIDUR = (
-    "arrived_at,num_prefill_tokens,num_decode_tokens,session_id,block_hash_ids\n"
-    "0.0,30,140,7,11|22\n0.125,47,248,7,11|22|23\n1.5,16,4,8,\n"
-)
+SAMPLES = Path(__file__).parents[2] / "examples" / "traces"
+
+
+def sample(name):
+    return (SAMPLES / name).read_text(encoding="utf-8")
 
 
 def lines(*rows):
@@ -47,111 +30,30 @@ def length_line(at, prompt, output, ids=None, **more):
     return {"timestamp": at, "input_length": prompt, "output_length": output, **blocks, **more}
 
 
-MOONCAKE = lines(
-    length_line(0, 6758, 500, list(range(14))),
-    length_line(0, 700, 1, [0, 14]),
-    length_line(3000, 512, 90, [0]),
-    length_line(3000.5, 100, 2, []),
-    length_line(9000, 1025, 7),
-)
-BAILIAN = lines(
-    length_line(100.0, 40, 12, [1, 2, 3], chat_id=1, parent_chat_id=-1, type="text", turn=1),
-    length_line(130.5, 33, 9, [1, 7, 8], chat_id=2, parent_chat_id=-1, type="search", turn=1),
-    length_line(161.114, 90, 20, [1, 2, 3, 9, 10, 11], chat_id=3, parent_chat_id=1, type="text", turn=2),
-)
-TIMED = lines(length_line(0.5, 40, 12, [1, 2, 3]), length_line(31.0, 33, 9, [1, 7, 8]))
-GUIDELLM = lines(length_line(0.0, 10, 5), length_line(0.4, 15, 6), length_line(0.2, 20, 8))
-AIPERF = lines(
-    {"session_id": "s1", "timestamp": 0, "input_length": 300, "output_length": 40},
-    {"session_id": "s1", "delay": 2000, "input_length": 60, "output_length": 40},
-    {"timestamp": 4000, "text_input": "hello", "output_length": 8},
-)
-DYNAMO = lines(
-    {"created_time": 0, "input_tokens": 300, "output_tokens": 40, "session_id": "a"},
-    {"created_time": 1500, "input_tokens": 20, "output_tokens": 4, "session_id": "b"},
-    {"delay_ms": 500, "input_tokens": 60, "output_tokens": 40, "session_id": "a"},
-)
-VLLM_BENCH = json.dumps(
-    {
-        "start_times": [353399.72, 353400.48, 353400.91],
-        "input_lens": [600, 580, 610],
-        "output_lens": [100, 0, 97],
-        "errors": ["", "HTTP 503", ""],
-        "generated_texts": ["x" * 100_000] * 3,
-    }
-)
-
-
-def aiperf_record(start_ns, prompt, output, **more):
-    metrics = {} if prompt is None else {
-        "input_sequence_length": {"value": prompt, "unit": "tokens"},
-        "output_sequence_length": {"value": output, "unit": "tokens"},
-    }  # fmt: skip
-    metadata = {"request_start_ns": start_ns, "conversation_id": "c-0", "turn_index": 0, "benchmark_phase": "profiling"}
-    return {"metadata": metadata | more.pop("metadata", {}), "metrics": metrics, "error": None, **more}
-
-
-AIPERF_RESULT = lines(
-    aiperf_record(1759813207532900363, 550, 9),
-    aiperf_record(1759813208032900363, None, None, error={"code": 499}),
-    aiperf_record(1759813207032900363, 70, 5, metadata={"benchmark_phase": "warmup"}),
-    aiperf_record(1759813209532900363, 60, 3),
-)
-OLD_INFO = {"input_tokens": 591, "output_tokens": 140, "output_token_times": [100.3]}
-NEW_INFO = {"request_metrics": {"text": {"input_tokens": 30}}, "response_metrics": {"output_tokens": 7}}
-INFERENCE_PERF = json.dumps(
-    [
-        {"start_time": 100.0, "end_time": 101.5, "request": "{}", "info": OLD_INFO, "error": None},
-        {"start_time": 100.5, "end_time": 100.6, "request": "{}", "info": OLD_INFO, "error": {"error_type": "Timeout"}},
-        {"start_time": 102.0, "end_time": 103.0, "request": "{}", "info": NEW_INFO, "error": None},
-    ],
-    indent=1,
-)
-BENCH = lines(
-    *(
-        {
-            "request_id": f"r{i}", "class": "coding", "sent_s": 7 + 1.5 * i, "prompt_tokens": 100 + i,
-            "output_tokens": 20, "asked_output_tokens": 20 + i, "outcome": "failed" if i == 1 else "met",
-            "error": "HTTP 503" if i == 1 else None, "chunks": [[0.1, 1]],
-        }
-        for i in range(3)
-    )
-)  # fmt: skip
-
-
-def ended(arrival_s, **more):
-    facts = {"arrival_s": arrival_s, "num_prompt_tokens": 50, "num_output_tokens": 4, "slo_class": "chat"}
-    return {"kind": "request", "t": arrival_s + 9, "outcome": "met", **facts, **more}
-
-
+AZURE_2023, BURST, VIDUR = sample("azure-2023.csv"), sample("burstgpt.csv"), sample("vidur.csv")
+MOONCAKE, BAILIAN, AIPERF = sample("mooncake.jsonl"), sample("bailian.jsonl"), sample("aiperf-dataset.jsonl")
+BENCH, RECORD = sample("slos-serve-bench.jsonl"), sample("slos-serve-record.jsonl")
+LONG_TEXTS = {"generated_texts": ["x" * 100_000] * 3}  # what such a result holds may be far from its beginning
+VLLM_BENCH = json.dumps(json.loads(sample("vllm-bench-result.json")) | LONG_TEXTS)
 STEP = {"step": 1, "t": 1.0, "num_tokens": 4, "num_requests": 1, "seconds": 0.01}
-RECORD = lines(
-    {"kind": "engine", "schema": "slos-serve-record/1", "t": 0.0},
-    ended(1.0),
-    {"kind": "engine", "schema": "slos-serve-record/1", "t": 90.0},
-    STEP,
-    ended(102.5, num_cached_tokens=16),
-    ended(100.0, slo_class="best-effort"),
-    ended(101.0, outcome="failed", num_output_tokens=0),
-)
 
 #     file, format, times in s, prompts, outputs, cached, left out
 CASES = {
-    "own": ("arrived_at_s,prompt_tokens,output_tokens\n3,10,2\n4.5,20,3\n", "slos-serve CSV", [0, 1.5], [10, 20], [2, 3], [0, 0], {}),
+    "own": (sample("slos-serve.csv"), "slos-serve CSV", [0, 1.5], [10, 20], [2, 3], [0, 0], {}),
     "azure 2023": (AZURE_2023, "Azure LLM inference trace", [0, 4.314579, 4.314579], [374, 396, 879], [44, 109, 55], [0] * 3, {}),
-    "azure 2024": (AZURE_2024, "Azure LLM inference trace", [0, 0.998837, 1.156825], [1452, 862, 617], [3, 38, 104], [0] * 3, {}),
-    "azure openai": (CALLS, "log of calls", [1.121, 2310.282], [3396, 3602], [1230, 1480], [0] * 2, {"failed": 1}),
+    "azure 2024": (sample("azure-2024.csv"), "Azure LLM inference trace", [0, 0.998837, 1.156825], [1452, 862, 617], [3, 38, 104], [0] * 3, {}),
+    "azure openai": (sample("azure-openai.csv"), "log of calls", [1.121, 2310.282], [3396, 3602], [1230, 1480], [0] * 2, {"failed": 1}),
     "burstgpt": (BURST, "BurstGPT", [0, 113.5], [472, 417], [18, 276], [0] * 2, {"failed": 1}),
     "vidur": (VIDUR, "Vidur", [0, 0.125, 1.5], [30, 47, 16], [140, 248, 4], [0, 32, 0], {}),
     "mooncake": (MOONCAKE, "Mooncake", [0, 1.5, 3.0, 3.0005, 9.0], [6758, 700, 512, 100, 1025], [500, 1, 90, 2, 7], [0, 512, 512, 0, 0], {}),
     "bailian": (BAILIAN, "Bailian", [0, 30.5, 61.114], [40, 33, 90], [12, 9, 20], [0, 16, 48], {}),
-    "timed_trace": (TIMED, "vLLM timed_trace", [0, 30.5], [40, 33], [12, 9], [0, 16], {}),
-    "guidellm": (GUIDELLM, "guidellm trace", [0, 0.2, 0.4], [10, 20, 15], [5, 8, 6], [0] * 3, {}),
+    "timed_trace": (sample("vllm-timed-trace.jsonl"), "vLLM timed_trace", [0, 30.5], [40, 33], [12, 9], [0, 16], {}),
+    "guidellm": (sample("guidellm.jsonl"), "guidellm trace", [0, 0.2, 0.4], [10, 20, 15], [5, 8, 6], [0] * 3, {}),
     "aiperf dataset": (AIPERF, "AIPerf or Dynamo dataset", [0, 2], [300, 60], [40, 40], [0] * 2, {"without a length": 1}),
-    "dynamo": (DYNAMO, "AIPerf or Dynamo dataset", [0, 0.5, 1.5], [300, 60, 20], [40, 40, 4], [0] * 3, {}),
+    "dynamo": (sample("dynamo.jsonl"), "AIPerf or Dynamo dataset", [0, 0.5, 1.5], [300, 60, 20], [40, 40, 4], [0] * 3, {}),
     "vllm bench": (VLLM_BENCH, "vllm bench result", [0, 1.19], [600, 610], [100, 97], [0] * 2, {"failed": 1}),
-    "aiperf result": (AIPERF_RESULT, "AIPerf result", [0.5, 2.5], [550, 60], [9, 3], [0] * 2, {"failed": 1, "of the warm-up": 1}),
-    "inference-perf": (INFERENCE_PERF, "inference-perf result", [0, 2], [591, 30], [140, 7], [0] * 2, {"failed": 1}),
+    "aiperf result": (sample("aiperf-result.jsonl"), "AIPerf result", [0.5, 2.5], [550, 60], [9, 3], [0] * 2, {"failed": 1, "of the warm-up": 1}),
+    "inference-perf": (sample("inference-perf-result.json"), "inference-perf result", [0, 2], [591, 30], [140, 7], [0] * 2, {"failed": 1}),
     "our bench": (BENCH, "slos-serve bench", [0, 3], [100, 102], [20, 22], [0] * 2, {"failed": 1}),
     "our record": (RECORD, "slos-serve record", [0, 2.5], [50, 50], [4, 4], [0, 16], {"failed": 1}),
 }  # fmt: skip
