@@ -119,7 +119,7 @@ def test_a_file_without_kv_tokens_is_told_by_its_key(capsys, model, free_port, t
 
 
 def test_a_vllm_for_gpus_is_never_put_on_an_emulated_device(capsys, model, free_port, monkeypatch):
-    engines = [prepare.Engine(package="vllm", version="0.29.0", is_cpu=False)]
+    engines = [prepare.InstalledVllm(package="vllm", version="0.29.0", is_cpu=False)]
     monkeypatch.setattr(prepare, "installed_engines", lambda: engines)
     assert "build for CPUs" in fail(capsys, model, "--port", free_port, "--emulate", NAME)
 
