@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 HOMES = PAGES | {f"examples/{path.name}": f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 ESCAPED = re.compile(r"`[^`\n]*`")  # GitHub's tables want \| inside code, MkDocs' show it
+WORKER = "https://unpkg.com/iframe-worker/shim"  # what the theme would fetch so that files can be searched
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
@@ -39,3 +40,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"]({posixpath.relpath(HOMES[target], here or '.')}{match[2] or ''})"
 
     return ESCAPED.sub(lambda code: code[0].replace("\\|", "|"), LINK.sub(moved, markdown))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Have a page load nothing from another host."""
+    return output.replace(WORKER, posixpath.relpath("assets/iframe-worker.js", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """Do the same for pages that are no document, such as the one for what is not found."""
+    return output.replace(WORKER, "assets/iframe-worker.js")

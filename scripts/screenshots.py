@@ -1,8 +1,9 @@
-"""Take the documents' pictures of the live page, in each of its states, in a headless Chromium: docs/assets/slo-*.png.
+"""Take pictures of the live page in all its states and of the documentation site: docs/assets/slo-*.png, site-*.png.
 
     python scripts/screenshots.py [NAME ...]
 
-What they show is made up: a server of these pages is fed what an engine would say. No engine runs, nothing is measured.
+A headless Chromium takes them. What the live page shows is made up: a server of these pages is fed what an engine would
+say. No engine runs, nothing is measured. The site is built anew, its warnings are errors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import math
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -248,6 +250,12 @@ STATES = {
     "down": down,
     "cluster": cluster,
 }
+SITE = {
+    "site-light": "index.html",
+    "site-dark": "concepts/planning.html",
+    "site-phone": "guide/slos-and-classes.html",
+    "site-phone-dark": "results.html",
+}
 HEIGHTS = {
     "phone-dark": 1500,
     "observe": 900,
@@ -256,7 +264,12 @@ HEIGHTS = {
     "cluster": 900,
     "idle": 900,
     "record": 1500,
+    **dict.fromkeys(SITE, 1400),
 }
+
+
+PAGE_IS_SHOWN = "document.querySelector('#mode').textContent !== '' && document.querySelector('figure, #list') !== null"
+SITE_IS_SHOWN = "document.readyState === 'complete' && document.querySelector('article h1') !== null"
 
 
 async def shoot(name: str, address: str, folder: Path) -> None:
@@ -265,12 +278,10 @@ async def shoot(name: str, address: str, folder: Path) -> None:
     profile = folder / f"profile-{name}"
     profile.mkdir()
     async with browser(program, profile) as tab:
-        is_phone = name.startswith("phone")
-        await tab.look(390 if is_phone else 1180, 900, mobile=is_phone, dark="dark" in name)
+        is_phone = "phone" in name
+        await tab.look(390 if is_phone else 1280 if name in SITE else 1180, 900, mobile=is_phone, dark="dark" in name)
         await tab.open(address)
-        await tab.until(
-            "document.querySelector('#mode').textContent !== '' && document.querySelector('figure, #list') !== null"
-        )
+        await tab.until(SITE_IS_SHOWN if name in SITE else PAGE_IS_SHOWN)
         if name in {"declined", "record"}:
             await tab.value("document.querySelector('details summary').click()")
             await tab.until("document.querySelectorAll('svg.tokens').length > 0")
@@ -278,15 +289,27 @@ async def shoot(name: str, address: str, folder: Path) -> None:
         picture = await tab.picture(most_px=HEIGHTS.get(name, 2200))
         if tab.errors:
             sys.exit(f"{name}: {tab.errors}")
-    path = ASSETS / f"slo-{name}.png"
+    path = ASSETS / f"{name if name in SITE else f'slo-{name}'}.png"
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(96).save(path, optimize=True)
     print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+def site(folder: Path) -> Path:
+    """Build the documentation site, once; return where it is."""
+    target = folder / "site"
+    if not target.is_dir():
+        build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(target)]
+        subprocess.run(build, cwd=ROOT, check=True)
+    return target
 
 
 def main(names: list[str]) -> None:
     """Take the pictures of these names, all without any."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in names or [*STATES, "record"]:
+        for name in names or [*STATES, "record", *SITE]:
+            if name in SITE:
+                asyncio.run(shoot(name, (site(Path(folder)) / SITE[name]).as_uri(), Path(folder)))
+                continue
             if name == "record":
                 asyncio.run(shoot(name, record(Path(folder)), Path(folder)))
                 continue
