@@ -1,6 +1,7 @@
 """The whole of `slos-serve serve` on a real engine: measured, ready, answering with a promise, and gone when told."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.servers import ENVIRONMENT
 
 from slos_serve import cli
 
@@ -41,7 +43,8 @@ def test_a_server_without_a_profile_measures_itself_keeps_promises_and_can_say_w
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", "256M"]
     command += ["--profile", str(profile), "--reprofile", "--record", str(record)]
     with (tmp_path / "server.log").open("w") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        env = {**os.environ, **ENVIRONMENT}  # with other threads the model may say something else
+        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             line = child.stdout.readline()
             assert line, (tmp_path / "server.log").read_text()[-4000:]
