@@ -12,6 +12,7 @@ from slos_serve.core.baselines import VllmPlanner
 from slos_serve.lines import LineFile
 from slos_serve.vllm_plugin import pipeline as pipeline_module
 from slos_serve.vllm_plugin import runtime
+from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.pipeline import Pipeline
 from slos_serve.vllm_plugin.safety import cost as cost_module
 from slos_serve.vllm_plugin.safety import work_limit as effort
@@ -30,7 +31,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.now = self.free_at = 1.7e9
-        self.cpu = 0.0
+        self.cpu = self.others_s = 0.0
         self.cpu_s = self.wall_s = 0.0
         self.slowdown = 1.0
         self.ends: list[float] = []
@@ -44,6 +45,7 @@ class Machine:
     def spend(self) -> None:
         self.cpu += self.cpu_s
         self.now += max(self.wall_s, self.cpu_s)
+        self.others_s += max(self.wall_s - self.cpu_s, 0.0)
 
 
 class Spending:
@@ -103,6 +105,7 @@ def serving(build, monkeypatch, perf):
         slo = scheduler.slo
         slo.clock._read, slo.clock._last = (lambda: machine.now), machine.now
         slo.planner = Spending(machine)
+        slo._cpu_wait.read_s = lambda: 0.0  # what waits here is the test
         return Timed(scheduler, machine, perf)
 
     return _serving
@@ -143,6 +146,16 @@ def test_while_it_is_too_dear_nobody_plans_beside(serving) -> None:
     before = slo.num_plans
     engine.serve(50)
     assert slo.num_plans == before
+
+
+def test_what_others_had_the_cpus_for_is_no_delay_of_ours(serving) -> None:
+    engine = serving(AsyncSloScheduler)
+    slo, machine = engine.scheduler.slo, engine.machine
+    slo._cpu_wait.read_s = lambda: machine.others_s
+    machine.cpu_s, machine.wall_s = 0.9 * STEP_S, 1.5 * STEP_S
+    assert not engine.serve(1000, lambda: slo.safety.is_down)
+    machine.cpu_s = 1.4 * STEP_S
+    assert engine.serve(1000, lambda: slo.safety.is_down)
 
 
 @pytest.mark.parametrize("cls", [SloScheduler, AsyncSloScheduler])
@@ -197,6 +210,18 @@ def test_an_engine_that_can_hardly_afford_plans_makes_them_cheaper_and_steers_on
     engine.machine.cpu_s = 0.0
     assert engine.serve(4000, lambda: slo.work_limit.thrift == 0)
     assert slo.effective_mode == "enforce"
+
+
+def test_a_queue_that_waits_is_not_walked_at_each_plan(build, monkeypatch) -> None:
+    scheduler = build(max_num_seqs=4)
+    sizes = []
+    seen = view.seen
+    monkeypatch.setattr(view, "seen", lambda requests, **more: sizes.append(len(requests)) or seen(requests, **more))
+    for i in range(60):
+        scheduler.add_request(make_request(f"r{i}", max_tokens=20, args={"slo_ttft_ms": 60_000, "slo_tpot_ms": 1000}))
+    Engine(scheduler).run()
+    assert len(sizes) > 60
+    assert max(sizes) == 4
 
 
 def test_stalls_that_are_not_rare_excuse_nothing() -> None:

@@ -1,5 +1,6 @@
 """Why a request was not promised is found from its plan's own input, on a thread of its own."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ from tests.core.states import make_request, make_state
 
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import RequestTable
+from slos_serve.vllm_plugin import explaining
 from slos_serve.vllm_plugin.explaining import MAX_KEPT, Explainer
 from slos_serve.vllm_plugin.progress import MAX_POINTS, SPARE, Progress
 
@@ -47,12 +49,32 @@ def test_what_was_promised_or_never_planned_is_not_kept():
     assert "error" in explainer.answer("nobody")
 
 
-def test_only_the_last_that_were_refused_are_kept():
+def test_only_the_last_that_were_refused_are_kept(monkeypatch):
+    seconds = itertools.count()  # nobody waits for their turn
+    monkeypatch.setattr(explaining.time, "perf_counter", lambda: next(seconds) // 2 * 100.0)
     explainer = Explainer(SloPlanner)
     for i in range(MAX_KEPT + 10):
         explainer.keep(*refused(f"hard{i}"))
     assert len(explainer._kept) == MAX_KEPT
     assert "error" in explainer.answer("hard0")
+
+
+def test_where_many_are_refused_at_once_keeping_takes_a_fiftieth_of_the_time(monkeypatch):
+    now_s = 0.0
+    monkeypatch.setattr(explaining.time, "perf_counter", lambda: now_s)
+    copy = RequestTable.copy
+
+    def slow_copy(table):
+        nonlocal now_s
+        now_s += 0.001
+        return copy(table)
+
+    monkeypatch.setattr(RequestTable, "copy", slow_copy)
+    explainer = Explainer(SloPlanner)
+    for i in range(100):
+        explainer.keep(*refused(f"hard{i}"))
+        now_s += 0.01
+    assert len(explainer._kept) == 20  # of a millisecond each, in a second
 
 
 def test_a_planner_that_fails_is_told_and_others_can_be_asked_about():

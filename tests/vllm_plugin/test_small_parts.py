@@ -318,12 +318,12 @@ def test_planning_saves_up_for_bursts_and_is_held_to_its_share() -> None:
         limit.spend(0, 0.0001)
     assert limit.value == pytest.approx(burst, rel=0.01)
     spent = 0.0
-    for _ in range(1000):  # plans that take all they may
+    for _ in range(1000):  # plans that take all they may, beside what every plan costs
         limit.earn(0.05)
-        seconds = limit.value * 50e-9
+        seconds = 0.0001 + limit.value * 50e-9
         spent += seconds
         limit.spend(limit.value, seconds)
-    assert spent <= MOST_S + 1000 * SHARE * 0.05 + 1e-6
+    assert spent <= MOST_S + 1000 * (SHARE * 0.05 + 0.0001) + 1e-6
 
 
 def test_the_work_limit_follows_the_price_of_work() -> None:
@@ -336,3 +336,29 @@ def test_the_work_limit_follows_the_price_of_work() -> None:
         limit.spend(10_000, 0.001)  # twice as dear as thought
     limit.earn(100.0)
     assert limit.value == pytest.approx(before / 2, rel=0.01)
+
+
+def test_in_a_flood_new_promises_are_searched_for_when_that_is_paid_for_and_now_and_then_in_any_case() -> None:
+    from slos_serve.vllm_plugin.safety.work_limit import MOST_S, PATIENCE, WorkLimit
+
+    limit = WorkLimit()
+    assert all(limit.affords_new(800) for _ in range(10))  # much is saved
+    limit.spend(400_000, MOST_S)
+    assert [limit.affords_new(800) for _ in range(2 * PATIENCE + 2)] == 2 * ([False] * PATIENCE + [True])
+    assert limit.affords_new(0)
+    limit.earn(1.0)
+    assert limit.affords_new(800)
+
+
+def test_what_a_plan_costs_beside_its_work_is_neither_saved_for_nor_a_price_of_work() -> None:
+    from slos_serve.vllm_plugin.safety.work_limit import LEAST, WorkLimit
+
+    limit = WorkLimit()
+    for _ in range(100):
+        limit.spend(0, 0.002)
+    for _ in range(100):
+        limit.earn(0.02)
+        limit.spend(0, 0.002)
+    before = limit.value
+    limit.spend(10_000, 0.002 + 10_000 * 50e-9)
+    assert LEAST < limit.value == pytest.approx(before - 10_000, rel=0.02)

@@ -48,7 +48,7 @@ from slos_serve.core.planning.demand import (
     needed_each,
 )
 from slos_serve.core.planning.glance import glance
-from slos_serve.core.planning.step import Stepping
+from slos_serve.core.planning.step import NOBODY, Stepping
 from slos_serve.core.planning.trial import Trial, simulate
 from slos_serve.core.types import Plan, Verdict
 
@@ -105,7 +105,7 @@ class SloPlanner:
             batch_fixed_multiple=self.batch_fixed_multiple,
             brief_share=self.brief_fixed_multiple / self.batch_fixed_multiple,
             reserve=self.reserve,
-            most=MAX_CANDIDATES,
+            most=MAX_CANDIDATES if state.limits.looks_at_new else 0,
         )
         return plan or _Planning(self, state).run()
 
@@ -131,7 +131,7 @@ class _Planning(Stepping):
         verdicts: list[Verdict] = []
         crowded_out = at_risk = self.crowded_out()
         order = self.by_deadline(np.setdiff1d(self.promised, crowded_out) if crowded_out.size else self.promised)
-        candidates = self.servable(verdicts)
+        candidates = self.servable(verdicts) if self.state.limits.looks_at_new else NOBODY
         if candidates.size and not at_risk.size:
             order = self.by_deadline(np.concatenate([order, candidates]))
         demand = self.demand(order, np.where(self.is_promised, self.granted, 0.0))
@@ -145,7 +145,7 @@ class _Planning(Stepping):
                 at_risk = np.setdiff1d(self.promised, order)
             demand, chosen, trial, eager = self.admit_priced(demand, changed=kept is not None)
             order, demand = order[chosen], demand[:, chosen]
-        batch = self.batch(order, demand, at_risk, crowded_out, eager=eager, kept=trial.kept)
+        batch = self.batch(order, demand, at_risk, crowded_out, eager=eager, outcome=trial.outcome)
         self.promise(order, demand, trial, batch, verdicts)
         return Plan(
             batch=batch,

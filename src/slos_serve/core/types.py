@@ -288,7 +288,8 @@ class Limits:
 
     `guard_s` is subtracted from every deadline: the time between the end of a step and the client
     seeing its token. `work_limit` bounds a plan's search in elementary operations (labels expanded and
-    request-steps simulated); hosts calibrate it to about 2 ms.
+    request-steps simulated); hosts calibrate it to about 2 ms. Where `looks_at_new` is false a plan searches for no new
+    promise: who waits for one stays undecided, which a host asks for where it cannot pay for the search in every step.
     """
 
     max_num_batched_tokens: int
@@ -299,6 +300,7 @@ class Limits:
     max_draft_length: int = 0
     guard_s: float = 0.0
     work_limit: int = DEFAULT_WORK_LIMIT
+    looks_at_new: bool = True
 
     def __post_init__(self) -> None:
         for name in (

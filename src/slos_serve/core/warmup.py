@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from slos_serve.core.lengths import LengthModel
+from slos_serve.core.moves import NUM_SEEN, move_rows
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planning.steady import foretell
 from slos_serve.core.routing.routers import Arrival, SloRouter, snapshot_of
@@ -33,7 +34,7 @@ def warm_up_router() -> None:
 
 def warm_up(planner: Planner, limits: Limits) -> None:
     """Plan a few made-up situations."""
-    _grade_and_predict()
+    _move_and_grade()
     for num_candidates in (0, 2, 40):
         state = _situation(limits, num_candidates)
         foretell(replace(state, limits=replace(limits, max_draft_length=0)), planner.plan(state), 2)
@@ -43,8 +44,10 @@ def warm_up(planner: Planner, limits: Limits) -> None:
     planner.plan(_situation(small, 40, ttft_s=0.5))
 
 
-def _grade_and_predict() -> None:
-    """Grade one token of a stream that promises nothing, and learn from one length."""
+def _move_and_grade() -> None:
+    """Move a row of a table, grade one token of a stream that promises nothing, and learn from one length."""
+    rows, ends = _situation(_LIMITS, 0).requests.rows, np.zeros(64, np.int64)
+    move_rows(rows, np.zeros(1, np.int64), np.zeros((NUM_SEEN, 1), np.int64), ends, ends.copy(), 16, 0.0, 0.0, 0.0)
     grades, one = np.zeros(1, GRADE_DTYPE), np.ones(1, np.int64)
     feed_rows(grades, np.zeros(1, np.int64), one, np.zeros(1, np.int64), 1.0)
     lengths = LengthModel()

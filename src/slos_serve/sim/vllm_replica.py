@@ -69,6 +69,10 @@ class _FixedWork(WorkLimit):
         """The default limit, in units of work."""
         return DEFAULT_WORK_LIMIT
 
+    def affords_new(self, num_requests: int) -> bool:
+        """Look at everybody in every plan."""
+        return True
+
     def adapt(self, share: float, tolerated: float) -> None:
         """Leave plans as they are."""
 

@@ -1,12 +1,14 @@
 """Why a request was not promised, from the very input that the plan had: kept for the last of them, planned again.
 
-Keeping costs a copy of the table for each plan that says no to somebody for the first time. An explanation takes some
-dozens of plans; they are made when somebody asks, on a thread of their own that rests between any two, so that the
-scheduler never waits for more than one of them.
+Keeping costs a copy of the table for each plan that says no to somebody for the first time, and takes at most a fiftieth
+of the time: in a flood only some of the many that are declined can be explained. An explanation takes some dozens of
+plans; they are made when somebody asks, on a thread of their own that rests between any two, so that the scheduler never
+waits for more than one of them.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +21,7 @@ from slos_serve.core.types import Plan, Planner, ReplicaState
 
 MAX_KEPT = 256
 MAX_ROWS = 20_000  # of all states that are kept, 6 MB
+SHARE = 0.02  # of the scheduler's time
 REST_S = 0.02
 
 
@@ -30,18 +33,22 @@ class Explainer:
         self._kept: OrderedDict[str, ReplicaState] = OrderedDict()
         self._found: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._asked: str | None = None  # what the thread is at
+        self._keeps_from_s = -math.inf
 
     def keep(self, state: ReplicaState, plan: Plan) -> None:
         """Keep a plan's input for requests that it gives no promise, or lets go; before anything is changed by it."""
         refused = [verdict.request_id for verdict in plan.verdicts if not verdict.promised]
         names = [name for name in (*refused, *plan.at_risk) if name not in self._kept]
-        if not names:
+        began_s = time.perf_counter() if names else 0.0
+        if not names or began_s < self._keeps_from_s:
             return
         kept = replace(state, requests=state.requests.copy())
         self._kept.update(dict.fromkeys(names, kept))
         most = max(1, min(MAX_KEPT, MAX_ROWS // max(1, len(state.requests))))
         while len(self._kept) > most:
             self._kept.popitem(last=False)
+        ended_s = time.perf_counter()
+        self._keeps_from_s = ended_s + (ended_s - began_s) * (1.0 - SHARE) / SHARE
 
     def answer(self, request_id: str) -> dict[str, Any]:
         """Return `{"explanation": ...}`, `{"pending": true}` while it is made, or `{"error": ...}`; never waits."""

@@ -122,7 +122,12 @@ class NextStep:
             now_s=starts_s,
             requests=table,
             num_free_kv_blocks=view.free_units(parts.scheduler, parts.per_unit),
-            limits=replace(parts.limits, work_limit=parts.work_limit.value, max_num_seqs=self._free_seats()),
+            limits=replace(
+                parts.limits,
+                work_limit=parts.work_limit.value,
+                max_num_seqs=self._free_seats(),
+                looks_at_new=parts.work_limit.affords_new(len(table)),
+            ),
             perf_model=model,
             **({} if drafts is None else drafts.state(table.classes, parts.limits.max_draft_length)),
         )
@@ -138,7 +143,7 @@ class NextStep:
         foretold = foretell(state, plan, parts.work_limit.run_steps)
         if foretold is None:
             return
-        left, ids = tracker.left, tracker.table.request_ids
+        left, ids = tracker.moves.left, tracker.table.request_ids
         if not foretold.is_alone:  # an end lets others in
             foretold = foretold.until(int(left[left > 0].min(initial=1)))
         ending = np.flatnonzero((left > 0) & (left < len(foretold.starts_s))).tolist()
@@ -159,7 +164,7 @@ class NextStep:
         steering = Steering(
             parts.scheduler,
             batch,
-            waiting=tracker.runnable_waiting(),
+            waiting=tracker.waiting(batch.request_ids),
             stock=tracker.stock,
             stock_tokens=self._stock_tokens(plan) if tracker.stock else 0,
             next_draft_length=None if parts.drafts is None else parts.drafts.take_plan(batch, tracker.table),

@@ -31,7 +31,7 @@ class InFlight:
     its time would begin on an idle engine, on `perf_counter`: with the call of `schedule()`, which is part of a step
     under synchronous scheduling, else with the end of that call. `planned_s`: with margin, `predicted_s` without.
     `plan_age`: steps since its plan was made. `cost_s`: the CPU time of our code since the hand-over before; `delay_s`:
-    what the device waited of it.
+    what the device waited of it, beside what others had the CPUs for.
     """
 
     output: SchedulerOutput

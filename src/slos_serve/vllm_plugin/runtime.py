@@ -21,7 +21,7 @@ from slos_serve.vllm_plugin.next_step import NextStep
 from slos_serve.vllm_plugin.parts import Parts
 from slos_serve.vllm_plugin.pipeline import InFlight
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
-from slos_serve.vllm_plugin.safety.cost import Cost
+from slos_serve.vllm_plugin.safety.cost import Cost, CpuWait
 from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError
 from slos_serve.vllm_plugin.snapshot import capture
 
@@ -45,7 +45,8 @@ class SloRuntime(Parts):
         self._next = NextStep(self, self._ask)
         self._steering: Steering | None = None
         self._began = 0.0
-        self._cost = Cost()
+        self._cost, self._cpu_wait = Cost(), CpuWait()
+        self._waited_cpu_s = 0.0  # by the hand-over before
         self._shapes = Shapes(scheduler)
         self._done: tuple[InFlight, float] | None = None
         self._is_updating, self._is_watching = False, True
@@ -246,6 +247,7 @@ class SloRuntime(Parts):
         """Stop the thread, write what is buffered, close the channel."""
         self.housekeeper.stop()
         self.ended.stalls.close()
+        self._cpu_wait.close()
         self.learnt.save()
         self.recorder.flush()
         self.outbox.close()
@@ -267,7 +269,9 @@ class SloRuntime(Parts):
             elif self._next.carried is not None:
                 self._steering.go_on()
         now, ended = self.clock.now(), time.perf_counter()
-        cost_s = self._cost.take()
+        cost_s, waited_cpu_s = self._cost.take(), self._cpu_wait.read_s()
+        others_s, self._waited_cpu_s = waited_cpu_s - self._waited_cpu_s, waited_cpu_s
+        waited_s = max(0.0, self.pipeline.waited_s(now) - others_s)  # else, with an unknown time, nobody plans
         self.pipeline.add(
             InFlight(
                 output=output,
@@ -279,7 +283,7 @@ class SloRuntime(Parts):
                 predicted_s=predicted,
                 plan_age=0 if self._next.carried is None else self._next.carried.num_steps - 1,
                 cost_s=cost_s,
-                delay_s=0.0 if predicted is None else min(cost_s, self.pipeline.waited_s(now)),  # else nobody plans
+                delay_s=0.0 if predicted is None else min(cost_s, waited_s),
                 undrafted=self._undrafted(output.num_scheduled_tokens),
             )
         )

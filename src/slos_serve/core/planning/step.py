@@ -5,7 +5,8 @@ outputs outran their predicted lengths, the cheapest of them give way too.
 
 Best-effort work fills the batch up to the time at which the next promise needs the engine. While requests are being
 declined, it may lengthen only brief steps, because every newcomer waits for the end of the step; in the first tenth of
-each second that limit is off, so that nobody starves. What was promised and became late, or is at risk, comes first.
+each second that limit is off, so that nobody starves. Where the search had to end before it was known whether the promises
+hold, it takes what costs no time and nothing else. What was promised and became late, or is at risk, comes first.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning import batching
 from slos_serve.core.planning.columns import Columns
 from slos_serve.core.planning.demand import (
+    CUT_OFF,
     EPS_S,
     HAS_PREFILL,
+    KEPT,
     LEFT,
     LIMIT,
     NUM_TOTALS,
@@ -87,9 +90,9 @@ class Stepping(Columns):
         return out
 
     def batch(
-        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool, kept: bool
+        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool, outcome: int
     ) -> BatchPlan:
-        """Compose the next batch for the promised rows and fill it up; `kept`: all deadlines held on paper."""
+        """Compose the next batch for the promised rows and fill it up; `outcome`: how their trial on paper ended."""
         machine, now = self.machine, self.now
         tokens, totals = np.zeros(len(order)), np.zeros(NUM_TOTALS)
         live, prompts = batching.sides(demand)
@@ -109,6 +112,8 @@ class Stepping(Columns):
             preempted = self.make_room(order, index, counts, crowded_out)
             window = min(float(needed_each(demand, now).min(initial=math.inf)), machine.max_batch_s)
             until = min(now + window, float(totals[LIMIT]))
+            if outcome == CUT_OFF:  # nobody knows whether they can spare it
+                until = end
             brief = until
             if len(order) and self.declined.any() and self.state.now_s % 1.0 >= OPEN_SHARE:
                 brief = min(until, max(end, now + CROWDED_FIXED_MULTIPLE * self.fixed_s))
@@ -116,7 +121,7 @@ class Stepping(Columns):
             composed, composed_totals = (index, counts), totals.copy()
             index, counts = self.fill([(first, until), (rest, brief)], *composed, preempted, totals)
             later = batching.batch_end(machine, totals, now)
-            checked = kept and len(order) > 0 and later > end + EPS_S
+            checked = outcome == KEPT and len(order) > 0 and later > end + EPS_S
             if checked and not self.goes_on(demand, tokens, later, eager=eager):
                 # What the promised will need later may only use the room that costs no time.
                 totals = composed_totals

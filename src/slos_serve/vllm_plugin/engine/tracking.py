@@ -2,35 +2,33 @@
 
 One `Live` per request that vLLM holds, one row in the table per request that can run. A request that
 waits for its grammar has no row until vLLM can promote it; one that follows vLLM's own rules (see
-`view.follows_stock_rules`) never has one. Columns are refreshed before a plan, and only then, by list comprehensions
-over vLLM's requests and one assignment per column. Under asynchronous scheduling they say what will hold when the batch
-in flight has ended: its tokens are computed and out, at the time when it is expected to end.
+`view.follows_stock_rules`) never has one. Columns are refreshed before a plan, and only then, in one pass over the
+requests that run or ran (see `moves`). Under asynchronous scheduling they say what will hold when the batch in flight
+has ended: its tokens are computed and out, at the time when it is expected to end.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from slos_serve.config import SloConfig
 from slos_serve.core.lengths import LengthModel, turn
 from slos_serve.core.types import Request as CoreRequest
-from slos_serve.core.types import RequestTable, Tier
+from slos_serve.core.types import RequestTable, Status, Tier
 from slos_serve.vllm_plugin.engine import view
 from slos_serve.vllm_plugin.engine.asked import Asked
 from slos_serve.vllm_plugin.engine.hits import Hits
 from slos_serve.vllm_plugin.engine.live import Live
+from slos_serve.vllm_plugin.engine.moves import Moves
 from slos_serve.vllm_plugin.engine.outputs import Outputs
 from slos_serve.vllm_plugin.engine.said import said
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from slos_serve.core.types import BoolArray, Rows
     from slos_serve.vllm_plugin.engine.clock import Clock
 
 
@@ -66,12 +64,7 @@ class Tracker:
         self._unresolved: dict[str, Live] = {}
         self.is_async = is_async
         self._rows_live: list[Live] = []  # in row order
-        self._rows_requests: list[Request] = []
-        self._ends = np.zeros(64, np.int64)  # prompt and output tokens at vLLM's limit, in row order
-        # as of the last sync, in row order
-        self.running = np.zeros(0, np.bool_)
-        self.left = np.zeros(0, np.int64)  # tokens that vLLM will still schedule
-        self._block_size = int(scheduler.block_size)
+        self.moves = Moves(scheduler, self.table, is_async=is_async)
 
     @property
     def thinking_end(self) -> frozenset[int]:
@@ -186,10 +179,7 @@ class Tracker:
         index = self.table.add(self._core_request(live))
         self._predict(live, index, request.num_output_tokens)
         self._rows_live.append(live)
-        self._rows_requests.append(request)
-        if index == len(self._ends):
-            self._ends = np.concatenate([self._ends, self._ends])
-        self._ends[index] = request.num_prompt_tokens + request.max_tokens
+        self.moves.add(request, index)
         live.has_row = True
         self.num_with_slo += not live.planned_slo.is_empty
         self.hits.want([live.request_id])
@@ -210,10 +200,10 @@ class Tracker:
             self.num_with_slo -= not live.planned_slo.is_empty
             index = self.table.index(request_id)
             self.table.remove(request_id)
-            last_live, last_request = self._rows_live.pop(), self._rows_requests.pop()
+            self.moves.remove(request_id, index)
+            last = self._rows_live.pop()
             if index < len(self._rows_live):
-                self._rows_live[index], self._rows_requests[index] = last_live, last_request
-                self._ends[index] = self._ends[len(self._rows_live)]
+                self._rows_live[index] = last
         return live
 
     def reconcile(self) -> int:
@@ -253,42 +243,10 @@ class Tracker:
     def sync(self, ends_s: float) -> None:
         """Refresh the columns that vLLM moved; `ends_s`: when what is in flight is expected to end."""
         self._add_rows()
-        requests = self._rows_requests
-        count = len(requests)
-        if not count:
-            self.running = np.zeros(0, np.bool_)
-            return
         rows = self.table.rows
-        computed, produced = view.computed_tokens(requests), view.output_tokens(requests)
-        running = self.running = view.is_running(requests)
-        expected = view.placeholders(requests) if self.is_async else np.zeros(count, np.int64)
-        known = rows["num_prompt_tokens"] + produced
-        self.left = self._ends[:count] - np.maximum(computed, known - 1) + np.maximum(expected, 1) - 2
-        produced += expected
-        moved = produced > rows["num_output_tokens"]
-        if moved.any():  # what came since the last step came with the last output
-            rows["last_token_s"][moved] = self.outputs.last_s
-        if self.is_async:
-            in_flight = expected > 0
-            self._foretell(rows, in_flight, ends_s)
-            has_all = in_flight & (self.left <= 0)  # it will be asked for no more tokens, whatever its class may have
-            rows["max_output_tokens"][has_all] = produced[has_all]
-        rows["status"] = running
-        rows["num_computed_tokens"] = computed
-        rows["num_output_tokens"] = produced
-        rows["num_kv_blocks"] = -(-computed // self._block_size)
-        holds = np.minimum(rows["predicted_output_tokens"], rows["drawn_output_tokens"])
-        over = np.flatnonzero((produced >= holds) & (produced < rows["max_output_tokens"]))
-        for index in over.tolist():
-            self._predict(self._rows_live[index], index, int(produced[index]))
+        for index in self.moves.step(ends_s, self.outputs.last_s).tolist():
+            self._predict(self._rows_live[index], index, int(rows["num_output_tokens"][index]))
         self.hits.step()
-
-    def _foretell(self, rows: Rows, in_flight: BoolArray, ends_s: float) -> None:
-        """Write when the tokens in flight will be out, and take back what was foretold of those that are."""
-        last_s, first_s = rows["last_token_s"], rows["first_token_s"]
-        last_s[np.isfinite(last_s) & (last_s > self.outputs.last_s)] = self.outputs.last_s
-        last_s[in_flight] = ends_s
-        first_s[in_flight & ~np.isfinite(first_s)] = ends_s  # the true time is written when it comes
 
     def promote(self) -> None:
         """Give a row to each request whose grammar is ready."""
@@ -337,7 +295,9 @@ class Tracker:
         """Tell whether anybody asks for a promise, one whose grammar is not ready yet included."""
         return self.num_with_slo > 0 or any(not live.planned_slo.is_empty for live in self.blocked.values())
 
-    def runnable_waiting(self) -> dict[str, Request]:
-        """Return the waiting requests that have a row, by id."""
-        requests = self._rows_requests
-        return {requests[index].request_id: requests[index] for index in np.flatnonzero(~self.running).tolist()}
+    def waiting(self, request_ids: Sequence[str]) -> dict[str, Request]:
+        """Return those of the given requests that wait and may run, by id."""
+        index = self.table.find(request_ids)
+        index = index[index >= 0]
+        waits = index[self.table.rows["status"][index] == Status.WAITING].tolist()
+        return {live.request_id: live.request for live in map(self._rows_live.__getitem__, waits)}

@@ -21,11 +21,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
+from slos_serve.core.moves import COMPUTED, EXPECTED, IS_RUNNING, NUM_SEEN, PRODUCED
 from slos_serve.core.types import IntArray, Limits
 from slos_serve.vllm_plugin.engine.queues import KINDS, kind_in, kind_of
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.request import Request
 
@@ -215,6 +215,11 @@ def is_blocked(request: Request) -> bool:
     return request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED, RequestStatus.RUNNING)
 
 
+def has_run(request: Request) -> bool:
+    """Tell whether a request runs, or ran and was preempted."""
+    return request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
+
+
 def is_queued(request: Request) -> bool:
     """Tell whether a request waits to be admitted and holds no blocks that a step in flight may write."""
     return request.status is RequestStatus.WAITING or (
@@ -267,25 +272,20 @@ def ends_thinking(request: Request, marks: frozenset[int]) -> bool:
     return not marks.isdisjoint(tail)
 
 
-def is_running(requests: Sequence[Request]) -> npt.NDArray[np.bool_]:
-    """Return which requests run, shape (len(requests),)."""
+def seen(requests: Sequence[Request], *, is_async: bool) -> IntArray:
+    """Return what vLLM says of requests that run or ran, shape (`NUM_SEEN`, len(requests)); see `core.moves`.
+
+    Under async scheduling `num_computed_tokens` counts the steps in flight, and placeholders stand for the output
+    tokens that those may produce, drafts included.
+    """
     running = RequestStatus.RUNNING
-    return np.array([request.status is running for request in requests], dtype=np.bool_)
-
-
-def computed_tokens(requests: Sequence[Request]) -> IntArray:
-    """Return `num_computed_tokens`; under async scheduling it counts the steps in flight."""
-    return np.array(list(map(_computed_of, requests)), dtype=np.int64)
-
-
-def output_tokens(requests: Sequence[Request]) -> IntArray:
-    """Return the output tokens that are out, shape (len(requests),)."""
-    return np.array(list(map(len, map(_outputs_of, requests))), dtype=np.int64)
-
-
-def placeholders(requests: Sequence[Request]) -> IntArray:
-    """Return how many output tokens the steps in flight may produce, drafts included, shape (len(requests),)."""
-    return np.array(list(map(_placeholders_of, requests)), dtype=np.int64)
+    found = np.zeros((NUM_SEEN, len(requests)), np.int64)
+    found[IS_RUNNING] = [request.status is running for request in requests]
+    found[COMPUTED] = list(map(_computed_of, requests))
+    found[PRODUCED] = list(map(len, map(_outputs_of, requests)))
+    if is_async:
+        found[EXPECTED] = list(map(_placeholders_of, requests))
+    return found
 
 
 def drop_stale_drafts(scheduler: Any, scheduled: Mapping[str, int]) -> list[str]:

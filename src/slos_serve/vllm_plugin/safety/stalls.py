@@ -7,10 +7,10 @@ own code takes time. What none of these explains was spent in the engine's execu
 from __future__ import annotations
 
 import gc
-import threading
 import time
-from pathlib import Path
 from typing import NamedTuple
+
+from slos_serve.vllm_plugin.safety.cost import CpuWait
 
 
 class Spent(NamedTuple):
@@ -37,23 +37,24 @@ class Stalls:
     def __init__(self) -> None:
         self._collected_s = 0.0
         self._began_s = 0.0
-        self._schedstat = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
-        self._marked = (0.0, self._waited_s())
+        self._waiting = CpuWait()
+        self._marked = (0.0, self._waiting.read_s())
         gc.callbacks.append(self._collect)
 
     def close(self) -> None:
         """Watch no longer."""
         if self._collect in gc.callbacks:
             gc.callbacks.remove(self._collect)
+        self._waiting.close()
 
     def mark(self) -> None:
         """Count from now on; on the thread that is watched."""
-        self._marked = (self._collected_s, self._waited_s())
+        self._marked = (self._collected_s, self._waiting.read_s())
 
     def since(self, ours_s: float) -> Spent:
         """Return what held the thread up since the last mark; `ours_s` is what our code took."""
         collected_s, waited_s = self._marked
-        return Spent(self._collected_s - collected_s, max(0.0, self._waited_s() - waited_s), ours_s)
+        return Spent(self._collected_s - collected_s, max(0.0, self._waiting.read_s() - waited_s), ours_s)
 
     def _collect(self, phase: str, _info: dict[str, int]) -> None:
         now = time.perf_counter()
@@ -61,10 +62,3 @@ class Stalls:
             self._began_s = now
         else:
             self._collected_s += now - self._began_s
-
-    def _waited_s(self) -> float:
-        """Return for how long the thread has waited for a CPU, by the kernel's count; 0 where there is none."""
-        try:
-            return int(self._schedstat.read_text().split()[1]) / 1e9
-        except (OSError, IndexError, ValueError):
-            return 0.0
