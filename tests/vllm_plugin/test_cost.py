@@ -148,14 +148,14 @@ def test_while_it_is_too_dear_nobody_plans_beside(serving) -> None:
     assert slo.num_plans == before
 
 
-def test_what_others_had_the_cpus_for_is_no_delay_of_ours(serving) -> None:
+@pytest.mark.parametrize(("ours", "is_too_dear"), [(0.9, False), (1.4, True)])
+def test_what_others_had_the_cpus_for_is_no_delay_of_ours(serving, ours, is_too_dear) -> None:
     engine = serving(AsyncSloScheduler)
     slo, machine = engine.scheduler.slo, engine.machine
     slo._cpu_wait.read_s = lambda: machine.others_s
-    machine.cpu_s, machine.wall_s = 0.9 * STEP_S, 1.5 * STEP_S
-    assert not engine.serve(1000, lambda: slo.safety.is_down)
-    machine.cpu_s = 1.4 * STEP_S
-    assert engine.serve(1000, lambda: slo.safety.is_down)
+    machine.cpu_s, machine.wall_s = ours * STEP_S, 1.5 * STEP_S
+    assert engine.serve(400, lambda: slo.safety.is_down) == is_too_dear
+    assert is_too_dear or slo.safety.time_share < 0.01
 
 
 @pytest.mark.parametrize("cls", [SloScheduler, AsyncSloScheduler])

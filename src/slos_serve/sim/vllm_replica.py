@@ -69,7 +69,7 @@ class _FixedWork(WorkLimit):
         """The default limit, in units of work."""
         return DEFAULT_WORK_LIMIT
 
-    def affords_new(self, num_requests: int) -> bool:
+    def affords_new(self, num_requests: int) -> bool:  # noqa: ARG002 - a wall clock's question
         """Look at everybody in every plan."""
         return True
 

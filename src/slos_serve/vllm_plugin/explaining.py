@@ -1,9 +1,9 @@
 """Why a request was not promised, from the very input that the plan had: kept for the last of them, planned again.
 
-Keeping costs a copy of the table for each plan that says no to somebody for the first time, and takes at most a fiftieth
-of the time: in a flood only some of the many that are declined can be explained. An explanation takes some dozens of
-plans; they are made when somebody asks, on a thread of their own that rests between any two, so that the scheduler never
-waits for more than one of them.
+Keeping costs a copy of the table for each plan that says no to somebody for the first time, and takes a fiftieth of the
+time at most: in a flood only some of the many that are declined can be explained. An explanation takes some dozens of
+plans; they are made when somebody asks, on a thread of their own that rests between any two, so that the scheduler
+never waits for more than one of them.
 """
 
 from __future__ import annotations

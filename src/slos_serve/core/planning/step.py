@@ -5,8 +5,9 @@ outputs outran their predicted lengths, the cheapest of them give way too.
 
 Best-effort work fills the batch up to the time at which the next promise needs the engine. While requests are being
 declined, it may lengthen only brief steps, because every newcomer waits for the end of the step; in the first tenth of
-each second that limit is off, so that nobody starves. Where the search had to end before it was known whether the promises
-hold, it takes what costs no time and nothing else. What was promised and became late, or is at risk, comes first.
+each second that limit is off, so that nobody starves. Where the search had to end before it was known whether the
+promises hold, it takes what costs no time and nothing else. What was promised and became late, or is at risk, comes
+first.
 """
 
 from __future__ import annotations
