@@ -1,7 +1,7 @@
 """Many replicas on this machine, for real: what faults cost, what routing is worth, what Ray adds.
 
     python benchmarks/cluster.py demo         two replicas, one killed under load: what its clients see
-    python benchmarks/cluster.py faults       kill, hang, slow, drain, late: what became of every request
+    python benchmarks/cluster.py faults       kill, hang, slow, drain, late, pause: what became of every request
     python benchmarks/cluster.py routers      attainment by router at equal load with square bursts, three seeds each
     python benchmarks/cluster.py path         TTFT and token gaps of one replica behind Ray against a bare engine
     python benchmarks/cluster.py autoscaling  from one replica to two under load, and back

@@ -14,14 +14,17 @@ from typing import Any
 import psutil
 from cluster_bed import MODEL, App, Bed, capacity_rps, measure, requests_of
 from cluster_terminal import say
+from ray import serve
 
 from slos_serve.bench.client import BenchRequest, StreamResult, offer
 from slos_serve.bench.endings import LOST, REFUSED, ending
 from slos_serve.bench.grade import entry, grade_run
 from slos_serve.bench.scaled import Scaled
+from slos_serve.ray_serve.cluster import APPLICATION
 
-FAULTS = ("kill", "hang", "slow", "drain", "late")
-FAULT_AT_S, FAULT_FOR_S, LATE_FOR_S = 10.0, 30.0, 90.0
+FAULTS = ("kill", "hang", "slow", "drain", "late", "pause")
+FAULT_AT_S, FAULT_FOR_S, LONG_FOR_S = 10.0, 30.0, 90.0
+PAUSE_S = 70.0  # longer than a replica that is not paused may go without a step
 SHARE = 0.35  # of the capacity: one of two replicas could nearly carry it
 NOTICE_S, RECOVERY_S = 60.0, 240.0
 
@@ -44,7 +47,8 @@ def fault(name: str, bed: Bed, app: App) -> Iterator[Callable[[], dict[str, Any]
     """Yield a function that does it, to the busiest replica, and says to which; undo it at the end.
 
     kill: SIGKILL to all its processes. hang: SIGSTOP. slow: stopped half of the time. drain: a rolling update, each
-    replica drained and replaced. late: killed before the load, so that its successor joins under it.
+    replica drained and replaced. late: killed before the load, so that its successor joins under it. pause: by its
+    operator, in mode `keep`; whichever replica Ray gives the order to.
     """
     stop = threading.Event()
     stopped: list[psutil.Process] = []
@@ -61,6 +65,8 @@ def fault(name: str, bed: Bed, app: App) -> Iterator[Callable[[], dict[str, Any]
             threading.Thread(target=slow_down, args=(processes[1:], stop), daemon=True).start()
         elif name == "drain":
             bed.deploy()
+        elif name == "pause":
+            return pause(app, stop)
         return busiest
 
     try:
@@ -68,6 +74,20 @@ def fault(name: str, bed: Bed, app: App) -> Iterator[Callable[[], dict[str, Any]
     finally:
         stop.set()
         each(stopped, psutil.Process.resume)
+
+
+def pause(app: App, stop: threading.Event) -> dict[str, Any]:
+    """Pause one replica for `PAUSE_S`, and return what it says of itself then."""
+    handle = serve.get_deployment_handle(app.status()[0]["deployment"], APPLICATION)
+    handle.pause.remote(mode="keep").result(timeout_s=NOTICE_S)
+
+    def resume() -> None:
+        stop.wait(PAUSE_S)
+        handle.broadcast("resume").results(timeout_s=NOTICE_S)
+
+    threading.Thread(target=resume, daemon=True).start()
+    app.wait_until(lambda _: any(one["paused"] for one in app.status()), NOTICE_S)
+    return next(one for one in app.status() if one["paused"])
 
 
 def slow_down(processes: Sequence[psutil.Process], stop: threading.Event) -> None:
@@ -85,16 +105,18 @@ def slow_down(processes: Sequence[psutil.Process], stop: threading.Event) -> Non
 def run_fault(name: str, bed: Bed, app: App, scaled: Scaled, options: argparse.Namespace) -> dict[str, Any]:
     """Offer a steady load, strike once, and say what became of every request."""
     rate = options.rate or SHARE * capacity_rps(scaled, bed.num_replicas)
-    strike_at_s, load_s = (0.0, LATE_FOR_S) if name == "late" else (FAULT_AT_S, FAULT_FOR_S)
+    strike_at_s = 0.0 if name == "late" else FAULT_AT_S
+    load_s = LONG_FOR_S if name in ("late", "pause") else FAULT_FOR_S
     requests = requests_of(scaled, rate, load_s, options.seed, "poisson")
     struck: dict[str, Any] = {}
+    before = {one["pid"] for one in app.status()}
     with fault(name, bed, app) as strike:
 
         def hit() -> None:
             struck["at"] = time.perf_counter()
             struck.update(strike())
             say(f"{name}: replica {struck['id']}, {struck['num_running'] or 0} requests under way there")
-            if name in ("kill", "hang", "late"):
+            if name in ("kill", "hang", "late", "pause"):
                 app.wait_until(lambda usable: usable < bed.num_replicas, NOTICE_S)
                 say(f"  noticed after {time.perf_counter() - struck['at']:.1f} s")
             if name != "slow" and app.wait_until(lambda usable: usable >= bed.num_replicas, RECOVERY_S) is not None:
@@ -107,7 +129,9 @@ def run_fault(name: str, bed: Bed, app: App, scaled: Scaled, options: argparse.N
         results = asyncio.run(offer(app.url, MODEL, requests, drain_timeout_s=90.0))
         timer.join()
     recovery_s = round(struck["recovered"] - struck["at"], 1) if "recovered" in struck else None
-    return {"fault": name, **tally(requests, results, struck["at"] - started), "recovery_s": recovery_s}
+    ended = tally(requests, results, struck["at"] - started)
+    return {"fault": name, **ended, "replaced": len(before - {one["pid"] for one in app.status()}),
+            "recovery_s": recovery_s}  # fmt: skip
 
 
 def tally(requests: Sequence[BenchRequest], results: Sequence[StreamResult], at_s: float) -> dict[str, Any]:

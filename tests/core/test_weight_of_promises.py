@@ -14,12 +14,14 @@ from slos_serve.core.planning.demand import (
     DUE,
     GAIN,
     GAP,
+    LEAD,
     LEFT,
     NUM_COLUMNS,
     OUTPUT_LEFT,
     TPOT,
     VERIFY,
     needed_s,
+    owe_next,
 )
 from slos_serve.core.types import RequestTable, Status, Tier
 
@@ -127,6 +129,14 @@ def test_batches_as_far_apart_as_needed_are_in_time_for_every_token_but_none_far
         assert ends[-1] == pytest.approx(at[-1])
 
 
+@given(seconds, seconds)
+def test_the_schedule_is_not_forgotten_where_a_silence_ends_first(scheduled, latest):
+    demand = demand_of(math.inf, 0.1, 5.0)
+    owe_next(demand, 0, scheduled, latest)
+    assert demand[DUE, 0] == min(scheduled, latest)
+    assert demand[DUE, 0] + demand[LEAD, 0] == pytest.approx(scheduled)
+
+
 def test_a_prompt_needs_no_batch_for_tokens_that_nobody_expects():
     assert needed_s(demand_of(math.inf, 1e-6, 1.0, deadline=5.0, prompt=100.0), 0, 0.0) == math.inf
     assert needed_s(demand_of(math.inf, 0.1, 11.0, deadline=5.0, prompt=100.0), 0, 0.0) == pytest.approx(0.6)
@@ -157,12 +167,12 @@ def test_a_pace_that_an_idle_engine_cannot_hold_is_declined_at_once_and_costs_no
 
 
 @settings(deadline=None, max_examples=100)
-@given(seconds, st.integers(1, 8000))
-def test_a_promise_with_endless_slack_keeps_nobody_else_from_being_promised(tpot, predicted):
+@given(seconds, st.integers(1, 8000), st.sampled_from([None, 1.0, 5.0]))
+def test_a_promise_with_endless_slack_keeps_nobody_else_from_being_promised(tpot, predicted, gap):
     def promised(evil):
         table = RequestTable()
         if evil:
-            add_asking(table, {"ttft_s": 1e9, "tpot_s": tpot}, predicted=float(predicted))
+            add_asking(table, {"ttft_s": 1e9, "tpot_s": tpot, "max_gap_s": gap}, predicted=float(predicted))
         for i in range(30):
             add_decode(table, f"old{i}", now_s=100.0, prompt=1000, predicted=300, tpot_s=0.03 if i % 3 else 0.1)
         for i in range(6):

@@ -174,6 +174,13 @@ def test_every_make_target_that_a_page_names_exists(name):
     assert not [target for target in named if target not in targets]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_test_that_a_page_names_exists(name):
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text_of(ROOT / name)):
+        assert (ROOT / file).exists(), file
+        assert not test or re.search(rf"def {test}\(", text_of(ROOT / file)), test
+
+
 def test_the_site_builds_without_a_warning_and_fetches_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

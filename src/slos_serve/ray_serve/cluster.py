@@ -27,8 +27,10 @@ POLL_S = 0.5
 CONNECT_S = 5.0
 START_ATTEMPTS = 4
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-# A replica that hangs would keep its place for the whole patience.
-CONTROLLER = {"runtime_env": {"env_vars": {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}}}
+# A replica that hangs would keep its place for the whole patience; a proxy that takes long over its start, on a busy
+# machine, would be killed three times five seconds later, and the start with it.
+SETTINGS = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30"}
+CONTROLLER = {"runtime_env": {"env_vars": SETTINGS}}
 
 
 class RayCluster:
