@@ -20,7 +20,6 @@ from typing import Any
 
 import coverage
 import pytest
-from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "http")
@@ -36,6 +35,8 @@ class FewExamples:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Change the settings of the properties among the tests."""
+        from hypothesis import settings  # noqa: PLC0415 - pytest is to import it first
+
         for item in items:
             known = getattr(item.obj, HYPOTHESIS, None)
             if known is not None:

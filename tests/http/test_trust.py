@@ -381,6 +381,27 @@ def test_a_tenant_sees_its_own_requests_alone_and_its_operator_all(client, vllm,
     assert client.get("/v1/slo/classes", headers=[*ACME.items(), *BETA.items()]).status_code == 400
 
 
+def test_why_a_request_was_not_promised_is_told_without_the_others_but_to_operators(client, vllm, hub, say):
+    configure(hub, api_keys=KEYS)
+    vllm.on_request = lambda xargs: hub.feed(
+        {"verdicts": [say.verdict(xargs["slo_id"], "best-effort", "compute", tenant="acme")]}
+    )
+    client.post(CHAT, json=body(slo={"class": "chat"}), headers={**ACME, "x-request-id": "abc"})
+    page = "/v1/slo/requests/abc/explanation"
+    assert "no engine" in client.get(page, headers=ACME).json()["note"]
+
+    def silent(order):
+        raise TimeoutError("it does not answer")
+
+    hub.controls.append(silent)
+    assert client.get(page, headers=ACME).json()["note"] == "it does not answer"
+    answers = [{"pending": True}, *[{"explanation": {"binding": "compute", "without": ["beta"], "num_at_risk": 2}}] * 2]
+    hub.controls.append(lambda order: answers.pop(0))
+    assert client.get(page, headers=ACME).json()["explanation"] == {"binding": "compute"}
+    assert client.get(page, headers=OPS).json()["explanation"]["without"] == ["beta"]
+    assert client.get(page, headers=BETA).status_code == 404
+
+
 def test_nobody_takes_another_tenants_name_for_a_request(client, vllm, hub):
     configure(hub, api_keys=KEYS)
     for who in (BETA, ACME, BETA):
