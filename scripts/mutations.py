@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "every decline crowds",
         "core/planning/columns.py",
-        "has_slo and _is_possible(rows, i, tpot, fixed_s, lines)",
-        "has_slo",
+        "declined and _is_possible(rows, i, table[TPOT, i], fixed_s, lines)",
+        "declined",
         WEIGHT,
     ),
     Mutation(
@@ -118,8 +118,8 @@ MUTATIONS = (
     Mutation(
         "step-down by one tenant",
         f"{PLUGIN}/safety/rules.py",
-        "            del count[worst[0][0]], broken[worst[0][0]]\n",
-        "            pass\n",
+        "if count - self._given[tenant] >= _OTHERS:",
+        "if False:",
         "tests/vllm_plugin/test_safety.py",
     ),
     Mutation(
@@ -138,7 +138,7 @@ MUTATIONS = (
     ),
     Mutation(
         "misses of ours do not count",
-        f"{PLUGIN}/engine/tracking.py",
+        f"{PLUGIN}/engine/live.py",
         "> self.promised_tokens",
         "> 0",
         "tests/vllm_plugin/test_outrun.py",
