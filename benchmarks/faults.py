@@ -60,7 +60,7 @@ PRELOAD, CLOCK_FILE = "LD_PRELOAD", "SET_CLOCK_FILE"
 STARTING, STARTING_S = "starting", 4.0
 STRIKES_AFTER_S = 1.0  # into its phase
 PROBE_SLO = {"ttft_ms": 5000.0, "tpot_ms": 2000.0}
-START_S, RECOVER_S, DRAIN_S = 600.0, 600.0, 60.0  # a busy machine takes minutes over a start
+START_S, RECOVER_S, DRAIN_S = 600.0, 600.0, 180.0  # a busy machine takes minutes over a start
 COLUMNS = ("offered", "met", "missed", "declined", "rejected", "failed_clearly", "lost", "doubled")
 
 
