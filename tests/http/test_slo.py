@@ -142,11 +142,12 @@ def test_where_keys_are_told_apart_nobody_is_heard_without_one(read):
     wish = {"slo": {"class": "chat"}, "service_tier": "priority", "vllm_xargs": {"slo_class": "tool"}}
     for headers in ({}, NOBODY, {**NOBODY, "x-slo-class": "coding"}):
         request = read(wish, headers, api_keys=KEYS, priority_class="chat")
-        assert (request.slo_class, request.asked) == ("best-effort", False)
+        assert (request.slo_class, request.best_effort, request.reason) == ("best-effort", True, "unknown-key")
         assert read(wish, headers, api_keys=KEYS, default_class="voice").slo_class == "voice"
         with pytest.raises(UnknownKeyError):
             read(wish, headers, api_keys=KEYS, unknown_keys="refuse")
     assert read(wish, ACME, api_keys=KEYS, unknown_keys="refuse").slo_class == "chat"
+    assert not read({}, NOBODY, api_keys=KEYS).asked
 
 
 def test_a_model_that_is_not_named_is_the_one_that_is_served(read):

@@ -1,11 +1,11 @@
 """A request's span says what was promised and kept, stands in the client's trace, and is the parent of vLLM's."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
+from tests.collector import Collector, attributes
 
 from slos_serve.config import SloClass, SloConfig
 from slos_serve.http import tracing
@@ -148,30 +148,6 @@ def test_where_nothing_exports_spans_headers_stay_as_they_are(client, vllm):
     assert vllm.headers[0]["traceparent"] == CONTEXT["traceparent"]
 
 
-class Collector:
-    """An OTLP collector over gRPC that keeps the names and attributes of the spans it is sent."""
-
-    def __init__(self):
-        grpc = pytest.importorskip("grpc")
-        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-
-        self._answer = trace_service_pb2.ExportTraceServiceResponse
-        self.spans = []
-        self._server = grpc.server(ThreadPoolExecutor(1))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.url = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def Export(self, request, context):  # noqa: N802 - the protocol's name
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.spans += [(scope.scope.name, span) for span in scope.spans]
-        return self._answer()
-
-    def close(self):
-        self._server.stop(0).wait()
-
-
 def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say):
     """The exporter is the one that vLLM makes for `--otlp-traces-endpoint`."""
     exporters = pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
@@ -191,7 +167,5 @@ def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say):
         collector.close()
     assert (scope, span.name) == ("slos_serve", f"POST {CHAT}")
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
-    said = {one.key: one.value for one in span.attributes}
-    assert said["slos_serve.promise_kept"].bool_value
-    assert said["slos_serve.least_slack_ms.prefill"].double_value == 29.0
-    assert said["slos_serve.class"].string_value == "chat"
+    said = attributes(span)
+    assert (said["promise_kept"], said["least_slack_ms.prefill"], said["class"]) == (True, 29.0, "chat")

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     DEADLINE_PASSED = "deadline-passed"
     REQUESTED = "requested"
     NO_PRIORITY_CLASS = "no-priority-class"
+    UNKNOWN_KEY = "unknown-key"
     INVALID = "invalid"
     OBSERVE = "observe"
     PAUSED = "paused"
@@ -104,6 +105,7 @@ MEANINGS: dict[type[StrEnum], dict[str, str]] = {
         Reason.DEADLINE_PASSED: "its first token was due before it could be planned",
         Reason.REQUESTED: "nothing else was asked for",
         Reason.NO_PRIORITY_CLASS: "`service_tier: priority` was asked for, and the operator has named no class for it",
+        Reason.UNKNOWN_KEY: "it came with none of the operator's API keys, so what it asks for is not heard",
         Reason.INVALID: "its `vllm_xargs` make no sense as an SLO",
         Reason.OBSERVE: "plans are not carried out now, for the engine or for its class",
         Reason.PAUSED: "the operator has paused the engine; it may be promised when that ends",

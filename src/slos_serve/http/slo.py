@@ -125,6 +125,7 @@ class Operator:
         stage = self._stage(named, slo) or ("loop" if body.get("tools") else "final")
         said = self._body(slo) or self._headers(named) or self._tier(body.get("service_tier"))
         own = _own_xargs(body)
+        is_unheard = not caller.is_known and bool(said or own)
         if not caller.is_known:
             said, own = None, {}
         mapped = self._mapped(caller, body.get("model"), tenant)
@@ -138,9 +139,8 @@ class Operator:
         label = self.config.label(class_name, overrides)
         ttl_s = self._ttl_s(label)
         is_unnamed = label == BEST_EFFORT and class_name is None and self._is_unnamed_priority(body, caller)
-        asked = (
-            is_unnamed or label != BEST_EFFORT or (said is not None and class_name == BEST_EFFORT) or ttl_s is not None
-        )
+        is_told = is_unheard or is_unnamed or (said is not None and class_name == BEST_EFFORT)
+        asked = is_told or label != BEST_EFFORT or ttl_s is not None
         if asked:
             # `custom` is a name for people: the engine gets the numbers and falls back on the default class.
             xargs |= {"slo_class": label} if label != CUSTOM else {}
@@ -158,7 +158,7 @@ class Operator:
             shown_tenant=self._shown(tenant, claimed),
             session=session,
             tier=self._used_tier(body.get("service_tier")),
-            reason=Reason.NO_PRIORITY_CLASS if is_unnamed else Reason.REQUESTED,
+            reason=Reason.UNKNOWN_KEY if is_unheard else Reason.NO_PRIORITY_CLASS if is_unnamed else Reason.REQUESTED,
             hold_s=DEFAULT_HOLD_S if rejects else _hold_s(overrides.get("ttft_ms") or (base.ttft_ms if base else None)),
             ttl_s=ttl_s,
         )
