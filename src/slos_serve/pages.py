@@ -50,6 +50,12 @@ def facts(items: Mapping[str, object]) -> str:
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
+def table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    """Return a table that scrolls sideways where it must; `rows` are HTML, `<tr>` and all."""
+    head = "".join(f"<th>{text(name)}</th>" for name in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
 def page(
     *,
     title: str,

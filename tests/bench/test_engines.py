@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.bench.engines import EngineError, ServerProcess, ServerProcesses, free_port
-from slos_serve.terminal.progress import Progress
+from slos_serve.terminal.progress import Bar, Progress
 from slos_serve.terminal.signals import ending_by_signal
 
 SERVER = """
@@ -115,10 +115,30 @@ def test_progress_is_one_line_where_nobody_watches():
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setattr("slos_serve.terminal.progress.REFRESH_S", 0.0)
+    monkeypatch.setattr("slos_serve.terminal.progress.EVERY_S", 0.0)
     stream = Terminal()
     with Progress("measuring", stream=stream) as progress:
         progress(0.5)
         progress(float("nan"))
     assert "measuring [############............]" in stream.getvalue()
     assert stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_a_bar_counts_parts_on_a_terminal_and_names_those_that_ended_elsewhere(monkeypatch):
+    monkeypatch.setattr("slos_serve.terminal.progress.EVERY_S", 0.0)
+    monkeypatch.setattr("slos_serve.terminal.progress.AFTER_S", 0.0)
+    terminal, log = Terminal(), io.StringIO()
+    for stream in (terminal, log):
+        with Bar("2 searches", 2, stream=stream) as bar:
+            bar(1, 30)
+            bar(1, 31, "coding")
+            bar.note("as it is")
+    assert f"2 searches [{'#' * 20}{'.' * 20}] 1/2, 31 runs, 0 s\r\x1b[Kas it is\n" in terminal.getvalue()
+    assert log.getvalue() == "1/2 coding (31 runs, 0 s)\nas it is\n"
+
+
+def test_a_bar_shows_nothing_of_what_is_soon_over():
+    terminal = Terminal()
+    with Bar("2 searches", 2, stream=terminal) as bar:
+        bar(1, 30, "coding")
+    assert terminal.getvalue() == ""

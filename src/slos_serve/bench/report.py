@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slos_serve.bench import plots
-from slos_serve.pages import inline, percent, text
+from slos_serve.pages import inline, percent, table, text
 
 Entry = Mapping[str, Any]
 Document = Mapping[str, Any]
@@ -78,12 +78,11 @@ def text_table(systems: Mapping[str, Sequence[Entry]], *, labels: Mapping[str, s
 def html_table(systems: Mapping[str, Sequence[Entry]]) -> str:
     """Return the comparison as an HTML table."""
     promising = [name for name in systems if any(entry["promised"] for entry in systems[name])]
-    head = "".join(f"<th>{text(NAMES.get(name, name))}</th>" for name in systems)
-    head += "".join(f"<th>{text(title)}</th>" for _ in promising for title in ("promised", "kept", "declined"))
+    heads = ["class", "offered", *(NAMES.get(name, name) for name in systems)]
+    heads += [title for _ in promising for title in ("promised", "kept", "declined")]
     body = []
-    columns = 2 + len(systems) + 3 * len(promising)
     for rate in rates_of(systems):
-        body.append(f'<tr class="rate"><td colspan="{columns}">{rate:.2f} requests per second</td></tr>')
+        body.append(f'<tr class="rate"><td colspan="{len(heads)}">{rate:.2f} requests per second</td></tr>')
         for row in comparison_rows(systems, rate):
             cells = [f"<td>{text(row['name'])}</td><td>{row['offered']}</td>"]
             for name in systems:
@@ -94,10 +93,7 @@ def html_table(systems: Mapping[str, Sequence[Entry]]) -> str:
                 part = row["parts"].get(name) or {}
                 cells += [f"<td>{part.get(key, '–')}</td>" for key in ("promised", "kept", "declined")]
             body.append(f'<tr class="{"all" if row["name"] == "all" else ""}">{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table><thead><tr><th>class</th><th>offered</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return table(heads, body)
 
 
 def latency_table(systems: Mapping[str, Sequence[Entry]]) -> str:
@@ -112,26 +108,13 @@ def latency_table(systems: Mapping[str, Sequence[Entry]]) -> str:
             numbers = "".join(f"<td>{cell}</td>" for cell in cells)
             goodput = f"<td>{entry['goodput_rps']:.2f}</td>"
             rows.append(f"<tr><td>{rate:.2f}/s, {text(NAMES.get(name, name))}</td>{numbers}{goodput}</tr>")
-    return (
-        '<div class="scroll"><table><thead><tr><th></th><th>TTFT p50</th><th>p99</th><th>per token p50</th>'
-        f"<th>p99</th><th>met per second</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return table(("", "TTFT p50", "p99", "per token p50", "p99", "met per second"), rows)
 
 
 def _seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value * 1e3:.0f} ms" if value < 10 else f"{value:.1f} s"
-
-
-def busiest_window(rows: Sequence[Mapping[str, Any]], width_s: float) -> tuple[float, float]:
-    """Return the window of `width_s` that the most requests arrive in, a little before its first one on."""
-    times = sorted(row["sent_s"] for row in rows)
-    if not times:
-        return 0.0, width_s
-    counts = [sum(start <= at < start + width_s for at in times) for start in times]
-    start = max(0.0, times[counts.index(max(counts))] - 0.05 * width_s)
-    return start, start + width_s
 
 
 def comparison_sections(

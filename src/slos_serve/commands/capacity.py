@@ -23,7 +23,7 @@ from slos_serve.sim.cluster.cluster import POOLED
 from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.workloads.scenarios import HARDWARE_SETS, SCENARIOS, find_scenario
-from slos_serve.terminal.bar import Bar
+from slos_serve.terminal.progress import Bar
 from slos_serve.traces.synthetic import data_folder
 
 HELP = "Find the highest rate at which systems keep their SLOs."

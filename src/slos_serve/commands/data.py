@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.errors import ConfigError
-from slos_serve.terminal.bar import Bar
+from slos_serve.terminal.progress import Bar
 from slos_serve.traces.datasets import DATASETS, Dataset, fetch, find_dataset
 
 HELP = "Fetch public traces, with checksum and licence."

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slos_serve import __version__
-from slos_serve.terminal.bar import said_if_slow
+from slos_serve.terminal.progress import said_if_slow
 
 HELP = "Check installation, versions, model, port, configuration and clock; say what to do."
 

@@ -33,7 +33,7 @@ from slos_serve.sim.hardware import hardware_names, load_hardware
 from slos_serve.sim.systems import SYSTEMS, find_system
 from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, Offer, find_scenario
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
-from slos_serve.terminal.bar import Bar
+from slos_serve.terminal.progress import Bar
 from slos_serve.traces.offered import check_options, offered_trace, tell
 from slos_serve.traces.synthetic import SYNTHETIC, data_folder
 from slos_serve.traces.trace import Trace

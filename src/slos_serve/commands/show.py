@@ -9,7 +9,7 @@ from pathlib import Path
 from slos_serve.commands import shown
 from slos_serve.errors import SlosServeError
 from slos_serve.http.live import holding
-from slos_serve.terminal.bar import Bar
+from slos_serve.terminal.progress import Bar
 
 HELP = "Make the live page of a run that is over: a record, or what bench and simulate wrote."
 

@@ -28,7 +28,7 @@ from slos_serve.sim.run import RunResult
 from slos_serve.sim.systems import SYSTEMS, System, find_system
 from slos_serve.sim.workloads.scenarios import SCENARIO_SLOS, Offer, find_scenario
 from slos_serve.sim.workloads.workload import RequestFactory, Workload, trace_workload
-from slos_serve.terminal.bar import Bar, said_if_slow
+from slos_serve.terminal.progress import Bar, said_if_slow
 from slos_serve.traces.offered import check_options, offered_trace, summary, tell
 from slos_serve.traces.synthetic import SYNTHETIC, data_folder
 

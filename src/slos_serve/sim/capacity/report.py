@@ -201,7 +201,7 @@ def table(entry: Mapping[str, Any]) -> str:
         cells = [f"<td>{with_interval(one[key], one[f'{key}_interval'])}</td>" for one in scenarios.values()]
         mean = with_interval(entry["geomean"][key], entry["geomean"][f"{key}_interval"])
         rows.append(f'<tr class="all"><td>{names[key]}</td>{"".join(cells)}<td>{mean}</td></tr>')
-    return html_table(heads, rows) + (
+    return pages.table(heads, rows) + (
         '<p class="soft">Bold: the opponents of the ratios. Hover over a figure for its 95 % interval.</p>'
     )
 
@@ -227,7 +227,7 @@ def scenario_panel(one: Mapping[str, Any]) -> str:
         f"<tr><td>{pages.text(system)}</td>{''.join(f'<td>{text}</td>' for text in closer_cells(found))}</tr>"
         for system, found in one.get("at_capacity", {}).items()
     ]
-    details = [html_table(["at its own capacity", *CLOSER_HEADS], closer)] if closer else []
+    details = [pages.table(["at its own capacity", *CLOSER_HEADS], closer)] if closer else []
     for system, curve in one["attainment"].items():
         classes = sorted({name for row in curve for name in row["by_class"]})
         lines = [
@@ -236,15 +236,9 @@ def scenario_panel(one: Mapping[str, Any]) -> str:
             + f"<td>{row['kept']} of {row['promised']}</td></tr>"
             for row in curve
         ]
-        inner = html_table(["rate", *classes, "promises kept"], lines)
+        inner = pages.table(["rate", *classes, "promises kept"], lines)
         details.append(f"<details><summary>{pages.text(system)}, rate by rate</summary>{inner}</details>")
-    return text + html_table(heads, rows) + "".join(details)
-
-
-def html_table(heads: Sequence[str], rows: Sequence[str]) -> str:
-    """Return a table that scrolls sideways where it must."""
-    head = "".join(f"<th>{pages.text(name)}</th>" for name in heads)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return text + pages.table(heads, rows) + "".join(details)
 
 
 def tabs(group: str, panels: Sequence[tuple[str, str]]) -> str:
