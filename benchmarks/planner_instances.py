@@ -26,8 +26,8 @@ import numpy as np
 
 from slos_serve.core.planning import admission, draft
 from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.demand import Demand, Effort, Machine
-from slos_serve.core.planning.trial import last_deadline, simulate
+from slos_serve.core.planning.demand import Demand, Machine, WorkBudget
+from slos_serve.core.planning.dry_run import last_deadline, simulate
 from slos_serve.core.types import DEFAULT_WORK_LIMIT
 
 TAIL_S = 1.0
@@ -92,9 +92,9 @@ def solve(instance: dict[str, Any], *, name: str, work_limit: int) -> tuple[dict
     machine = read_machine(instance)
     began = time.thread_time()
     set_lengths(demand, machine, instance.get("spec"))
-    chosen, trial = admission.select(machine, demand, instance["now"], Effort(work_limit), name=name, width=200)
+    chosen, dry_run = admission.select(machine, demand, instance["now"], WorkBudget(work_limit), name=name, width=200)
     elapsed_ms = (time.thread_time() - began) * 1e3
-    plan = write_plan(demand[:, chosen], [ids[i] for i in chosen.tolist()], machine, instance["now"], kept=trial.kept)
+    plan = write_plan(demand[:, chosen], [ids[i] for i in chosen.tolist()], machine, instance["now"], kept=dry_run.kept)
     return plan, elapsed_ms
 
 
@@ -111,19 +111,22 @@ def best_value(instance: dict[str, Any]) -> float:
         value = float(demand[columns.VALUE, chosen].sum())
         if value > best + EPS_VALUE:
             rows = demand[:, np.sort(np.concatenate([required, chosen]))]
-            trials = (simulate(machine, rows, instance["now"], Effort(10**12), eager=eager) for eager in (False, True))
-            best = value if any(trial.kept for trial in trials) else best
+            dry_runs = (
+                simulate(machine, rows, instance["now"], WorkBudget(10**12), run_ahead=run_ahead)
+                for run_ahead in (False, True)
+            )
+            best = value if any(dry_run.kept for dry_run in dry_runs) else best
     return best
 
 
 def write_plan(demand: Demand, ids: list[int], machine: Machine, now_s: float, *, kept: bool) -> dict[str, Any]:
     """Unroll the batches of the chosen requests until one second after the last deadline."""
     until = float(last_deadline(demand, now_s)) + TAIL_S
-    trial = simulate(machine, demand, now_s, Effort(10**12), eager=False, log_batches=4000, until_s=until)
+    dry_run = simulate(machine, demand, now_s, WorkBudget(10**12), run_ahead=False, log_batches=4000, until_s=until)
     left = demand[columns.LEFT].copy()
     batches: list[dict[str, Any]] = []
     begin = now_s
-    for tokens, end in zip(trial.log_tokens, trial.log_end.tolist(), strict=True):
+    for tokens, end in zip(dry_run.log_tokens, dry_run.log_end.tolist(), strict=True):
         prefill = [[ids[i], int(tokens[i])] for i in np.flatnonzero((tokens > 0) & (left > 0)).tolist()]
         decode = [[ids[i], int(tokens[i])] for i in np.flatnonzero((tokens > 0) & (left == 0)).tolist()]
         left = np.where(left > 0, left - tokens, left)

@@ -30,7 +30,7 @@ from states import (
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.slo.due import next_due_s
+from slos_serve.core.slo.next_due import next_due_s
 from slos_serve.core.types import REASONS, ReplicaState, RequestTable, Status, Tier
 
 PLANNERS = {"dp": SloPlanner(), "greedy": SloPlanner(admission_name="greedy")}

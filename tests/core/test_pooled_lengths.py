@@ -6,14 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import add_decode, make_limits, make_request, make_state
 
-from slos_serve.core.lengths import LengthModel, turn
+from slos_serve.core.lengths import LengthModel, length_quantile
 from slos_serve.core.planning.columns import Columns, planned_rests
 from slos_serve.core.planning.demand import OUTPUT_LEFT
 from slos_serve.core.types import RequestTable, Tier
 
 
 def test_turns_fill_the_range_evenly_over_requests_and_over_draws():
-    for turns in ([turn(seq, 0) for seq in range(200)], [turn(7, produced) for produced in range(200)]):
+    for turns in (
+        [length_quantile(seq, 0) for seq in range(200)],
+        [length_quantile(7, produced) for produced in range(200)],
+    ):
         counts, _ = np.histogram(turns, bins=10, range=(0, 1))
         assert counts.min() >= 15
         assert counts.max() <= 25
@@ -23,7 +26,7 @@ def test_lengths_drawn_for_many_add_up_to_what_many_outputs_take():
     model, rng = LengthModel(), np.random.default_rng(5)
     for value in rng.lognormal(5.5, 0.6, size=2000):
         model.observe("a", 100, int(value))
-    drawn = sum(model.predict("a", 100, 10_000, quantile=turn(seq, 0)) for seq in range(300))
+    drawn = sum(model.predict("a", 100, 10_000, quantile=length_quantile(seq, 0)) for seq in range(300))
     totals = rng.lognormal(5.5, 0.6, size=(200, 300)).sum(axis=1)
     assert np.quantile(totals, 0.01) < drawn < np.quantile(totals, 0.99)
 

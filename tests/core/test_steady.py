@@ -13,7 +13,7 @@ from states import CONTEXT, MODELS, STEPPED, add_decode, make_limits, make_reque
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning.steady import foretell
-from slos_serve.core.slo.due import next_due_s
+from slos_serve.core.slo.next_due import next_due_s
 from slos_serve.core.types import RequestTable, Status, Tier
 
 PLANNER = SloPlanner()

@@ -19,7 +19,7 @@ from parts import Clocks, stats
 
 from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
-from slos_serve.core.planning import draft, trial
+from slos_serve.core.planning import draft, dry_run
 from slos_serve.core.routing import virtual_copy
 from slos_serve.core.routing.routers import Arrival, make_router
 from slos_serve.core.types import Request, Slo
@@ -170,7 +170,7 @@ def test_a_file_that_is_no_record_of_decisions_is_refused():
 
 def test_no_decision_waits_for_a_loop_to_be_compiled():
     def compiled():
-        loops = (virtual_copy.advance, trial.run, draft._best_lengths, draft._gain_table)
+        loops = (virtual_copy.advance, dry_run.run, draft._best_lengths, draft._gain_table)
         return [len(getattr(loop, "signatures", ())) for loop in loops]
 
     warm_up_router()

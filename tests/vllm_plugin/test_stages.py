@@ -78,7 +78,7 @@ PACES = {"slo_thinking_tpot_ms": 50, "slo_tpot_ms": 100}
 
 
 def test_the_pace_changes_from_the_token_that_ends_thinking_on(thinker) -> None:
-    from slos_serve.core.slo.due import pace_s
+    from slos_serve.core.slo.next_due import pace_s
 
     engine = thinker(end_at=5)
     engine.think("r", **PACES)

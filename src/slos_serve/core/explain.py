@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.slo.due import next_due_s
+from slos_serve.core.slo.next_due import next_due_s
 from slos_serve.core.types import DEADLINES, PROMISES, Tier
 
 if TYPE_CHECKING:

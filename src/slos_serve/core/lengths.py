@@ -80,7 +80,7 @@ def _log_normal(median: float, sigma: float) -> FloatArray:
     return np.diff(np.array([*below, 1.0]))
 
 
-def turn(seq: int, produced: int) -> float:
+def length_quantile(seq: int, produced: int) -> float:
     """Return the quantile that is drawn for the request numbered `seq` once it has `produced` tokens.
 
     Multiples of irrational numbers: over requests and draws they fill (0, 1) evenly.

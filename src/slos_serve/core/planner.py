@@ -47,9 +47,9 @@ from slos_serve.core.planning.demand import (
     headroom,
     needed_each,
 )
+from slos_serve.core.planning.dry_run import DryRun, simulate
 from slos_serve.core.planning.glance import glance
 from slos_serve.core.planning.step import NOBODY, Stepping
-from slos_serve.core.planning.trial import Trial, simulate
 from slos_serve.core.types import Plan, Verdict
 
 if TYPE_CHECKING:
@@ -136,37 +136,37 @@ class _Planning(Stepping):
             order = self.by_deadline(np.concatenate([order, candidates]))
         demand = self.demand(order, np.where(self.is_promised, self.granted, 0.0))
         # Nearly always everything fits, and one look answers the first two questions.
-        trial = self.look(demand, parts=4 if candidates.size else 2)
-        eager = trial.kept
-        if not eager:
+        dry_run = self.look(demand, parts=4 if candidates.size else 2)
+        run_ahead = dry_run.kept
+        if not run_ahead:
             kept = self.recover(demand)
             if kept is not None:
                 order, demand = order[kept], demand[:, kept]
                 at_risk = np.setdiff1d(self.promised, order)
-            demand, chosen, trial, eager = self.admit_priced(demand, changed=kept is not None)
+            demand, chosen, dry_run, run_ahead = self.admit_priced(demand, changed=kept is not None)
             order, demand = order[chosen], demand[:, chosen]
-        batch = self.batch(order, demand, at_risk, crowded_out, eager=eager, outcome=trial.outcome)
-        self.promise(order, demand, trial, batch, verdicts)
+        batch = self.batch(order, demand, at_risk, crowded_out, run_ahead=run_ahead, outcome=dry_run.outcome)
+        self.promise(order, demand, dry_run, batch, verdicts)
         return Plan(
             batch=batch,
             verdicts=tuple(verdicts),
             at_risk=tuple(self.ids[i] for i in self.by_deadline(at_risk).tolist()),
-            work=self.effort.spent,
+            work=self.work_budget.spent,
             headroom_tokens_per_s=headroom(self.machine, demand, self.now),
         )
 
-    def look(self, demand: Demand, *, parts: int) -> Trial:
-        """Return the trial of everyone with decodes running ahead; prompts go in brief batches where that holds."""
+    def look(self, demand: Demand, *, parts: int) -> DryRun:
+        """Return the dry run of everyone with decodes running ahead; prompts go in brief batches where that holds."""
         machine, options = self.machine, self.options
         share = options.brief_fixed_multiple / options.batch_fixed_multiple
-        with self.effort.part(parts) as effort:
+        with self.work_budget.part(parts) as work_budget:
             if share < 1.0 and demand[LEFT].any():
                 brief = machine._replace(max_batch_s=machine.max_batch_s * share)
-                trial = simulate(brief, demand, self.now, effort, eager=True)
-                if trial.kept:
+                dry_run = simulate(brief, demand, self.now, work_budget, run_ahead=True)
+                if dry_run.kept:
                     self.machine = brief
-                    return trial
-            return simulate(machine, demand, self.now, effort, eager=True)
+                    return dry_run
+            return simulate(machine, demand, self.now, work_budget, run_ahead=True)
 
     def recover(self, demand: Demand) -> IntArray | None:
         """Return the positions of the promises to keep where not all can be; None where all can."""
@@ -176,13 +176,13 @@ class _Planning(Stepping):
         np.minimum(near[OUTPUT_LEFT], RECOVERY_TOKENS, out=near[OUTPUT_LEFT])
         # A token late by less than one batch of all may be made up for before it counts.
         np.maximum(near[DUE], self.decode_seconds(self.is_promised & (self.left == 0)), out=near[DUE])
-        with self.effort.part(2) as effort:
-            if simulate(mean, near, self.now, effort, eager=False).outcome not in (MISSED, STUCK):
+        with self.work_budget.part(2) as work_budget:
+            if simulate(mean, near, self.now, work_budget, run_ahead=False).outcome not in (MISSED, STUCK):
                 return None
-            if simulate(mean, near, self.now, effort, eager=True).kept:
+            if simulate(mean, near, self.now, work_budget, run_ahead=True).kept:
                 return None
             near[REQUIRED] = 0
-            kept, _ = admission.select(mean, near, self.now, effort, name="greedy", width=1)
+            kept, _ = admission.select(mean, near, self.now, work_budget, name="greedy", width=1)
         return promised[kept]
 
     def servable(self, verdicts: list[Verdict]) -> IntArray:
@@ -207,41 +207,43 @@ class _Planning(Stepping):
             verdicts.append(Verdict(request_id=self.ids[int(index[k])], promised=False, reason=reason))
         return self.by_deadline(index[~hopeless])[:MAX_CANDIDATES]
 
-    def admit(self, demand: Demand, *, changed: bool) -> tuple[IntArray, Trial, bool]:
-        """Return the positions to promise or keep, their trial, and whether decodes may run ahead.
+    def admit(self, demand: Demand, *, changed: bool) -> tuple[IntArray, DryRun, bool]:
+        """Return the positions to promise or keep, their dry run, and whether decodes may run ahead.
 
         `changed`: promises were let go since everyone was tried with decodes running ahead.
         """
         required = demand[REQUIRED] > 0
         if required.all():
             chosen = np.arange(len(required))
-            trial = simulate(self.machine, demand, self.now, self.effort, eager=False)
+            dry_run = simulate(self.machine, demand, self.now, self.work_budget, run_ahead=False)
         else:
-            chosen, trial = admission.select(
-                self.machine, demand, self.now, self.effort,
+            chosen, dry_run = admission.select(
+                self.machine, demand, self.now, self.work_budget,
                 name=self.options.admission_name, width=self.options.beam_width,
             )  # fmt: skip
-        if trial.kept or (required.all() and not changed):
-            return chosen, trial, False
+        if dry_run.kept or (required.all() and not changed):
+            return chosen, dry_run, False
         # The promises made so far may hold only with decodes running ahead.
         chosen = np.flatnonzero(required)
-        trial = simulate(self.machine, demand[:, chosen], self.now, self.effort, eager=True)
-        return chosen, trial, trial.kept
+        dry_run = simulate(self.machine, demand[:, chosen], self.now, self.work_budget, run_ahead=True)
+        return chosen, dry_run, dry_run.kept
 
-    def admit_priced(self, demand: Demand, *, changed: bool) -> tuple[Demand, IntArray, Trial, bool]:
+    def admit_priced(self, demand: Demand, *, changed: bool) -> tuple[Demand, IntArray, DryRun, bool]:
         """Return `admit`'s answer with drafts, or without where that serves more, and the demand it is about."""
-        chosen, trial, eager = self.admit(demand, changed=changed)
+        chosen, dry_run, run_ahead = self.admit(demand, changed=changed)
         if len(chosen) == demand.shape[1] or not demand[STEPS].any():
-            return demand, chosen, trial, eager
+            return demand, chosen, dry_run, run_ahead
         plain = demand.copy()
         plain[VERIFY], plain[GAIN], plain[STEPS] = 1.0, 1.0, 0.0
         others, other_trial, other_eager = self.admit(plain, changed=changed)
         if not other_trial.kept or plain[VALUE, others].sum() <= demand[VALUE, chosen].sum():
-            return demand, chosen, trial, eager
+            return demand, chosen, dry_run, run_ahead
         self.verify[:], self.gain[:] = 1.0, 1.0
         return plain, others, other_trial, other_eager
 
-    def promise(self, order: IntArray, demand: Demand, trial: Trial, batch: BatchPlan, verdicts: list[Verdict]) -> None:
+    def promise(
+        self, order: IntArray, demand: Demand, dry_run: DryRun, batch: BatchPlan, verdicts: list[Verdict]
+    ) -> None:
         """Promise the candidates in `order` whose place nobody should take; say when their prefills will end."""
         new = np.flatnonzero(demand[REQUIRED] == 0)
         if not new.size:
@@ -252,11 +254,11 @@ class _Planning(Stepping):
             given[:] = True
         elif not given.all():
             slow = self.machine._replace(margin_prefill=self.machine.margin_prefill * self.options.reserve)
-            finished_at = simulate(slow, demand, self.now, self.effort, eager=False).finished_at
+            finished_at = simulate(slow, demand, self.now, self.work_budget, run_ahead=False).finished_at
             given |= finished_at[new] <= demand[DEADLINE, new]
         for k in new[given].tolist():
             row = int(order[k])
-            done, deadline = float(trial.finished_at[k]), float(demand[DEADLINE, k])
+            done, deadline = float(dry_run.finished_at[k]), float(demand[DEADLINE, k])
             verdicts.append(
                 Verdict(
                     request_id=self.ids[row],

@@ -13,8 +13,8 @@ from states import CONTEXT, TPOTS
 from slos_serve.core.planning import admission
 from slos_serve.core.planning import demand as columns
 from slos_serve.core.planning import programme as reduced_model
-from slos_serve.core.planning.demand import Effort, Machine
-from slos_serve.core.planning.trial import simulate
+from slos_serve.core.planning.demand import Machine, WorkBudget
+from slos_serve.core.planning.dry_run import simulate
 
 LINES = ((6.878e-5, 2.480e-2), (7.523e-5, 3.03e-3))
 NAMES = ("dp", "greedy")
@@ -202,24 +202,24 @@ def test_adding_memory_never_lowers_the_optimum(engine, queue, more):
 
 def chosen_by(name, engine, queue, *, limit=200_000, **changes):
     demand, _ = make_demand(queue)
-    machine, effort = make_machine(engine, **changes), Effort(limit)
+    machine, work_budget = make_machine(engine, **changes), WorkBudget(limit)
     before = demand.copy()
-    index, trial = admission.select(machine, demand, 0.0, effort, name=name, width=200)
+    index, dry_run = admission.select(machine, demand, 0.0, work_budget, name=name, width=200)
     assert np.array_equal(demand, before)
-    return index, trial, effort, demand, machine
+    return index, dry_run, work_budget, demand, machine
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(engines, queues)
 def test_the_selected_set_holds_in_batches_and_keeps_what_was_promised(name, engine, queue):
-    index, trial, _, demand, machine = chosen_by(name, engine, queue)
+    index, dry_run, _, demand, machine = chosen_by(name, engine, queue)
     assert len(set(index.tolist())) == len(index)
     assert set(np.flatnonzero(demand[columns.REQUIRED])) <= set(index.tolist())
-    if trial.kept:
-        again = simulate(machine, demand[:, index], 0.0, Effort(10**9), eager=False)
+    if dry_run.kept:
+        again = simulate(machine, demand[:, index], 0.0, WorkBudget(10**9), run_ahead=False)
         assert again.kept
-        assert np.array_equal(again.finished_at, trial.finished_at)
+        assert np.array_equal(again.finished_at, dry_run.finished_at)
         prefill = demand[columns.LEFT][index] > 0
         assert (again.finished_at[prefill] <= demand[columns.DEADLINE][index][prefill] + 1e-9).all()
     else:
@@ -239,8 +239,8 @@ def test_selecting_among_thousands_stops_at_the_work_limit(name):
         for _ in range(3000)
     ]
     engine = Engine(lines=LINES, token_budget=8192)
-    _, _, effort, _, _ = chosen_by(name, engine, queue, limit=100_000)
-    assert effort.spent <= 150_000
+    _, _, work_budget, _, _ = chosen_by(name, engine, queue, limit=100_000)
+    assert work_budget.spent <= 150_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,8 +260,8 @@ def test_selection_is_repeatable(name):
 
 
 def test_nobody_to_choose_from_is_a_kept_choice():
-    index, trial, _, _, _ = chosen_by("dp", Engine(lines=LINES, token_budget=8192), [])
-    assert (len(index), trial.kept) == (0, True)
+    index, dry_run, _, _, _ = chosen_by("dp", Engine(lines=LINES, token_budget=8192), [])
+    assert (len(index), dry_run.kept) == (0, True)
 
 
 def test_the_rates_of_a_tight_budget_are_those_of_short_batches_back_to_back():

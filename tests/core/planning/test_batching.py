@@ -11,8 +11,8 @@ from states import MODELS
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning import batching
 from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.demand import CUT_OFF, FULL, KEPT, MISSED, STUCK, Effort, Machine
-from slos_serve.core.planning.trial import NO_BATCH, run, simulate
+from slos_serve.core.planning.demand import CUT_OFF, FULL, KEPT, MISSED, STUCK, Machine, WorkBudget
+from slos_serve.core.planning.dry_run import NO_BATCH, run, simulate
 
 COLUMNS = {
     "left": columns.LEFT,
@@ -66,22 +66,22 @@ def machine_of(model="stepped", **changes):
     return Machine(**(values | changes))
 
 
-def compose_batch(machine, demand, *, eager=False, now_s=0.0):
+def compose_batch(machine, demand, *, run_ahead=False, now_s=0.0):
     """Return (tokens by request, totals, end)."""
     tokens, totals = np.zeros(demand.shape[1]), np.zeros(columns.NUM_TOTALS)
     before = demand.copy()
     sides = batching.sides(demand)
-    end = batching.compose(machine, demand, *sides, machine.free_blocks, eager, now_s, tokens, totals)
+    end = batching.compose(machine, demand, *sides, machine.free_blocks, run_ahead, now_s, tokens, totals)
     assert np.array_equal(demand, before)
     return tokens, totals, end
 
 
-def run_batches(machine, demand, *, eager=False, until_s=0.0, max_work=10**6):
+def run_batches(machine, demand, *, run_ahead=False, until_s=0.0, max_work=10**6):
     """Return (outcome, request that missed, ends of prefills, tokens by batch, ends of batches)."""
     count = demand.shape[1]
     log_tokens, log_end, finished = np.zeros((500, count)), np.zeros(500), np.full(count, math.inf)
     outcome, missed, batches, work = run(
-        machine, demand.copy(), eager, 0.0, until_s, max_work, NO_BATCH, -math.inf, finished, log_tokens, log_end
+        machine, demand.copy(), run_ahead, 0.0, until_s, max_work, NO_BATCH, -math.inf, finished, log_tokens, log_end
     )
     assert work <= max_work + 100 * count
     return outcome, missed, finished, log_tokens[:batches], log_end[:batches]
@@ -111,8 +111,8 @@ machines = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(machines, demands, st.booleans())
-def test_a_batch_holds_no_more_than_an_engine_step(machine, demand, eager):
-    tokens, _, end = compose_batch(machine, demand, eager=eager)
+def test_a_batch_holds_no_more_than_an_engine_step(machine, demand, run_ahead):
+    tokens, _, end = compose_batch(machine, demand, run_ahead=run_ahead)
     left = demand[columns.LEFT]
     is_prefill = left > 0
     assert (tokens == np.floor(tokens)).all()
@@ -143,8 +143,8 @@ def test_a_batch_holds_no_more_than_an_engine_step(machine, demand, eager):
 
 @settings(max_examples=200, deadline=None)
 @given(machines, demands, st.booleans())
-def test_prefill_never_makes_a_batch_end_after_the_token_that_is_due_first(machine, demand, eager):
-    tokens, totals, end = compose_batch(machine, demand, eager=eager)
+def test_prefill_never_makes_a_batch_end_after_the_token_that_is_due_first(machine, demand, run_ahead):
+    tokens, totals, end = compose_batch(machine, demand, run_ahead=run_ahead)
     if (tokens[demand[columns.LEFT] > 0] > 0).any():
         assert end <= totals[columns.LIMIT] + 1e-6
         assert totals[columns.LIMIT] <= demand[columns.DUE][demand[columns.LEFT] == 0].min(initial=math.inf)
@@ -152,8 +152,8 @@ def test_prefill_never_makes_a_batch_end_after_the_token_that_is_due_first(machi
 
 @settings(max_examples=200, deadline=None)
 @given(machines, demands, st.booleans())
-def test_prompts_are_served_in_order_of_deadline(machine, demand, eager):
-    tokens, _, _ = compose_batch(machine, demand, eager=eager)
+def test_prompts_are_served_in_order_of_deadline(machine, demand, run_ahead):
+    tokens, _, _ = compose_batch(machine, demand, run_ahead=run_ahead)
     can_start = (demand[columns.LEFT] > 0) & (demand[columns.HELD] > 0)
     order = np.flatnonzero(can_start)
     cut = [tokens[i] < demand[columns.LEFT, i] for i in order]
@@ -166,9 +166,9 @@ def test_decodes_run_ahead_when_eager_and_wait_when_not():
     rows = [decode(0.9) for _ in range(20)] + [prefill(4000, 1.0)]
     machine = machine_of(token_budget=2000.0)
     lazy, _, _ = compose_batch(machine, demand_of(*rows))
-    eager, _, _ = compose_batch(machine, demand_of(*rows), eager=True)
-    assert (lazy[:20].sum(), eager[:20].sum()) == (0, 20)
-    assert lazy.sum() == eager.sum() == 2000
+    run_ahead, _, _ = compose_batch(machine, demand_of(*rows), run_ahead=True)
+    assert (lazy[:20].sum(), run_ahead[:20].sum()) == (0, 20)
+    assert lazy.sum() == run_ahead.sum() == 2000
 
 
 def test_a_decode_that_the_next_batch_would_deliver_late_joins_this_one():
@@ -192,8 +192,8 @@ def test_a_longer_draft_counts_as_the_tokens_it_verifies():
 
 @settings(max_examples=150, deadline=None)
 @given(machines, demands, st.booleans())
-def test_a_run_that_is_kept_computes_every_prompt_by_its_deadline(machine, demand, eager):
-    outcome, missed, finished, log_tokens, log_end = run_batches(machine, demand, eager=eager)
+def test_a_run_that_is_kept_computes_every_prompt_by_its_deadline(machine, demand, run_ahead):
+    outcome, missed, finished, log_tokens, log_end = run_batches(machine, demand, run_ahead=run_ahead)
     prefills = demand[columns.LEFT] > 0
     assert (np.diff(log_end) > 0).all()
     assert (log_tokens.sum(axis=1) <= machine.token_budget).all()
@@ -236,12 +236,12 @@ def test_decodes_that_cannot_go_on_together_are_not_a_kept_run():
 @settings(max_examples=60, deadline=None)
 @given(machines, demands)
 def test_simulating_leaves_the_demand_alone_and_counts_its_work(machine, demand):
-    before, effort = demand.copy(), Effort(5000)
-    first = simulate(machine, demand, 0.0, effort, eager=False)
+    before, work_budget = demand.copy(), WorkBudget(5000)
+    first = simulate(machine, demand, 0.0, work_budget, run_ahead=False)
     assert np.array_equal(demand, before)
-    assert 0 <= effort.spent <= 5000 + 100 * demand.shape[1]
-    assert effort.left == max(0, 5000 - effort.spent)
-    again = simulate(machine, demand, 0.0, Effort(5000), eager=False)
+    assert 0 <= work_budget.spent <= 5000 + 100 * demand.shape[1]
+    assert work_budget.left == max(0, 5000 - work_budget.spent)
+    again = simulate(machine, demand, 0.0, WorkBudget(5000), run_ahead=False)
     assert first.outcome == again.outcome
     assert np.array_equal(first.finished_at, again.finished_at)
 

@@ -14,7 +14,7 @@ from slos_serve.core.perf import PerfModel
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.routing.routers import ROUTERS, Arrival, ReplicaSnapshot, make_router, snapshot_of
 from slos_serve.core.routing.snapshots import MAX_PREFILLS
-from slos_serve.core.slo.due import next_due_s, pace_s
+from slos_serve.core.slo.next_due import next_due_s, pace_s
 from slos_serve.core.types import RequestTable, Slo, Tier
 
 

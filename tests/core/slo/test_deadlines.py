@@ -18,7 +18,7 @@ from slos_serve.core.slo.deadlines import (
     granted_s,
     outcome,
 )
-from slos_serve.core.slo.due import next_due_s, pace_s
+from slos_serve.core.slo.next_due import next_due_s, pace_s
 from slos_serve.core.types import Request, RequestTable, Slo
 
 ARRIVAL = 100.0

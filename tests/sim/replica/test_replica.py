@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.sim.worlds import MODEL, hardware, sim, workload
 
 from slos_serve.core.baselines import EdfPlanner, PriorityPlanner, SarathiPlanner, VllmPlanner, WholePromptPlanner
-from slos_serve.core.lengths import turn
+from slos_serve.core.lengths import length_quantile
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import BatchPlan, Plan, Status, Verdict
 from slos_serve.sim.cluster.cluster import ClusterOptions
@@ -257,7 +257,9 @@ def test_lengths_are_drawn_for_what_is_out_when_a_step_with_drafts_ends():
         for i, (seq, produced) in enumerate(zip(columns["seq"], columns["num_output_tokens"], strict=True)):
             if columns["drawn_output_tokens"][i] != drawn[i]:
                 drawn[i] = columns["drawn_output_tokens"][i]
-                assert drawn[i] == model.predict("chat", 20, 1000, produced=produced, quantile=turn(seq, produced))
+                assert drawn[i] == model.predict(
+                    "chat", 20, 1000, produced=produced, quantile=length_quantile(seq, produced)
+                )
                 num_draws += 1
     assert num_draws > len(names)
 

@@ -29,11 +29,11 @@ from slos_serve.core.planning.demand import (
     START,
     TPOT,
     Demand,
-    Effort,
     Machine,
+    WorkBudget,
 )
+from slos_serve.core.planning.dry_run import DryRun, run
 from slos_serve.core.planning.programme import choose, greedy, reduced, token_price, trace, value_density
-from slos_serve.core.planning.trial import Trial, run
 
 IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -187,12 +187,12 @@ def extend(machine, demand, now, max_work, step, on, density, finished_at):  # t
 
 
 def select(
-    machine: Machine, everyone: Demand, now_s: float, effort: Effort, *, name: str, width: int
-) -> tuple[IntArray, Trial]:
-    """Return the positions in `everyone` of the best set found that keeps every deadline, and its trial.
+    machine: Machine, everyone: Demand, now_s: float, work_budget: WorkBudget, *, name: str, width: int
+) -> tuple[IntArray, DryRun]:
+    """Return the positions in `everyone` of the best set found that keeps every deadline, and its dry run.
 
     `name` picks the proposal: `dp` or `greedy`. Where even the required requests alone miss a deadline,
-    the set is those and the trial says so.
+    the set is those and the dry run says so.
     """
     everyone = np.ascontiguousarray(everyone)  # one layout, one compilation
     model = reduced(machine, everyone, now_s)
@@ -202,24 +202,24 @@ def select(
     best, best_at, reached = model.required.copy(), finished_at, -1.0
     if name == "greedy":
         on = greedy(now_s, model, density)
-        outcome, _, work = _attempt(machine, everyone, now_s, effort.left, on, finished_at)
-        effort.spent += int(work)
+        outcome, _, work = _attempt(machine, everyone, now_s, work_budget.left, on, finished_at)
+        work_budget.spent += int(work)
         if outcome == KEPT:
             best, best_at, reached = on, finished_at.copy(), 0.0
     else:
         price = token_price(now_s, model, density)
-        beam = max(1, min(width, min(effort.left // 8, MAX_LABELS) // max(1, everyone.shape[1])))
-        limit = effort.left // 3
+        beam = max(1, min(width, min(work_budget.left // 8, MAX_LABELS) // max(1, everyone.shape[1])))
+        limit = work_budget.left // 3
         top: tuple[Any, float] | None = None
         for caution in CAUTION:
             labels = choose(now_s, model._replace(slope=model.slope / caution), beam, price)
             cost = LABEL_WORK * int(labels[-1])
-            effort.spent += cost
+            work_budget.spent += cost
             if not len(labels[0]) or labels[0][0] <= reached + 1e-9:
                 break
             on = np.zeros(len(value), np.bool_)
-            found, work, first = walk(machine, everyone, now_s, min(limit, effort.left), labels, on, finished_at)
-            effort.spent += int(work)
+            found, work, first = walk(machine, everyone, now_s, min(limit, work_budget.left), labels, on, finished_at)
+            work_budget.spent += int(work)
             limit -= int(work)
             top = top or (labels, first)
             if found and value[on].sum() > reached:
@@ -230,16 +230,18 @@ def select(
             on = np.zeros(len(value), np.bool_)
             (_, _, parent, taken, _), first = top
             trace(parent, taken, 0, on)
-            found, work = mend(machine, everyone, now_s, effort.left * 3 // 4, first, on, density, finished_at)
-            effort.spent += int(work)
+            found, work = mend(machine, everyone, now_s, work_budget.left * 3 // 4, first, on, density, finished_at)
+            work_budget.spent += int(work)
             if found and value[on].sum() > reached:
                 best, best_at, reached = on, finished_at.copy(), float(value[on].sum())
     step = 1
     if reached < 0.0:
-        outcome, _, work = _attempt(machine, everyone, now_s, effort.left, best, best_at)
-        effort.spent += int(work)
+        outcome, _, work = _attempt(machine, everyone, now_s, work_budget.left, best, best_at)
+        work_budget.spent += int(work)
         if outcome != KEPT:
-            return np.flatnonzero(best), Trial(outcome=int(outcome), finished_at=best_at[best])
+            return np.flatnonzero(best), DryRun(outcome=int(outcome), finished_at=best_at[best])
         step = max(1, int((~best).sum()) // 2)
-    effort.spent += int(extend(machine, everyone, now_s, effort.left // EXTEND_PART, step, best, density, best_at))
-    return np.flatnonzero(best), Trial(outcome=KEPT, finished_at=best_at[best])
+    work_budget.spent += int(
+        extend(machine, everyone, now_s, work_budget.left // EXTEND_PART, step, best, density, best_at)
+    )
+    return np.flatnonzero(best), DryRun(outcome=KEPT, finished_at=best_at[best])

@@ -9,10 +9,10 @@ once. Inside the limit
    would cut that batch short (decodes due within one shortest period after the limit, earliest first, while
    they fit), or when so many are due in later batches that they would not fit there;
 2. prefill chunks fill what is left, earliest deadline first;
-3. the remaining decodes join where room is free, earliest due first. In `eager` mode they come before
+3. the remaining decodes join where room is free, earliest due first. In `run_ahead` mode they come before
    the prefill chunks: tokens ahead of schedule are slack that later, longer batches can spend.
 
-`trial` repeats this to judge a set of promises, so one piece of code judges them and makes the batch that
+`dry_run` repeats this to judge a set of promises, so one piece of code judges them and makes the batch that
 is executed. `fill` adds requests without a promise to what was composed.
 """
 
@@ -179,7 +179,9 @@ def _join_by_due(machine, demand, live, until, wanted, seconds, tokens, totals):
 
 
 @jit
-def _join_decodes(machine, demand, live, prompts, free_blocks, num_started, eager, margin, limit, now, tokens, totals):  # type: ignore[no-untyped-def]
+def _join_decodes(  # type: ignore[no-untyped-def]
+    machine, demand, live, prompts, free_blocks, num_started, run_ahead, margin, limit, now, tokens, totals
+):
     """Put the decodes that must run into the batch; return how many are left out.
 
     Those are the ones that would be late in the next batch, and what later batches could not hold. Where
@@ -196,7 +198,7 @@ def _join_decodes(machine, demand, live, prompts, free_blocks, num_started, eage
         drafts = max(drafts, demand[STEPS, i])
         period = min(period, needed_s(demand, i, now))
     if (
-        eager
+        run_ahead
         and owed <= machine.token_budget
         and seconds >= batch_seconds(machine.lines, owed, live.shape[0], read, drafts, 0.0)
     ):
@@ -255,7 +257,7 @@ def _join_prefills(machine, demand, prompts, free_blocks, num_started, until, se
 
 
 @jit
-def compose(machine, demand, live, prompts, free_blocks, eager, now, tokens, totals):  # type: ignore[no-untyped-def]
+def compose(machine, demand, live, prompts, free_blocks, run_ahead, now, tokens, totals):  # type: ignore[no-untyped-def]
     """Fill `tokens` (new tokens by request, 0 = not in the batch) and `totals`; return when it ends.
 
     `live`: positions of the decodes; `prompts`: of the prefills, in order of deadline; see `sides`.
@@ -284,14 +286,14 @@ def compose(machine, demand, live, prompts, free_blocks, eager, now, tokens, tot
         totals[:] = 0.0
         totals[LIMIT] = limit
         seconds = min((limit - now) / margin, 1e9)
-        eager_now = eager or prompts.shape[0] == 0
+        run_ahead_now = run_ahead or prompts.shape[0] == 0
         waiting = _join_decodes(
-            machine, demand, live, prompts, free_blocks, num_started, eager_now, margin, limit, now, tokens, totals
+            machine, demand, live, prompts, free_blocks, num_started, run_ahead_now, margin, limit, now, tokens, totals
         )
-        if eager_now and waiting > 0:
+        if run_ahead_now and waiting > 0:
             waiting -= _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
         room = _join_prefills(machine, demand, prompts, free_blocks, num_started, math.inf, seconds, tokens, totals)
-        if not eager_now and waiting > 0 and room:
+        if not run_ahead_now and waiting > 0 and room:
             _join_by_due(machine, demand, live, math.inf, math.inf, seconds, tokens, totals)
         if totals[TOKENS] > 0.0 or attempt == 1:
             break

@@ -1,7 +1,7 @@
 """A replica's state as a plan reads it: what each request owes, holds and may take, relative to now.
 
 Everything is derived in one compiled pass over the request table, once per plan. `demand` picks the columns that
-trials and batches work on.
+dry_runs and batches work on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from slos_serve.core.planning.demand import (
     Machine,
 )
 from slos_serve.core.planning.programme import tiers_of
-from slos_serve.core.slo.due import PROMISED, is_late, row_pace, row_scheduled, row_silence_ends
+from slos_serve.core.slo.next_due import PROMISED, is_late, row_pace, row_scheduled, row_silence_ends
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ OWED, RECLAIMABLE, READ = range(3)  # sums: blocks granted and not held, blocks 
 
 
 @jit
-def foretold(rows: Rows, i: int) -> float:
+def predicted_until(rows: Rows, i: int) -> float:
     """Return the output length, in tokens, at which row `i`'s predicted and drawn lengths expire and are made anew."""
     return min(float(rows["predicted_output_tokens"][i]), float(rows["drawn_output_tokens"][i]))
 
@@ -302,7 +302,7 @@ class Columns:
         """Return rows in the order of a demand."""
         if index.size < 2:
             return index
-        # decodes as a trial has them: in the order in which they began
+        # decodes as a dry run has them: in the order in which they began
         rows, deadline = self.rows, self.deadline
         order: IntArray = index[np.lexsort((rows["seq"][index], rows["first_token_s"][index], deadline[index]))]
         return order

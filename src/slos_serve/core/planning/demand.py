@@ -71,7 +71,7 @@ class Machine(NamedTuple):
 
 
 @dataclass(slots=True)
-class Effort:
+class WorkBudget:
     """What is left of the work limit of one plan."""
 
     limit: int
@@ -83,9 +83,9 @@ class Effort:
         return max(0, self.limit - self.spent)
 
     @contextmanager
-    def part(self, parts: int) -> Iterator[Effort]:
+    def part(self, parts: int) -> Iterator[WorkBudget]:
         """Lend one of `parts` equal parts of what is left; what is spent of it counts here too."""
-        part = Effort(max(1, self.left // parts))
+        part = WorkBudget(max(1, self.left // parts))
         yield part
         self.spent += part.spent
 

@@ -1,6 +1,6 @@
 """The plan of nearly every step in one compiled call: whoever was promised or asks fits, and nobody else is there.
 
-What `SloPlanner` answers with one trial and one batch is answered here by the same compiled passes, without the Python
+What `SloPlanner` answers with one dry run and one batch is answered here by the same compiled passes, without Python
 and NumPy between them: on an engine whose steps take a few milliseconds those cost more than the passes. `glance`
 returns None wherever more than one look is needed (a promise or a candidate does not fit, somebody is hopeless, late or
 without a promise, memory is short, drafts are chosen), and the planner then goes through all of its questions. Where
@@ -44,7 +44,7 @@ from slos_serve.core.planning.demand import (
     headroom,
     needed_s,
 )
-from slos_serve.core.planning.trial import run
+from slos_serve.core.planning.dry_run import run
 from slos_serve.core.types import BatchPlan, Plan, Verdict
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ import numpy as np
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import batch_seconds
 from slos_serve.core.planning.batching import compose
-from slos_serve.core.planning.columns import IS_LIVE, derive, foretold, growth_of, pick
+from slos_serve.core.planning.columns import IS_LIVE, derive, growth_of, pick, predicted_until
 from slos_serve.core.planning.demand import KEPT, NUM_TOTALS, Machine
+from slos_serve.core.planning.dry_run import run
 from slos_serve.core.planning.step import OPEN_SHARE
-from slos_serve.core.planning.trial import run
-from slos_serve.core.slo.due import row_due, row_pace
+from slos_serve.core.slo.next_due import row_due, row_pace
 from slos_serve.core.types import Status, Tier
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _count(rows, order, ends_s, guard_s, fixed_s, block_size, free, machine, max
         for i in range(len(rows)):
             # what is late may be graded as missed, and what outruns its predicted length is predicted again
             outputs = rows["num_output_tokens"][i] + 1
-            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= foretold(rows, i):
+            if row_due(rows, i, fixed_s) - guard_s < ends_s[k] or outputs >= predicted_until(rows, i):
                 return k + 1
             computed = rows["num_computed_tokens"][i] + 1
             blocks = max(-(-computed // block_size), rows["num_kv_blocks"][i])

@@ -30,10 +30,10 @@ from slos_serve.core.planning.demand import (
     NUM_TOTALS,
     TOKENS,
     Demand,
-    Effort,
+    WorkBudget,
     needed_each,
 )
-from slos_serve.core.planning.trial import simulate
+from slos_serve.core.planning.dry_run import simulate
 from slos_serve.core.types import BatchPlan
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def _turns(tenant: IntArray, arrival_s: FloatArray, seq: IntArray) -> IntArray:
 
 
 class Stepping(Columns):
-    """A state, and the batches that it allows; `effort` is what trials may still cost."""
+    """A state, and the batches that it allows; `work_budget` is what dry runs may still cost."""
 
     def __init__(self, state: ReplicaState, batch_fixed_multiple: float) -> None:
         super().__init__(state, batch_fixed_multiple)
-        self.effort = Effort(state.limits.work_limit)
+        self.work_budget = WorkBudget(state.limits.work_limit)
 
     def crowded_out(self) -> IntArray:
         """Return the promised rows whose blocks the others need to go on: the cheapest, newest first.
@@ -91,9 +91,16 @@ class Stepping(Columns):
         return out
 
     def batch(
-        self, order: IntArray, demand: Demand, at_risk: IntArray, crowded_out: IntArray, *, eager: bool, outcome: int
+        self,
+        order: IntArray,
+        demand: Demand,
+        at_risk: IntArray,
+        crowded_out: IntArray,
+        *,
+        run_ahead: bool,
+        outcome: int,
     ) -> BatchPlan:
-        """Compose the next batch for the promised rows and fill it up; `outcome`: how their trial on paper ended."""
+        """Compose the next batch for the promised rows and fill it up; `outcome`: how their dry run ended."""
         machine, now = self.machine, self.now
         tokens, totals = np.zeros(len(order)), np.zeros(NUM_TOTALS)
         live, prompts = batching.sides(demand)
@@ -101,7 +108,7 @@ class Stepping(Columns):
         gives_way[crowded_out] = True
         available = self.state.num_free_kv_blocks + float(self.held[gives_way].sum())
         while True:
-            end = batching.compose(machine, demand, live, prompts, machine.free_blocks, eager, now, tokens, totals)
+            end = batching.compose(machine, demand, live, prompts, machine.free_blocks, run_ahead, now, tokens, totals)
             used = tokens > 0
             index, counts = order[used], tokens[used]
             if not len(prompts) or self.fresh_blocks(index, counts) <= available:
@@ -123,7 +130,7 @@ class Stepping(Columns):
             index, counts = self.fill([(first, until), (rest, brief)], *composed, preempted, totals)
             later = batching.batch_end(machine, totals, now)
             checked = outcome == KEPT and len(order) > 0 and later > end + EPS_S
-            if checked and not self.goes_on(demand, tokens, later, eager=eager):
+            if checked and not self.goes_on(demand, tokens, later, run_ahead=run_ahead):
                 # What the promised will need later may only use the room that costs no time.
                 totals = composed_totals
                 index, counts = self.fill([(first, end), (rest, end)], *composed, preempted, totals)
@@ -168,9 +175,9 @@ class Stepping(Columns):
             seats -= 1
         return np.array(taken, np.int64)
 
-    def goes_on(self, demand: Demand, tokens: FloatArray, end: float, *, eager: bool) -> bool:
+    def goes_on(self, demand: Demand, tokens: FloatArray, end: float, *, run_ahead: bool) -> bool:
         """Tell whether all promises still hold after a batch of these `tokens` that ends at `end`."""
-        return simulate(self.machine, demand, self.now, self.effort, eager=eager, head=(tokens, end)).kept
+        return simulate(self.machine, demand, self.now, self.work_budget, run_ahead=run_ahead, head=(tokens, end)).kept
 
     def others(self, order: IntArray, preempted: IntArray, at_risk: IntArray) -> tuple[IntArray, IntArray]:
         """Return the rows outside `order` that may run in what it leaves.

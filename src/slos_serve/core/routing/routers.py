@@ -9,7 +9,7 @@ ranks the replicas; the host sends the request to the first, and asks again, wit
 before the request, decode load, KV blocks) gives each a guess of feasibility and a price: the seconds and
 blocks that the promise takes, each times a power of how full that resource would be. Full resources are
 dear, a cached prefix is cheap, and equal requests go to the emptiest replica. The best few are then put
-to the planner's own test, `trial.simulate`, on the virtual copy, and the first that keeps every
+to the planner's own test, `dry_run.simulate`, on the virtual copy, and the first that keeps every
 deadline gets the request. Where none does, it goes where it comes closest to being promised later, or,
 where no replica could serve it in time, to the shortest best-effort queue.
 
@@ -108,7 +108,7 @@ class Sequential(RouterBase):
 class SloRouter(RouterBase):
     """Ours: the replica that can promise at the least price; see the module's text.
 
-    `num_tested`: replicas put to the planner's test. `work_limit`: its effort for each, in the planner's
+    `num_tested`: replicas put to the planner's test. `work_limit`: its work for each, in the planner's
     unit. `max_parked`: best-effort requests a replica takes before others are preferred. `ramp_s`: how
     long a replica that has just come carries phantom load.
     """

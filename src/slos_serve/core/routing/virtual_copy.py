@@ -1,6 +1,6 @@
 """A replica as a router sees it between two snapshots: the planner's test, on paper.
 
-`VirtualCopy.slack_s` runs the planner's own `trial.simulate` on the snapshot's demand, moved on to now,
+`VirtualCopy.slack_s` runs the planner's own `dry_run.simulate` on the snapshot's demand, moved on to now,
 with what has been sent since and the request in question. `VirtualCopy.flow` sums up what was sent since;
 `estimates` looks at many replicas with it.
 """
@@ -31,12 +31,12 @@ from slos_serve.core.planning.demand import (
     STEPS,
     TPOT,
     VERIFY,
-    Effort,
     Machine,
+    WorkBudget,
     needed_each,
 )
+from slos_serve.core.planning.dry_run import simulate
 from slos_serve.core.planning.programme import tiers_of
-from slos_serve.core.planning.trial import simulate
 from slos_serve.core.routing.snapshots import PrefillRow, ReplicaSnapshot, group_demand, machine_of, prefill_demand
 
 LEAST_SHARE = 0.05  # of the idle rate that a guess reckons with, however many decodes there are
@@ -189,11 +189,11 @@ class VirtualCopy:
         order = order[np.argsort(demand[DEADLINE, order], kind="stable")]
         position = int(np.flatnonzero(order == demand.shape[1] - 1)[0])
         demand = demand[:, order]
-        effort = Effort(work_limit)
-        for eager in (True, False):
-            trial = simulate(self.machine, demand, 0.0, effort, eager=eager)
-            if trial.kept:
-                slack = demand[DEADLINE, position] - trial.finished_at[position]
+        work_budget = WorkBudget(work_limit)
+        for run_ahead in (True, False):
+            dry_run = simulate(self.machine, demand, 0.0, work_budget, run_ahead=run_ahead)
+            if dry_run.kept:
+                slack = demand[DEADLINE, position] - dry_run.finished_at[position]
                 return float(slack) if math.isfinite(slack) else NEVER_S
         return None
 

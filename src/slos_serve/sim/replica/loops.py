@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import batch_seconds
-from slos_serve.core.planning.columns import foretold
+from slos_serve.core.planning.columns import predicted_until
 from slos_serve.core.slo.deadlines import GRADER, feed_stream
 from slos_serve.core.types import Status
 
@@ -192,4 +192,4 @@ def _put_out(rows: Rows, live: Rows, row: int, before: int, wanted: int, now_s: 
         rows["missed"][row] = 1
     if after >= true_output:
         return FINISHED
-    return OUTRUN if after >= foretold(rows, row) else 0
+    return OUTRUN if after >= predicted_until(rows, row) else 0

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.lengths import turn
-from slos_serve.core.planning.columns import foretold
+from slos_serve.core.lengths import length_quantile
+from slos_serve.core.planning.columns import predicted_until
 from slos_serve.sim.replica import loops
 from slos_serve.sim.replica.requests import Record, SimRequest
 
@@ -92,7 +92,7 @@ class Outputs:
         if produced is None:
             produced = int(row["num_output_tokens"])
         predicted = predicted_length(self.lengths, sim, self.options, produced)
-        drawn = predicted_length(self.lengths, sim, self.options, produced, turn(int(row["seq"]), produced))
+        drawn = predicted_length(self.lengths, sim, self.options, produced, length_quantile(int(row["seq"]), produced))
         row["predicted_output_tokens"], row["drawn_output_tokens"] = predicted, drawn
 
     def remove(self, index: int) -> Record:
@@ -140,7 +140,7 @@ class Outputs:
         """Predict at each token that reached the prediction before it, as single steps do."""
         rows, at = self.table.rows, 0
         produced = int(rows["num_output_tokens"][index])
-        while produced >= (told := foretold(rows, index)) and at < produced:
+        while produced >= (told := predicted_until(rows, index)) and at < produced:
             at = max(math.ceil(told), at + 1)
             self._predict(index, at)
 

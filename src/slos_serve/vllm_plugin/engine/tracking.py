@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slos_serve.config import SloConfig
-from slos_serve.core.lengths import LengthModel, turn
+from slos_serve.core.lengths import LengthModel, length_quantile
 from slos_serve.core.types import Request as CoreRequest
 from slos_serve.core.types import RequestTable, Status, Tier
 from slos_serve.vllm_plugin.engine import view
@@ -171,7 +171,7 @@ class Tracker:
         limit = max(1, self._max_output_tokens(request))
         known = live.slo_class, int(request.num_prompt_tokens), limit, produced
         row["predicted_output_tokens"] = self.lengths.predict(*known)
-        row["drawn_output_tokens"] = self.lengths.predict(*known, quantile=turn(int(row["seq"]), produced))
+        row["drawn_output_tokens"] = self.lengths.predict(*known, quantile=length_quantile(int(row["seq"]), produced))
 
     def _add_row(self, live: Live) -> None:
         self.version += 1

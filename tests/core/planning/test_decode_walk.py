@@ -12,16 +12,16 @@ from tests.core.planning.test_batching import decode, demand_of, machine_of, pre
 from slos_serve.core.planner import SloPlanner
 from slos_serve.core.planning import batching
 from slos_serve.core.planning import demand as columns
-from slos_serve.core.planning.demand import FULL, KEPT, MISSED, Effort
-from slos_serve.core.planning.tail import tail
-from slos_serve.core.planning.trial import simulate
+from slos_serve.core.planning.decode_walk import walk_decodes
+from slos_serve.core.planning.demand import FULL, KEPT, MISSED, WorkBudget
+from slos_serve.core.planning.dry_run import simulate
 from slos_serve.core.types import RequestTable, Tier
 
 
 def walk(machine, *rows, free_blocks=math.inf):
     """Return how the decodes fare, all promised, from 0 s on."""
     demand = demand_of(*rows)
-    return tail(machine, demand, np.arange(demand.shape[1]), free_blocks, 0.0)[0]
+    return walk_decodes(machine, demand, np.arange(demand.shape[1]), free_blocks, 0.0)[0]
 
 
 def most_that_keep(build, machine, most=300):
@@ -61,7 +61,7 @@ def test_slow_decodes_that_are_all_due_at_once_do_not_fit_although_they_would_on
 
     def outcome(slow_due):
         slow = [decode(due, tpot=0.1, output_left=400) for due in slow_due]
-        return simulate(machine, demand_of(*fast, *slow), 0.0, Effort(10**7), eager=False).outcome
+        return simulate(machine, demand_of(*fast, *slow), 0.0, WorkBudget(10**7), run_ahead=False).outcome
 
     most = most_that_keep(lambda: decode(0.03, tpot=0.03), machine)
     crowd = 2 * most  # 0.6 of a batch of 30 ms each 30 ms, but two batches of 30 ms before the first is due again
@@ -150,27 +150,27 @@ mixtures = st.lists(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(mixtures, st.sampled_from(sorted(MODELS)), st.sampled_from([60.0, 200.0, 1e4]), st.booleans())
-def test_what_is_kept_once_is_kept_to_the_end(rows, model, total_blocks, eager):
+def test_what_is_kept_once_is_kept_to_the_end(rows, model, total_blocks, run_ahead):
     demand = demand_of(*rows)
     machine = machine_of(model, max_seqs=16.0)
     now = 0.0
 
-    def trial():
+    def dry_run():
         free = total_blocks + 400 - demand[columns.HELD].sum()
         return machine._replace(free_blocks=free), simulate(
-            machine._replace(free_blocks=free), demand, now, Effort(10**7), eager=eager
+            machine._replace(free_blocks=free), demand, now, WorkBudget(10**7), run_ahead=run_ahead
         )
 
-    if not trial()[1].kept:
+    if not dry_run()[1].kept:
         return
     for _ in range(4000):
         if not demand.shape[1]:
             return
-        machine, result = trial()
+        machine, result = dry_run()
         assert result.kept, f"no longer kept at {now}"
         tokens, totals = np.zeros(demand.shape[1]), np.zeros(columns.NUM_TOTALS)
         end = batching.compose(
-            machine, demand, *batching.sides(demand), machine.free_blocks, eager, now, tokens, totals
+            machine, demand, *batching.sides(demand), machine.free_blocks, run_ahead, now, tokens, totals
         )
         assert end > now
         late = np.where(tokens > 0, np.minimum(demand[columns.DUE], 1e9), math.inf) < end - 1e-6

@@ -1,6 +1,6 @@
 """Can decodes go on to their ends? Walk them in strides.
 
-Theory of operation. Once the last prefill has ended, decodes may go on for thousands of steps. `tail`
+Theory of operation. Once the last prefill has ended, decodes may go on for thousands of steps. `decode_walk`
 walks them in strides, to the predicted end of the last one. In a stride
 
 - all of them run in every batch, if with that nobody is late and the KV blocks suffice. Tokens ahead of
@@ -224,7 +224,7 @@ def _stride(machine, demand, live, free, now, all_s):  # type: ignore[no-untyped
 
 
 @jit
-def tail(machine, demand, live, free, now):  # type: ignore[no-untyped-def]
+def walk_decodes(machine, demand, live, free, now):  # type: ignore[no-untyped-def]
     """Walk the decodes `live` to their predicted ends; return (outcome, work). `demand` and `live` change.
 
     `free`: free KV blocks, inf where memory cannot run short.

@@ -1,7 +1,7 @@
 """Can these requests keep their deadlines? Run them on paper.
 
 Theory of operation. Until the last prefill has ended, `run` composes batch after batch, exactly as the
-engine will; `tail` walks what decodes then. So one piece of code judges a set of promises and makes the
+engine will; `decode_walk` walks what decodes then. So one piece of code judges a set of promises and makes the
 batch that is executed, and what holds on paper holds in the engine as long as the model does.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from slos_serve.core.jit import jit
 from slos_serve.core.perf import FloatArray
 from slos_serve.core.planning.batching import compose, growth, sides
+from slos_serve.core.planning.decode_walk import all_seconds, walk_decodes
 from slos_serve.core.planning.demand import (
     CONTEXT,
     CUT_OFF,
@@ -36,11 +37,10 @@ from slos_serve.core.planning.demand import (
     TPOT,
     VERIFY,
     Demand,
-    Effort,
     Machine,
+    WorkBudget,
     owe_next,
 )
-from slos_serve.core.planning.tail import all_seconds, tail
 
 SETTLE_S = 1.0  # paces slower than this meet nobody's phase often enough to matter
 NO_BATCH: FloatArray = np.zeros(0)
@@ -51,7 +51,7 @@ def _empty() -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class DryRun:
     """What running a demand to its end showed; see `run`."""
 
     outcome: int
@@ -93,7 +93,7 @@ def _settled_at(machine, demand, live, now):  # type: ignore[no-untyped-def]
 
 
 @jit
-def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, finished_at, log_tokens, log_end):  # type: ignore[no-untyped-def]
+def run(machine, demand, run_ahead, now, until, max_work, head_tokens, head_end, finished_at, log_tokens, log_end):  # type: ignore[no-untyped-def]
     """Run batches until every prefill is done (and `until` is past), then strides; stop where a deadline is missed.
 
     `demand` is a working copy and is changed. Returns (outcome, request that missed, batches, work);
@@ -127,7 +127,7 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
             tokens[:] = head_tokens
             end = head_end
         else:
-            end = compose(machine, demand, live[:num_live], prompts[:num_prompts], free, eager, now, tokens, totals)
+            end = compose(machine, demand, live[:num_live], prompts[:num_prompts], free, run_ahead, now, tokens, totals)
         if end <= now:
             if num_prompts > 0:
                 return STUCK, prompts[0], batch, work
@@ -187,7 +187,7 @@ def run(machine, demand, eager, now, until, max_work, head_tokens, head_end, fin
         free += released
         now = end
         batch += 1
-    outcome, more = tail(machine, demand, live[:num_live], free, now)
+    outcome, more = walk_decodes(machine, demand, live[:num_live], free, now)
     return outcome, -1, batch, work + more
 
 
@@ -205,23 +205,23 @@ def simulate(
     machine: Machine,
     demand: Demand,
     now_s: float,
-    effort: Effort,
+    work_budget: WorkBudget,
     *,
-    eager: bool,
+    run_ahead: bool,
     log_batches: int = 0,
     until_s: float = -math.inf,
     head: tuple[FloatArray, float] | None = None,
-) -> Trial:
+) -> DryRun:
     """Run a copy of `demand` to its end, in batches until `until_s` at least; `head`: the first one and its end."""
     num_requests = demand.shape[1]
     finished_at = np.full(num_requests, math.inf)
     log_tokens, log_end = np.zeros((log_batches, num_requests)), np.zeros(log_batches)
     head_tokens, head_end = head or (NO_BATCH, -math.inf)
     outcome, _, batches, work = run(
-        machine, demand.copy(), eager, now_s, until_s, effort.left, head_tokens, head_end,
+        machine, demand.copy(), run_ahead, now_s, until_s, work_budget.left, head_tokens, head_end,
         finished_at, log_tokens, log_end,
     )  # fmt: skip
-    effort.spent += int(work)
-    return Trial(
+    work_budget.spent += int(work)
+    return DryRun(
         outcome=int(outcome), finished_at=finished_at, log_tokens=log_tokens[:batches], log_end=log_end[:batches]
     )
