@@ -4,6 +4,8 @@
 
 A trace is a CSV file with the columns `arrived_at_s`, `prompt_tokens` and `output_tokens`; `slo_class` may name a class
 for each row. `slos-serve simulate --help` lists the other formats.
+
+Sixty rows are few: in a window of thirty one request of a class is a tenth of it, and decides. Bring hundreds.
 """
 
 import sys

@@ -10,7 +10,7 @@ from slos_serve.core.planner import SloPlanner
 from slos_serve.core.types import RequestTable
 from slos_serve.vllm_plugin import explaining
 from slos_serve.vllm_plugin.explaining import MAX_KEPT, Explainer
-from slos_serve.vllm_plugin.progress import MAX_POINTS, SPARE, Progress
+from slos_serve.vllm_plugin.progress import MAX_POINTS, SPARE, TokenTimes
 
 
 def refused(name="hard", **more):
@@ -95,7 +95,7 @@ def live(name, count):
 
 
 def test_points_of_a_request_stay_bounded_however_long_it_lasts():
-    progress, one = Progress(), live("a", 0)
+    progress, one = TokenTimes(), live("a", 0)
     for second in range(100_000):
         one.request.num_output_tokens += 1
         progress.note([one], float(second))
@@ -106,7 +106,7 @@ def test_points_of_a_request_stay_bounded_however_long_it_lasts():
 
 
 def test_requests_whose_end_is_never_told_leave_nothing_behind():
-    progress = Progress()
+    progress = TokenTimes()
     for number in range(1000):
         progress.note([live(f"{number}", 1)], 1.0)
     assert len(progress._points) <= SPARE + 2

@@ -14,7 +14,7 @@ from slos_serve.core.routing.routers import ROUTERS
 from slos_serve.errors import ConfigError
 from slos_serve.named import check_router
 from slos_serve.sim.capacity.detail import look_closer
-from slos_serve.sim.capacity.jobs import Journal, run_lanes
+from slos_serve.sim.capacity.jobs import Journal, run_searches
 from slos_serve.sim.capacity.report import write_report, write_tables
 from slos_serve.sim.capacity.runs import CLAIRVOYANT
 from slos_serve.sim.capacity.study import FULL, QUICK, Study
@@ -91,27 +91,27 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print the table."""
     study = read_study(args)
     study.check()
-    lanes = study.lanes()
+    search_jobs = study.search_jobs()
 
     def progress(done: int, num_runs: int, name: str) -> None:
         bar(done, num_runs, name)
         if name:  # what is known so far survives whatever happens next
-            write_tables(study.document(lanes), args.out)
+            write_tables(study.document(search_jobs), args.out)
 
     with (
         Journal(args.out / "runs.jsonl", reuse=study.reuse) as journal,
-        Bar(f"{len(lanes)} searches", len(lanes)) as bar,
+        Bar(f"{len(search_jobs)} searches", len(search_jobs)) as bar,
     ):
         if journal.num_foreign:
             bar.note(f"{journal.num_foreign} runs in {args.out} were made by other code and are made again")
         if journal.num_reused:
             bar.note(f"{journal.num_reused} runs in {args.out} were made by other code and stand")
         try:
-            run_lanes(lanes, journal, jobs=args.jobs or os.cpu_count() or 1, progress=progress)
+            run_searches(search_jobs, journal, jobs=args.jobs or os.cpu_count() or 1, progress=progress)
         except KeyboardInterrupt:
             bar.note(f"{len(journal)} runs are kept in {args.out}: the same command goes on from here")
             return 130
-    document = study.document(lanes)
+    document = study.document(search_jobs)
     look_closer(document, study)
     note = write_report(document, study, args.out)
     if args.json:

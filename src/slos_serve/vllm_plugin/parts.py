@@ -17,7 +17,7 @@ from slos_serve.vllm_plugin.learning.drafting import DraftWatch
 from slos_serve.vllm_plugin.learning.learner import Learner
 from slos_serve.vllm_plugin.learning.learnt import Learnt
 from slos_serve.vllm_plugin.pipeline import Pipeline
-from slos_serve.vllm_plugin.progress import Progress
+from slos_serve.vllm_plugin.progress import TokenTimes
 from slos_serve.vllm_plugin.promises import Promises
 from slos_serve.vllm_plugin.report import Ring
 from slos_serve.vllm_plugin.safety.faults import Faults
@@ -89,7 +89,7 @@ class Parts:
             refresh=refresh,
             failed=lambda error: self.faults.add("publish", error),
         )
-        self.progress, self.explainer = Progress(), Explainer(settings.make_planner)
+        self.progress, self.explainer = TokenTimes(), Explainer(settings.make_planner)
         self.promises = Promises(
             self.tracker,
             self.learner,

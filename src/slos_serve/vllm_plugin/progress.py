@@ -13,7 +13,7 @@ MAX_POINTS = 48
 SPARE = 64
 
 
-class Progress:
+class TokenTimes:
     """How many tokens each live request had at what time, looked at whenever a snapshot is taken."""
 
     def __init__(self) -> None:

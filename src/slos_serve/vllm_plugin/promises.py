@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from slos_serve.vllm_plugin.engine.live import Live
     from slos_serve.vllm_plugin.engine.tracking import Tracker
     from slos_serve.vllm_plugin.learning.learner import Learner
-    from slos_serve.vllm_plugin.progress import Progress
+    from slos_serve.vllm_plugin.progress import TokenTimes
     from slos_serve.vllm_plugin.safety.faults import Faults
     from slos_serve.vllm_plugin.safety.rules import StepDown
     from slos_serve.vllm_plugin.wire.outbox import Outbox
@@ -48,7 +48,7 @@ class Promises:
         *,
         outbox: Outbox,
         faults: Faults,
-        progress: Progress,
+        progress: TokenTimes,
     ) -> None:
         self._learner = learner
         self._limits = limits

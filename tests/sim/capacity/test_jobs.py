@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from slos_serve.errors import ConfigError
-from slos_serve.sim.capacity import jobs as lanes
+from slos_serve.sim.capacity import jobs as job_module
 from slos_serve.sim.capacity import runs as cells
 from slos_serve.sim.capacity.bounds import UnsolvedError
-from slos_serve.sim.capacity.jobs import Journal, Lane, WorkerError, code_digest, run_lanes
+from slos_serve.sim.capacity.jobs import Journal, SearchJob, WorkerError, code_digest, run_searches
 from slos_serve.sim.capacity.runs import Cell
 from slos_serve.sim.capacity.search import RunOutcome, SearchEffort, rate_at, search
 from slos_serve.sim.workloads import scenarios
@@ -27,12 +27,12 @@ def outcome(met=95, **changes):
     return RunOutcome(by_class={"chat": (met, 10_000, 0, 0)}, **changes)
 
 
-def lane(name, capacity=2.0):
+def search_job(name, capacity=2.0):
     def cell_of(point):
         rate_rps = rate_at(point.rate_index)
         return cell(system=name, part=point.part, rate_rps=rate_rps, window=point.window, may_stop=point.may_stop)
 
-    return Lane(name=name, search=search(("{}",), lambda: 1.0, EFFORT), cell_of=cell_of)
+    return SearchJob(name=name, search=search(("{}",), lambda: 1.0, EFFORT), cell_of=cell_of)
 
 
 def pretend(one):
@@ -65,13 +65,13 @@ DAMAGE = {
 def test_a_damaged_line_costs_itself_alone_and_no_search_that_goes_on(tmp_path, damage):
     path = tmp_path / "runs.jsonl"
     with Journal(path, code="then") as journal:
-        run_lanes([lane("a")], journal, run=pretend)
+        run_searches([search_job("a")], journal, run=pretend)
     with path.open("ab") as file:
         file.write(damage)
     known, made = len(journal), []
     with Journal(path, code="now", reuse=["a"]) as journal:
         assert journal.num_reused == known > 0
-        run_lanes([lane("a")], journal, run=lambda one: made.append(one) or pretend(one))
+        run_searches([search_job("a")], journal, run=lambda one: made.append(one) or pretend(one))
     assert made == []
 
 
@@ -84,7 +84,7 @@ def test_an_outcome_is_on_disk_before_the_next_run(tmp_path):
         return pretend(one)
 
     with Journal(path) as journal:
-        run_lanes([lane("a")], journal, run=watching)
+        run_searches([search_job("a")], journal, run=watching)
     assert seen == list(range(len(seen)))
 
 
@@ -95,17 +95,17 @@ def test_an_interrupted_search_goes_on_and_ends_as_if_nothing_had_happened(tmp_p
             raise KeyboardInterrupt
         return pretend(one)
 
-    path, whole, made = tmp_path / "runs.jsonl", lane("a"), []
+    path, whole, made = tmp_path / "runs.jsonl", search_job("a"), []
     with Journal(path) as journal, pytest.raises(KeyboardInterrupt):
-        run_lanes([lane("a")], journal, run=dying)
+        run_searches([search_job("a")], journal, run=dying)
     with path.open("a") as file:
         file.write('{"key": "cut sho')
-    again = lane("a")
+    again = search_job("a")
     with Journal(path) as journal:
         assert len(journal) == 5
-        run_lanes([again], journal, run=lambda one: made.append(one) or pretend(one))
+        run_searches([again], journal, run=lambda one: made.append(one) or pretend(one))
     with Journal(None) as journal:
-        run_lanes([whole], journal, run=pretend)
+        run_searches([whole], journal, run=pretend)
         assert len(made) == len(journal) - 5
     assert again.answer.curve.capacity(0.9) == whole.answer.curve.capacity(0.9) == pytest.approx(2.0, rel=0.02)
     assert all(json.loads(line) for line in path.read_text().splitlines() if "cut sho" not in line)
@@ -148,8 +148,8 @@ def test_a_stopped_run_answers_only_who_may_stop_too():
 
 
 def test_a_search_that_fails_leaves_the_others_alone():
-    several, ended = [lane("broken"), lane("a")], []
-    run_lanes(
+    several, ended = [search_job("broken"), search_job("a")], []
+    run_searches(
         several, Journal(None), run=pretend, progress=lambda done, runs, name: ended.append(name) if name else None
     )
     assert "ConfigError" in several[0].error
@@ -160,8 +160,8 @@ def test_a_search_that_fails_leaves_the_others_alone():
 
 @pytest.mark.parametrize("name", ["unsolved", "faulty"])
 def test_a_run_that_fails_in_whatever_way_costs_its_own_search_alone(name):
-    several = [lane(name), lane("a")]
-    run_lanes(several, Journal(None), run=pretend)
+    several = [search_job(name), search_job("a")]
+    run_searches(several, Journal(None), run=pretend)
     assert "linear programme" in several[0].error or "RuntimeError" in several[0].error
     assert several[1].answer is not None
 
@@ -170,23 +170,23 @@ def test_a_search_whose_first_guess_fails_leaves_the_others_alone():
     def guess():
         raise RuntimeError("no guess")
 
-    broken = Lane(name="broken", search=search(("{}",), guess, EFFORT), cell_of=lambda _: cell())
-    several = [broken, lane("a")]
-    run_lanes(several, Journal(None), run=pretend)
+    broken = SearchJob(name="broken", search=search(("{}",), guess, EFFORT), cell_of=lambda _: cell())
+    several = [broken, search_job("a")]
+    run_searches(several, Journal(None), run=pretend)
     assert several[0].error == "RuntimeError: no guess"
     assert several[1].answer is not None
 
 
 def test_a_worker_that_dies_ends_the_job_in_words_and_keeps_what_is_known(tmp_path):
     with Journal(tmp_path / "runs.jsonl") as journal, pytest.raises(WorkerError, match="--jobs"):
-        run_lanes([lane("gone")], journal, run=pretend, jobs=2)
+        run_searches([search_job("gone")], journal, run=pretend, jobs=2)
 
 
 def test_several_processes_find_what_one_finds(tmp_path):
-    alone, together = [lane("a"), lane("b")], [lane("a"), lane("b")]
-    run_lanes(alone, Journal(None), run=pretend)
+    alone, together = [search_job("a"), search_job("b")], [search_job("a"), search_job("b")]
+    run_searches(alone, Journal(None), run=pretend)
     with Journal(tmp_path / "runs.jsonl") as journal:
-        run_lanes(together, journal, run=pretend, jobs=2)
+        run_searches(together, journal, run=pretend, jobs=2)
     for one, two in zip(alone, together, strict=True):
         assert one.answer.curve.met.keys() == two.answer.curve.met.keys()
         assert one.answer.curve.capacity(0.9) == two.answer.curve.capacity(0.9)
@@ -224,7 +224,7 @@ def test_the_code_is_known_by_every_file_that_bears_on_outcomes(source, monkeypa
     for name in ("config.py", "core/planner.py", "sim/hardware/h100-8b-derived.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(lanes, "files", lambda _: tmp_path)
+    monkeypatch.setattr(job_module, "files", lambda _: tmp_path)
     before = code_digest()
     (tmp_path / source).write_text("2")
     assert code_digest() != before

@@ -126,7 +126,7 @@ class Journal:
 
 
 @dataclass(slots=True, kw_only=True)
-class Lane:
+class SearchJob:
     """One search under way. `cell_of` says which run a point is; `error` why it ended without an answer."""
 
     name: str
@@ -161,7 +161,7 @@ class Lane:
         self.search.close()
 
 
-Progress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 RunFunction = Callable[[Cell], RunOutcome]
 
 
@@ -184,10 +184,10 @@ class _Here(Executor):
 class _Work:
     """The searches, the runs that they wait for, and the runs that are under way."""
 
-    def __init__(self, lanes: Sequence[Lane], journal: Journal, progress: Progress | None) -> None:
-        self.waiting = deque(lanes)
-        self.ready: deque[tuple[Lane, Cell]] = deque()
-        self.pending: dict[Future[RunOutcome], tuple[Lane, Cell]] = {}
+    def __init__(self, search_jobs: Sequence[SearchJob], journal: Journal, progress: OnProgress | None) -> None:
+        self.waiting = deque(search_jobs)
+        self.ready: deque[tuple[SearchJob, Cell]] = deque()
+        self.pending: dict[Future[RunOutcome], tuple[SearchJob, Cell]] = {}
         self.num_runs = self.num_done = 0
         self._open: Counter[str] = Counter()
         self._journal = journal
@@ -197,8 +197,8 @@ class _Work:
         """Keep `width` runs under way, of searches that have begun before new ones."""
         while len(self.pending) < width and (self.ready or self.waiting):
             if self.ready:
-                lane, cell = self.ready.popleft()
-                self.pending[pool.submit(run, cell)] = lane, cell
+                search_job, cell = self.ready.popleft()
+                self.pending[pool.submit(run, cell)] = search_job, cell
             else:
                 self._advance(self.waiting.popleft())
 
@@ -206,8 +206,8 @@ class _Work:
         """Wait for a run, keep its outcome, and let its search go on when it was the last one asked for."""
         finished, _ = wait(self.pending, return_when=FIRST_COMPLETED)
         for future in finished:
-            lane, cell = self.pending.pop(future)
-            self._open[lane.name] -= 1
+            search_job, cell = self.pending.pop(future)
+            self._open[search_job.name] -= 1
             try:
                 self._journal.add(cell, future.result())
             except BrokenExecutor as error:
@@ -215,48 +215,48 @@ class _Work:
                     f"a process that made runs has ended ({error}): fewer --jobs need less memory"
                 ) from error
             except Exception as error:  # noqa: BLE001 - of one search: the others go on
-                self._fail(lane, error)
+                self._fail(search_job, error)
                 continue
             self.num_runs += 1
             self._tell()
-            if not lane.is_done and not self._open[lane.name]:
-                self._advance(lane)
+            if not search_job.is_done and not self._open[search_job.name]:
+                self._advance(search_job)
 
-    def _advance(self, lane: Lane) -> None:
+    def _advance(self, search_job: SearchJob) -> None:
         try:
-            cells = lane.step(self._journal)
+            cells = search_job.step(self._journal)
         except Exception as error:  # noqa: BLE001 - of one search: the others go on
-            self._fail(lane, error)
+            self._fail(search_job, error)
             return
-        if lane.is_done:
+        if search_job.is_done:
             self.num_done += 1
-            self._tell(lane.name)
-        self._open[lane.name] = len(cells)
-        self.ready.extend((lane, cell) for cell in cells)
+            self._tell(search_job.name)
+        self._open[search_job.name] = len(cells)
+        self.ready.extend((search_job, cell) for cell in cells)
 
-    def _fail(self, lane: Lane, error: BaseException) -> None:
-        if lane.is_done:
+    def _fail(self, search_job: SearchJob, error: BaseException) -> None:
+        if search_job.is_done:
             return
-        lane.fail(error)
-        self.ready = deque((other, cell) for other, cell in self.ready if other is not lane)
+        search_job.fail(error)
+        self.ready = deque((other, cell) for other, cell in self.ready if other is not search_job)
         self.num_done += 1
-        self._tell(lane.name)
+        self._tell(search_job.name)
 
     def _tell(self, name: str = "") -> None:
         if self._progress is not None:
             self._progress(self.num_done, self.num_runs, name)
 
 
-def run_lanes(
-    lanes: Sequence[Lane],
+def run_searches(
+    search_jobs: Sequence[SearchJob],
     journal: Journal,
     *,
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     run: RunFunction = run_cell,
 ) -> None:
-    """Carry every search to its answer or its error. `progress` gets lanes done, runs made, and a lane that ended."""
-    work = _Work(lanes, journal, progress)
+    """Carry every search to its answer or its error. `progress` gets searches done, runs made, and one that ended."""
+    work = _Work(search_jobs, journal, progress)
     pool: Executor = _Here()
     if jobs > 1:
         pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slos_serve.sim.capacity.jobs import Lane
+from slos_serve.sim.capacity.jobs import SearchJob
 from slos_serve.sim.capacity.runs import CLAIRVOYANT, Cell, guess_rps
 from slos_serve.sim.capacity.search import Answer, Point, SearchEffort, Settings, rate_at, search
 from slos_serve.sim.capacity.table import hardware_entry
@@ -131,17 +131,17 @@ class Study:
             "reuse": list(self.reuse),
         }
 
-    def lanes(self) -> list[Lane]:
+    def search_jobs(self) -> list[SearchJob]:
         """Return every search, those of one scenario side by side."""
         return [
-            self._lane(site, scenario, system)
+            self._search_job(site, scenario, system)
             for site in self.sites
             for scenario in self.scenarios
             for system in self.systems
             if fits(system, scenario)
         ]
 
-    def _lane(self, site: Site, scenario: str, system: str) -> Lane:
+    def _search_job(self, site: Site, scenario: str, system: str) -> SearchJob:
         base = self.cell(site, scenario, system)
 
         def cell_of(point: Point) -> Cell:
@@ -159,11 +159,11 @@ class Study:
         guess = functools.partial(guess_rps, base)
         name = lane_name(site, scenario, system)
         effort = BOUND if system == CLAIRVOYANT else self.effort
-        return Lane(name=name, search=search(self.grid(system), guess, effort), cell_of=cell_of)
+        return SearchJob(name=name, search=search(self.grid(system), guess, effort), cell_of=cell_of)
 
-    def document(self, lanes: Sequence[Lane]) -> dict[str, Any]:
+    def document(self, search_jobs: Sequence[SearchJob]) -> dict[str, Any]:
         """Return what is known of every search that has ended."""
-        answers = {lane.name: lane.answer for lane in lanes if lane.answer is not None}
+        answers = {search_job.name: search_job.answer for search_job in search_jobs if search_job.answer is not None}
         hardware = {}
         for site in self.sites:
             found: dict[str, dict[str, Answer]] = {}
@@ -175,7 +175,7 @@ class Study:
             on = {scenario: hardware_of(scenario, site.hardware) for scenario in found}
             hardware[site.name] = {**hardware_entry(found, on), "replicas": site.replicas}
         document: dict[str, Any] = {"hardware": hardware, "study": self.facts()}
-        errors = {lane.name: lane.error for lane in lanes if lane.error}
+        errors = {search_job.name: search_job.error for search_job in search_jobs if search_job.error}
         return {**document, "errors": errors} if errors else document
 
 
