@@ -2,11 +2,12 @@
 
     python scripts/compat.py [--versions 0.32.0,0.33.0] [--parts probe,tests,...] [--table-only]
 
-One environment a version below `.compat/` (`--envs`), made by `scripts/install` and kept; `compat.json` beside it holds
-what was last found there, so that versions can be run one by one. Parts: `probe` (is the scheduler's structure known),
-`tests` (tests/vllm_plugin), `conformance` (vLLM's own scheduler tests: stock, observing, enforcing), `parity` (the
-simulated scheduler against the real one), `outputs` (tokens of a real engine, steered, with and without drafts) and
-`request` (a server is started with `slos-serve serve`, promises a request, and is told to end while a stream is open).
+One environment a version below `.compat/` (`--envs`), made by `scripts/install` and kept. What was last found is in
+`docs/compatibility.json`, so that versions and parts can be run one by one, on any machine. Parts: `probe` (is the
+scheduler's structure known), `tests` (tests/vllm_plugin), `conformance` (vLLM's own scheduler tests: stock, observing,
+enforcing), `parity` (the simulated scheduler against the real one), `outputs` (tokens of a real engine, steered, with
+and without drafts) and `request` (a server is started with `slos-serve serve`, promises a request, and is told to end
+while a stream is open).
 A version without a build for CPUs is taken from its GPU wheel, over the newest CPU build's dependencies: Python files
 alone, no device, so that no engine runs there.
 """
@@ -14,6 +15,7 @@ alone, no device, so that no engine runs there.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +37,7 @@ from slos_serve.serving.platforms import TESTED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
+FOUND = ROOT / "docs" / "compatibility.json"
 FOR_CLUSTERS = ROOT / "requirements" / "ray-cpu.txt"
 GPU_ONLY = {"0.33.0": "0.32.0"}  # no build for CPUs -> the build whose dependencies it is put over
 SUITES = {
@@ -68,7 +71,8 @@ def main() -> int:
         parser.error(f"{name}: expected versions among {', '.join(TESTED)} and parts among {', '.join(PARTS)}")
     for version in [] if args.table_only else versions:
         examine(version, parts, args.envs / version)
-    found = {version: saved(args.envs / version) for version in TESTED}
+    known = json.loads(FOUND.read_text(encoding="utf-8"))
+    found = {version: known.get(version, {}) for version in TESTED}
     PAGE.write_text(page(found), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
     return 1 if any(failures(one) for one in found.values()) else 0
@@ -85,14 +89,19 @@ def examine(version: str, parts: list[str], env: Path) -> None:
             continue
         started = time.monotonic()
         found = {**run[part](python, env), "on": f"{datetime.now(UTC):%Y-%m-%d}"}
-        (env / "compat.json").write_text(json.dumps({**saved(env), part: found}, indent=1) + "\n", encoding="utf-8")
+        keep(version, part, found)
         print(f"{version} {part}: {cell(part, found)} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
-def saved(env: Path) -> dict[str, Any]:
-    """Return what was last found in an environment, {} where nothing was."""
-    path = env / "compat.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def keep(version: str, part: str, found: dict[str, Any]) -> None:
+    """Write what was found beside what is known of other parts and versions, which may be running too."""
+    with FOUND.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = json.load(file)
+        known.setdefault(version, {})[part] = found
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def make_environment(version: str, env: Path) -> None:
@@ -285,7 +294,8 @@ What only a GPU shows; `slos-serve verify` tests one such engine, and until it h
 
 HEAD = """# Which vLLM: what was tested, and what differs
 
-Written by `make compat` (`scripts/compat.py`), on CPUs. How a new version is added: `docs/extend/new-vllm.md`.
+Written by `make compat` (`scripts/compat.py`), on CPUs, from what was last found (`docs/compatibility.json`). How a new
+version is added: `docs/extend/new-vllm.md`.
 
 - structure: what `view.probe` says of the installed scheduler; it decides, not the version
 - plug-in tests: `tests/vllm_plugin`, passed of run
@@ -314,7 +324,8 @@ def row(version: str, found: dict[str, Any]) -> str:
     cells = ["no build for CPUs" if part in absent else cell(part, found.get(part)) for part in PARTS]
     steered = found.get("conformance", {}).get("steps", {}).get("enforce", {}).get("steered", "")
     days = sorted({one["on"] for one in found.values()})
-    return f"| {version} | {' | '.join([*cells[:3], str(steered), *cells[3:], days[-1] if days else ''])} |"
+    when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else ""
+    return f"| {version} | {' | '.join([*cells[:3], str(steered), *cells[3:], when])} |"
 
 
 def notes(found: dict[str, dict[str, Any]]) -> list[str]:

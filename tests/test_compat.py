@@ -30,7 +30,10 @@ def found(*differences):
 
 def test_the_page_has_a_row_for_each_version_and_says_what_was_not_run(compat):
     text = compat.page({"0.29.0": found(), "0.30.0": {}})
-    assert "| 0.29.0 | steered | 12 of 12 | 9 / 9 / 8 | 70 | not run | not run | not run | 2026-01-03 |" in text
+    assert (
+        "| 0.29.0 | steered | 12 of 12 | 9 / 9 / 8 | 70 | not run | not run | not run | 2026-01-01 to 2026-01-03 |"
+        in text
+    )
     assert "| 0.30.0 | not run | not run | not run |  | not run | not run | not run |  |" in text
     assert "Failures" not in text
 
@@ -52,15 +55,27 @@ def test_what_nothing_explains_is_a_failure_of_the_run(compat):
     assert "- 0.31.0: conformance, enforce: tests/v1/core/test_a.py::test_b[1]" in text
 
 
-def test_the_page_is_made_anew_from_what_was_kept(compat, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def files(compat, tmp_path, monkeypatch):
+    """Let the script write elsewhere, and know nothing yet."""
     monkeypatch.setattr(compat, "ROOT", tmp_path)
     monkeypatch.setattr(compat, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(compat, "FOUND", tmp_path / "found.json")
+    compat.FOUND.write_text("{}")
+
+
+def test_the_page_is_what_was_found(compat):
+    known = json.loads(compat.FOUND.read_text())
+    assert compat.PAGE.read_text() == compat.page({version: known.get(version, {}) for version in compat.TESTED})
+
+
+def test_the_page_is_made_anew_from_what_was_kept(compat, files, tmp_path, monkeypatch, capsys):
     for version in compat.TESTED:
-        (tmp_path / version).mkdir()
-        (tmp_path / version / "compat.json").write_text(json.dumps(found()))
-    monkeypatch.setattr("sys.argv", ["compat.py", "--envs", str(tmp_path), "--table-only"])
+        for part, one in found().items():
+            compat.keep(version, part, one)
+    monkeypatch.setattr("sys.argv", ["compat.py", "--table-only"])
     assert compat.main() == 0
-    assert (tmp_path / "page.md").read_text().count("| steered |") == len(compat.TESTED)
+    assert (tmp_path / "page.md").read_text().count("| steered | 12 of 12 |") == len(compat.TESTED)
     assert "page.md" in capsys.readouterr().out
 
 
@@ -79,7 +94,7 @@ def test_what_a_version_has_not_is_told_beside_what_passed(compat):
     assert compat.cell("parity", parity) == "40 of 40, 12 skipped"
 
 
-def test_no_engine_is_asked_of_a_version_that_has_no_build_for_cpus(compat, tmp_path, monkeypatch):
+def test_no_engine_is_asked_of_a_version_that_has_no_build_for_cpus(compat, files, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(compat, "make_environment", lambda version, env: env.mkdir())
     for name in ("probe", "run_conformance", "serve_request"):

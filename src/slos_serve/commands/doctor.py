@@ -191,7 +191,7 @@ def _plots(_args: argparse.Namespace) -> Finding:
 def _hook(_args: argparse.Namespace) -> Finding | None:
     from slos_serve.serving.platforms import TESTED_WORDS  # noqa: PLC0415
 
-    if importlib.util.find_spec("vllm") is None:
+    if importlib.util.find_spec("vllm") is None or not _has_torch():
         return None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output, which is ours
