@@ -84,7 +84,7 @@ def test_a_verdict_for_a_closed_event_loop_is_kept_anyway(hub, say):
 )
 def test_a_request_is_found_by_every_id_it_is_known_by(hub, say, engine_id, client_id):
     hub.open("a", slo_class="chat", tenant="t", arrival_s=1.0)
-    hub.feed({"verdicts": [say.verdict("a", request_id=engine_id)]})
+    hub.feed({"verdicts": [say.verdict("a", request_id=engine_id, stamped_s=0.9)]})
     for name in ("a", engine_id, client_id):
         record = hub.find(name)
         assert (record["id"], record["request_id"], record["arrival_s"]) == ("a", engine_id, 1.0)
@@ -95,6 +95,13 @@ def test_a_request_of_a_bare_server_is_known_by_the_engines_id(hub, say):
     hub.feed({"verdicts": [say.verdict(None, request_id="cmpl-x-0-11111111")]})
     assert hub.find("cmpl-x-0-11111111")["verdict"] == "promised"
     assert hub.find("cmpl-x")["id"] == "cmpl-x-0-11111111"
+
+
+def test_a_request_that_came_through_another_server_has_its_arrival_and_is_found_by_the_clients_id(hub, say):
+    hub.feed({"verdicts": [say.verdict("a", request_id="chatcmpl-mine-0a1b2c3d", stamped_s=7.0)]})
+    hub.feed({"finished": [say.finished("b", request_id="cmpl-other-0-0a1b2c3d", stamped_s=8.0)]})
+    assert (hub.find("mine")["id"], hub.find("mine")["arrival_s"]) == ("a", 7.0)
+    assert (hub.find("other")["id"], hub.find("other")["arrival_s"]) == ("b", 8.0)
 
 
 def test_several_engine_requests_of_one_http_request_are_as_good_as_their_worst(hub, say):

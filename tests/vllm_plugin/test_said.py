@@ -22,6 +22,7 @@ def test_id_arrival_and_tenant_of_a_client_are_ignored(build) -> None:
     assert (client.slo_id, client.tenant, client.slo_class) == (None, "", "coding")
     assert (edge.slo_id, edge.tenant, edge.slo_class) == ("x", "acme", "coding")
     assert client.arrival_s - edge.arrival_s == pytest.approx(30)
+    assert (client.stamped_s, edge.stamped_s) == (now, now - 30)
 
 
 def test_behind_an_edge_nothing_counts_that_it_did_not_write(build) -> None:

@@ -60,6 +60,7 @@ class RequestTold(TypedDict):
     slo_class: str
     tenant: str
     session: str | None
+    stamped_s: float  # Unix time from which its promise counts
     client: int  # which API server it came through
 
 

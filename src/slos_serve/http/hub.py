@@ -121,7 +121,7 @@ class Hub:
         slo_id = item.get("slo_id") or item["request_id"]
         with self._lock:
             record = self._records.make(slo_id, label, item.get("tenant") or "")
-            self._records.name_by_engine(slo_id, item.get("request_id"))
+            self._know(record, item)
             parts = record["_parts"]
             parts[item.get("request_id")] = {key: item.get(key) for key in VERDICT_KEYS}
             # As good as its worst part.
@@ -152,7 +152,7 @@ class Hub:
             if record is None and outcome != "none":
                 record = self._records.make(slo_id, label, tenant)
             if record is not None:
-                self._records.name_by_engine(slo_id, item.get("request_id"))
+                self._know(record, item)
                 self._end(record, item)
                 self._records.touch(record)
             waiters = self._waiters.pop(slo_id, ())
@@ -167,6 +167,12 @@ class Hub:
         if item.get("promised"):
             self.metrics.count_promise(label, outcome, item.get("least_slack_ms") or {})
         self.metrics.count_stages(label, item.get("stages") or {})
+
+    def _know(self, record: Record, item: RequestTold) -> None:
+        """Take up what the engine says of a request that this API server may not have opened."""
+        self._records.name_by_engine(record["id"], item.get("request_id"))
+        if (stamped_s := item.get("stamped_s")) is not None:
+            record.setdefault("arrival_s", stamped_s)
 
     def _end(self, record: Record, item: EndTold) -> None:
         """Write into a record how a request, or a part of it, ended."""

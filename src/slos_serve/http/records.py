@@ -13,7 +13,7 @@ from slos_serve.core.story import TROUBLE, state_of
 
 Record = dict[str, Any]
 
-_CHOICE, _PART = re.compile(r"^\d+_"), re.compile(r"_\d+$")
+_CHOICE, _PART, _GIVEN = re.compile(r"^\d+_"), re.compile(r"_\d+$"), re.compile(r"^(chat)?cmpl-")
 
 
 class Records:
@@ -85,7 +85,8 @@ class Records:
         """Let a request be found by the engine's id and by the one in the client's response.
 
         vLLM's engine appends `-<8 hex digits>` to the response's id, before that completions `-<prompt number>`, and
-        responses and batches `_<part number>`; each of several choices gets `<number>_` in front.
+        responses and batches `_<part number>`; each of several choices gets `<number>_` in front. In the response's id
+        the client's own follows a prefix: by it servers find a request, too, that came through another one.
         """
         record = self._by_id[slo_id]
         if not isinstance(request_id, str) or request_id in record["_aliases"]:
@@ -94,7 +95,8 @@ class Records:
         stem = _CHOICE.sub("", request_id).rpartition("-")[0]
         prompt_stem, _, number = stem.rpartition("-")
         whole = prompt_stem if number.isdigit() and stem.startswith("cmpl-") else _PART.sub("", stem)
-        for name in (request_id, stem, whole):
+        given = _GIVEN.sub("", whole)
+        for name in (request_id, stem, whole, given):
             if name not in record["_aliases"]:
                 self.name(slo_id, name)
 

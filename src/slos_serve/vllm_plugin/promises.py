@@ -206,6 +206,7 @@ def _names(live: Live) -> RequestTold:
         "slo_class": live.slo_class,
         "tenant": live.tenant,
         "session": live.session,
+        "stamped_s": live.stamped_s,
         "client": live.request.client_index,
     }
 

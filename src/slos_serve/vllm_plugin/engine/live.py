@@ -27,6 +27,7 @@ class Live:
 
     request: Request
     args: Mapping[str, Any]
+    stamped_s: float  # its arrival as Unix time
     arrival_s: float
     added_s: float  # when the engine took it up
     slo: Slo = NO_SLO

@@ -84,8 +84,10 @@ class Tracker:
         params = request.sampling_params
         extra = (params.extra_args if params is not None else None) or {}
         args = said(extra, edge_only=self._edge_only)
-        added_s = self.clock.now()
-        live = Live(request=request, args=args, arrival_s=self._arrival(request, args), added_s=added_s)
+        added_s, stamped_s = self.clock.now(), _stamped_s(request, args)
+        live = Live(
+            request=request, args=args, stamped_s=stamped_s, arrival_s=self.clock.place(stamped_s), added_s=added_s
+        )
         self.live[request.request_id] = live
         self.asked.resolve(live)
         if not live.is_resolved:
@@ -113,12 +115,6 @@ class Tracker:
         """Give a row to all that wait for one, in the order in which they came."""
         while self.rowless:
             self._add_row(self.rowless.pop(next(iter(self.rowless))))
-
-    def _arrival(self, request: Request, args: Mapping[str, Any]) -> float:
-        stamp = args.get("slo_arrival_s")
-        if isinstance(stamp, int | float) and math.isfinite(stamp) and 0 < request.arrival_time - stamp < 60:
-            return self.clock.place(float(stamp))
-        return self.clock.place(float(request.arrival_time))
 
     def set_reference(self, reference: Callable[[int], float]) -> list[Live]:
         """Pin the reference that slowdown SLOs mean; returns the requests that now have promises."""
@@ -301,3 +297,11 @@ class Tracker:
         index = index[index >= 0]
         waits = index[self.table.rows["status"][index] == Status.WAITING].tolist()
         return {live.request_id: live.request for live in map(self._rows_live.__getitem__, waits)}
+
+
+def _stamped_s(request: Request, args: Mapping[str, Any]) -> float:
+    """Return when a request arrived, as Unix time: the edge's stamp, else when vLLM made it."""
+    stamp = args.get("slo_arrival_s")
+    if isinstance(stamp, int | float) and math.isfinite(stamp) and 0 < request.arrival_time - stamp < 60:
+        return float(stamp)
+    return float(request.arrival_time)
