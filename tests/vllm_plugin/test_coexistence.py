@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
 import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from slos_serve.core.baselines import tokens_needed
+from slos_serve.core.types import BatchPlan, Plan, Status
 from slos_serve.http import seal
 from slos_serve.http.seal import sealed
 from slos_serve.vllm_plugin.engine import view
@@ -55,6 +58,36 @@ def test_more_adapters_than_fit_into_a_batch_wait_for_each_other(build, monkeypa
     engine.run()
     assert all(len({ids[name] for name in batch}) <= 1 for batch in engine.batches)
     served(engine, 12, 6)
+
+
+class NewcomersAlone:
+    """Plan whoever waits and nobody else, as a plan may whose promises fill the step."""
+
+    def plan(self, state):
+        rows = state.requests.rows
+        waits = rows["status"] != int(Status.RUNNING)
+        chosen = np.flatnonzero(waits if waits.any() else ~waits)
+        ids = [state.requests.request_ids[i] for i in chosen]
+        tokens, none = tokens_needed(rows)[chosen], np.zeros(len(ids), np.int64)
+        return Plan(batch=BatchPlan(request_ids=ids, num_tokens=tokens, draft_lengths=none))
+
+
+@pytest.mark.parametrize(("cls", "depth"), CLASSES)
+def test_a_held_request_whose_adapter_leaves_no_room_for_the_planned_ones_goes_on(build, monkeypatch, cls, depth):
+    class Lora:
+        max_loras = 1
+
+    scheduler = build(NewcomersAlone(), cls=cls)
+    monkeypatch.setattr(scheduler, "lora_config", Lora())
+    engine = Engine(scheduler, depth=depth)
+    for i in range(2):
+        request = make_request(f"r{i}", max_tokens=6)
+        request.lora_request = LoRARequest(f"a{i}", i + 1, "/nowhere")
+        scheduler.add_request(request)
+        engine.step()
+    assert engine.run(max_steps=100) > 0
+    assert scheduler.slo.divergences["adapters"] > 0
+    served(engine, 2, 6)
 
 
 @pytest.mark.parametrize(("cls", "depth"), CLASSES)

@@ -171,6 +171,8 @@ class NextStep:
         )
         if steering.num_surplus:
             parts.divergences["adapters"] += steering.num_surplus
+            if not steering.expected:
+                return None  # held requests keep all adapters that fit: vLLM's own order lets them end
         for request in steering.preempted:
             parts.num_preempted += 1
             tracker.note_preempted(request.request_id)
