@@ -134,14 +134,15 @@ class Study:
     def search_jobs(self) -> list[SearchJob]:
         """Return every search, those of one scenario side by side."""
         return [
-            self._search_job(site, scenario, system)
+            self.search_job(site, scenario, system)
             for site in self.sites
             for scenario in self.scenarios
             for system in self.systems
             if fits(system, scenario)
         ]
 
-    def _search_job(self, site: Site, scenario: str, system: str) -> SearchJob:
+    def search_job(self, site: Site, scenario: str, system: str, grid: Sequence[Settings] | None = None) -> SearchJob:
+        """Return one search, over some settings (default: all that are to be tried)."""
         base = self.cell(site, scenario, system)
 
         def cell_of(point: Point) -> Cell:
@@ -159,7 +160,7 @@ class Study:
         guess = functools.partial(guess_rps, base)
         name = lane_name(site, scenario, system)
         effort = BOUND if system == CLAIRVOYANT else self.effort
-        return SearchJob(name=name, search=search(self.grid(system), guess, effort), cell_of=cell_of)
+        return SearchJob(name=name, search=search(grid or self.grid(system), guess, effort), cell_of=cell_of)
 
     def document(self, search_jobs: Sequence[SearchJob]) -> dict[str, Any]:
         """Return what is known of every search that has ended."""
