@@ -13,10 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
-from slos_serve.sim.capacity.jobs import Journal, run_search_jobs
-from slos_serve.sim.capacity.search import Answer, Effort
+from slos_serve.sim.capacity.jobs import Journal, run_searches
+from slos_serve.sim.capacity.search import Answer, SearchEffort
 from slos_serve.sim.capacity.study import Study
-from slos_serve.terminal.bar import Bar
+from slos_serve.terminal.progress import Bar
 
 SYSTEM = "vllm"
 TARGET = 0.9
@@ -38,14 +38,14 @@ def main() -> None:
         hardware=(args.hardware,),
         data=str(args.data.resolve()),
         async_lag=False,  # as in the tables of docs/capacity.md; steps that repeat are run many at once
-        effort=Effort(num_windows=args.windows, coarse_windows=1, steps=2, max_rates=3, higher_rates=0),
+        effort=SearchEffort(num_windows=args.windows, coarse_windows=1, steps=2, max_rates=3, higher_rates=0),
     )
     study.check()
     (site,) = study.sites
     grid = study.grid(SYSTEM)
     search_jobs = {(one, name): study.search_job(site, name, SYSTEM, [one]) for name in study.scenarios for one in grid}
     with Journal(args.out / "runs.jsonl") as journal, Bar(f"{len(search_jobs)} searches", len(search_jobs)) as bar:
-        run_search_jobs(list(search_jobs.values()), journal, jobs=args.jobs, progress=bar)
+        run_searches(list(search_jobs.values()), journal, jobs=args.jobs, progress=bar)
     columns = {name: [rate(search_jobs[one, name].answer) for one in grid] for name in study.scenarios}
     print(f"| settings of `{SYSTEM}` | {' | '.join(columns)} |")
     print("|---|" + "---|" * len(columns))

@@ -51,3 +51,11 @@ def wait_until(
 def is_healthy(client: httpx.Client) -> bool:
     """Tell whether the server says that it is healthy."""
     return client.get("/health").status_code == 200
+
+
+def wait_for(holds: Callable[[], bool], patience_s: float = 30.0) -> None:
+    """Ask a server that answers until something holds."""
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from tests.emulated.small import STEP_S, serve_small_device
-from tests.servers import is_healthy, running, wait_until
+from tests.servers import is_healthy, running, wait_for, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 # Room for a third of what the requests below ask for, so that some are preempted and come back.
@@ -160,13 +160,6 @@ def test_a_pause_breaks_no_promise_and_newcomers_hear_at_once(server, how):
     assert server.get("/v1/slo/status").json()["effective_mode"] == "enforce"
     again = complete(server, max_tokens=5, ignore_eos=True, slo=PROMISED)
     assert (again["slo"]["verdict"], again["slo"]["outcome"]) == ("promised", "met")
-
-
-def wait_for(holds, patience_s=30.0):
-    until = time.monotonic() + patience_s
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 # -- what the server says of itself, taken at its word ---------------------------------------------
