@@ -1,9 +1,12 @@
-"""Real replicas on a real Ray, each on an emulated device: promised, kept, and said to be emulated everywhere."""
+"""Real replicas on a real Ray, each on an emulated device: promised, kept, traced, explained, and said to be emulated."""
 
+import subprocess
+import sys
 import time
 
 import httpx
 import pytest
+from tests.collector import Collector, attributes
 from tests.emulated.small import STEP_S, serve_small_device
 from tests.servers import running, wait_until
 
@@ -12,12 +15,19 @@ START_S = 300.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def collector():
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, collector):
     pytest.importorskip("ray.serve.llm")
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("emulated")
     command, port = serve_small_device(folder, kv_tokens=8192, output_tokens=0)
-    command += ["--replicas", "2", "--json"]
+    command += ["--replicas", "2", "--json", "--otlp-traces-endpoint", collector.url]
     log = folder / "cluster.log"
 
     def both_plan():
@@ -34,8 +44,9 @@ def cluster(tmp_path_factory):
         yield client
 
 
-def complete(client, **body):
-    answer = client.post("/v1/completions", json={"model": "m", "prompt": "Once upon a time", **body})
+def complete(client, headers=None, **body):
+    body = {"model": "m", "prompt": "Once upon a time", **body}
+    answer = client.post("/v1/completions", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     return answer
 
@@ -56,3 +67,51 @@ def test_log_status_metrics_and_each_replica_say_that_it_is_emulated(cluster):
     assert all(one["device"]["hardware"] == "small" for one in status["snapshot"]["replicas"])
     assert "slos_serve_emulated_device 1.0" in cluster.get("/metrics").text
     assert "the device is EMULATED" in cluster.log.read_text(errors="replace")
+
+
+def test_the_clients_trace_goes_through_the_front_door_into_the_replicas_engine(cluster, collector):
+    trace_id, parent = "5" * 32, "00f067aa0ba902b7"
+    context = {"traceparent": f"00-{trace_id}-{parent}-01"}
+    answer = complete(cluster, context, max_tokens=4, slo={"ttft_ms": 60_000, "tpot_ms": 5_000})
+    door = collector.wait_for("POST /v1/completions", trace_id)
+    engines = collector.wait_for("llm_request", trace_id)
+    assert (door.parent_span_id.hex(), engines.parent_span_id) == (parent, door.span_id)
+    said = attributes(door)
+    assert (said["id"], said["promise_kept"]) == (answer.headers["x-slo-id"], True)
+    assert said["replica"] in {one["id"] for one in cluster.get("/v1/slo/status").json()["snapshot"]["replicas"]}
+
+
+def test_the_page_of_a_cluster_has_its_replicas_steps_and_their_profile(cluster):
+    until = time.monotonic() + 60
+    while True:
+        complete(cluster, max_tokens=20, ignore_eos=True)
+        shown = cluster.get("/v1/slo/live").json()
+        steps = [one["steps"] for one in shown["buckets"] if "steps" in one]
+        if steps and shown["status"]["snapshot"]["profile"]:
+            break
+        assert time.monotonic() < until, shown
+    assert sum(one["decode_tokens"] for one in steps) > 0
+    assert sum(one["predicted_s"] for one in steps) > 0
+    assert not [line for line in shown["status"]["snapshot"]["replicas"] if "step_sums" in line]
+
+
+def test_a_declined_request_is_explained_alike_by_page_and_command_with_its_replica_and_picture(cluster, tmp_path):
+    answer = complete(cluster, max_tokens=20, ignore_eos=True, slo={"ttft_ms": 2, "tpot_ms": 2})
+    slo_id = answer.headers["x-slo-id"]
+    assert answer.headers["x-slo-verdict"] == "best-effort"
+    why = cluster.get(f"/v1/slo/requests/{slo_id}/explanation").json()
+    story = " ".join(why["story"])
+    assert "too-tight" in story
+    assert "An idle engine would take" in story  # the replica planned its moment again
+    assert why["request"]["replica"] in story
+    picture = tmp_path / "picture.svg"
+    command = [sys.executable, "-m", "slos_serve.cli", "explain", slo_id, "--target", str(cluster.base_url)]
+    said = subprocess.run(
+        [*command, "--picture", str(picture)], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert said.returncode == 0, said.stderr
+    told = " ".join(said.stdout.split())
+    for line in why["story"]:
+        assert " ".join(line.split()) in told
+    assert picture.read_text().startswith("<svg")
+    assert "<svg" in why["picture"]
