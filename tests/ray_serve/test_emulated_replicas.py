@@ -1,10 +1,12 @@
 """Real replicas on a real Ray, each on an emulated device: promised, kept, traced, explained, and said to be emulated."""
 
+import os
 import subprocess
 import sys
 import time
 
 import httpx
+import psutil
 import pytest
 from tests.collector import Collector, attributes
 from tests.emulated.small import STEP_S, serve_small_device
@@ -40,7 +42,7 @@ def cluster(tmp_path_factory, collector):
     ):
         assert process.stdout.readline(), log.read_text(errors="replace")[-4000:]
         wait_until(both_plan, process, log, patience_s=START_S)
-        client.log = log
+        client.log, client.process = log, process
         yield client
 
 
@@ -115,3 +117,66 @@ def test_a_declined_request_is_explained_alike_by_page_and_command_with_its_repl
         assert " ".join(line.split()) in told
     assert picture.read_text().startswith("<svg")
     assert "<svg" in why["picture"]
+
+
+# -- one replica in pause ---------------------------------------------------------------------------
+
+PAUSE_S = 20.0  # longer than a replica may be silent, or a router waits for a step
+PROMISED = {"ttft_ms": 20_000, "tpot_ms": 500}
+OPERATOR = """
+import sys
+import ray
+from ray import serve
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+handle = serve.get_deployment_handle(sys.argv[2], "slos-serve")
+for line in sys.stdin:
+    if line == "pause\\n":
+        handle.pause.remote(mode="keep").result()
+    elif line == "resume\\n":
+        handle.broadcast("resume").results()
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def order(cluster):
+    """A function that gives an operator's order: `pause` to one replica, `resume` to all."""
+    lines = [line for one in psutil.Process(cluster.process.pid).children(recursive=True) for line in one.cmdline()]
+    address = next(line.partition("=")[2] for line in lines if line.startswith("--gcs-address="))
+    command = [sys.executable, "-c", OPERATOR, address, replicas(cluster)[0]["deployment"]]
+    env = {**os.environ, "RAY_AUTH_MODE": "token"}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as operator:
+
+        def give(what):
+            operator.stdin.write(f"{what}\n")
+            operator.stdin.flush()
+            assert operator.stdout.readline() == "done\n"
+
+        give("nothing")  # it is connected then
+        yield give
+        operator.stdin.close()
+
+
+def replicas(cluster):
+    return cluster.get("/v1/slo/status").json()["snapshot"]["replicas"]
+
+
+def states(cluster):
+    """Return who is paused, and who is usable."""
+    return sorted((bool(one["paused"]), one["usable"]) for one in replicas(cluster))
+
+
+def test_a_replica_in_pause_is_passed_over_and_not_replaced(cluster, order):
+    before = {one["pid"] for one in replicas(cluster)}
+    order("pause")
+    wait_until(lambda: states(cluster) == [(False, True), (True, False)], cluster.process, cluster.log)
+    until = time.monotonic() + PAUSE_S
+    while time.monotonic() < until:
+        answer = complete(cluster, max_tokens=2, slo=PROMISED)
+        assert (answer.headers["x-slo-verdict"], answer.json()["slo"]["outcome"]) == ("promised", "met")
+        time.sleep(0.5)
+    assert states(cluster) == [(False, True), (True, False)]
+    order("resume")
+    wait_until(lambda: states(cluster) == [(False, True)] * 2, cluster.process, cluster.log)
+    assert {one["pid"] for one in replicas(cluster)} == before
