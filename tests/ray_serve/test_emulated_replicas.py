@@ -1,4 +1,4 @@
-"""Real replicas on a real Ray, each on an emulated device: promised, kept, traced, explained, and said to be emulated."""
+"""Real replicas on a real Ray, on emulated devices: promised, kept, traced, explained, and said to be emulated."""
 
 import os
 import subprocess
@@ -88,7 +88,7 @@ def test_the_page_of_a_cluster_has_its_replicas_steps_and_their_profile(cluster)
     while True:
         complete(cluster, max_tokens=20, ignore_eos=True)
         shown = cluster.get("/v1/slo/live").json()
-        steps = [one["steps"] for one in shown["buckets"] if "steps" in one]
+        steps = [one["steps"] for one in shown["buckets"] if one.get("steps")]
         if steps and shown["status"]["snapshot"]["profile"]:
             break
         assert time.monotonic() < until, shown
