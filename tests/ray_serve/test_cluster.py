@@ -31,8 +31,9 @@ PROFILE = {
     "max_num_batched_tokens": 256,
     "perf_model": {"lines": [{"per_token_s": 1e-3, "per_request_s": 1e-3, "fixed_s": 20e-3}]},
 }
-FLAGS = ["--served-model-name", "tiny", "--load-format", "dummy", "--enforce-eager", "--max-model-len", "1024"]
-FLAGS += ["--max-num-seqs", "8", "--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(64 << 20)]
+FLAGS = ["--served-model-name", "tiny", "--load-format", "dummy", "--dtype", "float32", "--enforce-eager"]
+FLAGS += ["--max-model-len", "1024", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"]
+FLAGS += ["--kv-cache-memory-bytes", str(64 << 20)]
 FLAGS += ["--additional-config", json.dumps({"slo": {"safety": {"is_enabled": False}}})]
 
 

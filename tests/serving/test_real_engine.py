@@ -41,7 +41,7 @@ def test_a_server_without_a_profile_measures_itself_keeps_promises_and_can_say_w
     command = [sys.executable, "-m", "slos_serve.cli", "serve", str(ensure_demo_model()), "--json"]
     command += ["--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "demo", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", "256M"]
-    command += ["--profile", str(profile), "--reprofile", "--record", str(record)]
+    command += ["--profile", str(profile), "--reprofile", "--record", str(record), "--dtype", "float32"]
     with (tmp_path / "server.log").open("w") as log:
         env = {**os.environ, **ENVIRONMENT}  # with other threads the model may say something else
         child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
