@@ -116,10 +116,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if first not in verbs:
         print(f"slos-serve: {first!r}: expected one of {', '.join(verbs)}", file=sys.stderr)
         return 2
-    status = _run(first, load(verbs[first]), arguments[1:])
-    if status == 0:
-        _tell_compiling(first)
-    return status
+    return _run(first, load(verbs[first]), arguments[1:])
 
 
 def parser_of(name: str, verb: Verb) -> Parser:
@@ -145,7 +142,7 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
     except SystemExit as ended:  # it was asked for help, or has said what is wrong
         return int(ended.code or 0)
     try:
-        return verb.run(args)
+        return _tell_compiling(name, verb.run(args))
     except BrokenPipeError:
         # The reader left (`| head`): nothing more to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,12 +156,13 @@ def _run(name: str, verb: Verb, arguments: Sequence[str]) -> int:
         return _tell(name, error, 1)
 
 
-def _tell_compiling(name: str) -> None:
-    """Say where a verb compiled what the next call will have to compile again."""
+def _tell_compiling(name: str, status: int) -> int:
+    """Return the status of a verb that ran; say where it compiled what the next call will have to compile again."""
     jit = sys.modules.get("slos_serve.core.jit")
-    reason = jit.why_not_kept() if jit else ""
+    reason = jit.why_not_kept() if jit and status == 0 else ""
     if reason and name != "doctor":  # which has said it
         print(f"slos-serve {name}: compiled loops are not kept, so each call compiles: {reason}", file=sys.stderr)
+    return status
 
 
 def _tell(name: str, error: BaseException, status: int) -> int:

@@ -1,6 +1,7 @@
 """What a client says of itself is not believed, on whatever route and however it is spelled."""
 
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -229,6 +230,16 @@ def test_a_name_that_no_encoding_holds_closes_no_page(client, hub):
         assert client.get(page).status_code in {200, 404}
 
 
+@pytest.fixture
+def usual_depth():
+    """Python's own limit of frames, which libraries of other tests raise."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.usefixtures("usual_depth")
 @pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize(
     "raw", [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 900 + b"]" * 900, b'{"model": "m", "x": ' + b"[" * 5000]
