@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import pytest
+from tests.collector import Collector
 
 
 def pytest_collection_modifyitems(items):
@@ -8,3 +9,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="module")
+def collector():
+    """Return a collector of spans that a module's servers send theirs to."""
+    collector = Collector()
+    yield collector
+    collector.close()

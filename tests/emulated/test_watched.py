@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.collector import Collector, attributes
+from tests.collector import attributes
 from tests.emulated.small import serve_small_device
 from tests.servers import is_healthy, running, wait_until
 
@@ -20,13 +20,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 PROMISED = {"class": "chat", "ttft_ms": 5000, "tpot_ms": 300}
 SPAN = "POST /v1/completions"
 CLIENT_SPAN = "00f067aa0ba902b7"
-
-
-@pytest.fixture(scope="module")
-def collector():
-    collector = Collector()
-    yield collector
-    collector.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from starlette.middleware import Middleware
 from starlette.testclient import TestClient
-from tests.collector import Collector, attributes
+from tests.collector import attributes
 
 from slos_serve.config import SloClass, SloConfig
 from slos_serve.http import tracing
@@ -148,10 +148,10 @@ def test_where_nothing_exports_spans_headers_stay_as_they_are(client, vllm):
     assert vllm.headers[0]["traceparent"] == CONTEXT["traceparent"]
 
 
-def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say):
+def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say, collector):
     """The exporter is the one that vLLM makes for `--otlp-traces-endpoint`."""
     exporters = pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
-    collector, provider = Collector(), TracerProvider()
+    provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporters.OTLPSpanExporter(collector.url, insecure=True)))
     hub.feed({"snapshot": {"steps": 0}})
     says(vllm, hub, say)
@@ -164,7 +164,6 @@ def test_a_real_collector_receives_the_span_with_its_attributes(vllm, hub, say):
         ((scope, span),) = collector.spans
     finally:
         provider.shutdown()
-        collector.close()
     assert (scope, span.name) == ("slos_serve", f"POST {CHAT}")
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, PARENT)
     said = attributes(span)

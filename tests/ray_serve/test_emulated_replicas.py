@@ -8,19 +8,12 @@ import time
 import httpx
 import psutil
 import pytest
-from tests.collector import Collector, attributes
+from tests.collector import attributes
 from tests.emulated.small import STEP_S, serve_small_device
 from tests.servers import running, wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 START_S = 300.0
-
-
-@pytest.fixture(scope="module")
-def collector():
-    collector = Collector()
-    yield collector
-    collector.close()
 
 
 @pytest.fixture(scope="module")

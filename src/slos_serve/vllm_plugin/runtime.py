@@ -21,7 +21,7 @@ from slos_serve.vllm_plugin.next_step import NextStep
 from slos_serve.vllm_plugin.parts import Parts
 from slos_serve.vllm_plugin.pipeline import InFlight
 from slos_serve.vllm_plugin.recorded import engine_facts, request_facts, request_line
-from slos_serve.vllm_plugin.safety.cost import Cost, CpuWait
+from slos_serve.vllm_plugin.safety.cost import Cost
 from slos_serve.vllm_plugin.safety.watchdog import PlannerHungError
 from slos_serve.vllm_plugin.snapshot import capture
 
@@ -45,7 +45,7 @@ class SloRuntime(Parts):
         self._next = NextStep(self, self._ask)
         self._steering: Steering | None = None
         self._began = 0.0
-        self._cost, self._cpu_wait = Cost(), CpuWait()
+        self._cost, self._cpu_wait = Cost(), self.ended.stalls.cpu_wait
         self._waited_cpu_s = 0.0  # by the hand-over before
         self._shapes = Shapes(scheduler)
         self._done: tuple[InFlight, float] | None = None
@@ -247,7 +247,6 @@ class SloRuntime(Parts):
         """Stop the thread, write what is buffered, close the channel."""
         self.housekeeper.stop()
         self.ended.stalls.close()
-        self._cpu_wait.close()
         self.learnt.save()
         self.recorder.flush()
         self.outbox.close()

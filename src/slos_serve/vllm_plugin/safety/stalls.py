@@ -37,24 +37,24 @@ class Stalls:
     def __init__(self) -> None:
         self._collected_s = 0.0
         self._began_s = 0.0
-        self._waiting = CpuWait()
-        self._marked = (0.0, self._waiting.read_s())
+        self.cpu_wait = CpuWait()
+        self._marked = (0.0, self.cpu_wait.read_s())
         gc.callbacks.append(self._collect)
 
     def close(self) -> None:
         """Watch no longer."""
         if self._collect in gc.callbacks:
             gc.callbacks.remove(self._collect)
-        self._waiting.close()
+        self.cpu_wait.close()
 
     def mark(self) -> None:
         """Count from now on; on the thread that is watched."""
-        self._marked = (self._collected_s, self._waiting.read_s())
+        self._marked = (self._collected_s, self.cpu_wait.read_s())
 
     def since(self, ours_s: float) -> Spent:
         """Return what held the thread up since the last mark; `ours_s` is what our code took."""
         collected_s, waited_s = self._marked
-        return Spent(self._collected_s - collected_s, max(0.0, self._waiting.read_s() - waited_s), ours_s)
+        return Spent(self._collected_s - collected_s, max(0.0, self.cpu_wait.read_s() - waited_s), ours_s)
 
     def _collect(self, phase: str, _info: dict[str, int]) -> None:
         now = time.perf_counter()
